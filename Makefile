@@ -1,0 +1,40 @@
+# make demo    install what is needed and run the whole path on the embedded checkpoint: export, build, profile, stream
+# make test    install the development tools and run the tests
+# make check   lint and types
+# make bench   measure speed and memory, one JSON record in docs/measurements/
+# make wheel   build the wheel into dist/
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check bench wheel clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/aapt demo --out demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python bench/cpu.py
+
+wheel: $(VENV)/dev.stamp
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+# Installs are pinned: an open torch range would bring gigabytes of CUDA packages.
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11" >&2; echo "hint: make PYTHON=python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[export]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[export,train,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo

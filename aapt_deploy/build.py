@@ -1,0 +1,236 @@
+"""Bundle -> engine: lower the portable graphs to what a backend runs best, measure it, and record both in the bundle.
+
+    onnxruntime   caches written in place; fp32, and int8 with dynamic linears and a statically calibrated decoder
+    torch         the checkpoint's own modules, eager; the reference
+
+Each engine is run and compared with the fp32 engine before it joins the bundle.
+"""
+
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from aapt_deploy.bundle import Bundle, Stage
+from aapt_deploy.camera import CRUISE, Velocity
+from aapt_deploy.engine import Engines, open_engines
+from aapt_deploy.engine.ort import OrtEngines, Threads
+from aapt_deploy.errors import MachineError, UsageError
+from aapt_deploy.graph_file import save_model
+from aapt_deploy.machine import cores
+from aapt_deploy.ops.block_causal_attention import Ring, onnx_function
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.signature import signatures
+from aapt_deploy.starts import Start, all_starts
+
+PRECISIONS = {"onnxruntime": ("fp32", "int8"), "torch": ("fp32",)}
+TUNING_BLOCKS = 10  # measured for each thread setting
+QUALITY_BLOCKS = 6  # compared with fp32: one second
+CALIBRATION_BLOCKS = 8  # per start frame
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the build measured of one engine."""
+
+    key: str  # "<backend>-<precision>"
+    step_ms: float  # median of a whole step
+    bytes: int  # of the engine's files
+    threads: int
+    spinning: bool
+    psnr_db: float | None  # frames of the first second against fp32, same seed; None for fp32 itself
+    seconds: float  # build time
+
+
+def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Report) -> list[Built]:
+    """Build the engines of `backend`: one precision, or all it has.
+
+    Raises UsageError for an unknown backend or precision, BusyError when another build holds the bundle, BundleError for a damaged bundle.
+    """
+    if backend not in PRECISIONS:
+        raise UsageError(f"backend {backend!r} cannot be built", f"backends: {', '.join(PRECISIONS)}")
+    wanted = PRECISIONS[backend] if precision is None else (precision,)
+    if unknown := [name for name in wanted if name not in PRECISIONS[backend]]:
+        raise UsageError(f"precision {unknown[0]!r} does not exist for {backend}", f"precisions: {', '.join(PRECISIONS[backend])}")
+    if bundle.profile.target.device != "cpu":
+        target = bundle.profile.target.name
+        raise MachineError(
+            f"profile {bundle.profile.name} is for {target}; {backend} runs on the CPU only", "use a CPU profile, or build on its target"
+        )
+    if "int8" in wanted and "fp32" not in wanted and f"{backend}-fp32" not in bundle.engines:
+        wanted = ("fp32", *wanted)  # int8 is calibrated on it and compared with it
+    return [_build_one(bundle, backend, name, report) for name in wanted]
+
+
+def _build_one(bundle: Bundle, backend: str, precision: str, report: Report) -> Built:
+    key, began = f"{backend}-{precision}", time.monotonic()
+    entry: dict[str, Any] = {"backend": backend, "precision": precision, "cache_layout": "token_major"}
+    with bundle.add_engine(key) as stage:
+        starts = all_starts(bundle)
+        if backend == "torch":
+            engines, threads = _open_torch(bundle, precision), Threads(cores(), spinning=False)
+            step_ms = median_step_ms(engines, bundle.profile, starts[0])
+        else:
+            report(f"{key}: lowering the graphs")
+            graphs = _lower(bundle, stage, precision, starts, report)
+            entry["graphs"] = {name: f"{stage.relative}/{path.name}" for name, path in graphs.items()}
+            threads, step_ms = _tune(bundle.profile, graphs, precision, starts[0], lambda text: report(f"{key}: {text}"))
+            engines = OrtEngines(bundle.profile, graphs, threads, precision)
+        psnr = None
+        if precision != "fp32":
+            report(f"{key}: comparing with fp32")
+            reference = open_engines(bundle, backend, "fp32")
+            psnr = round(float(np.mean([psnr_db(reference, engines, bundle.profile, start) for start in starts])), 2)
+            reference.close()
+        engines.close()
+        size = sum(path.stat().st_size for path in stage.path.rglob("*") if path.is_file())
+        built = Built(key, round(step_ms, 2), size, threads.count, threads.spinning, psnr, round(time.monotonic() - began, 1))
+        stage.entry |= entry | asdict(built)
+    return built
+
+
+def _open_torch(bundle: Bundle, precision: str) -> Engines:
+    from aapt_deploy.engine.eager import EagerEngines
+    from aapt_deploy.models import checkpoint
+
+    return EagerEngines(checkpoint.load(bundle.checked(bundle.CHECKPOINT)), cores(), precision)
+
+
+# ONNX Runtime
+
+
+def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], report: Report) -> dict[str, Path]:
+    """Write the backend's form of every graph below `stage.path`."""
+    profile, graphs = bundle.profile, {}
+    for name in signatures(profile):
+        source, graphs[name] = bundle.checked(f"{name}.onnx"), stage.path / f"{name}.onnx"
+        if f"{name}.onnx.data" in bundle.manifest["files"]:
+            bundle.checked(f"{name}.onnx.data")
+        if name == "generator":
+            save_model(onnx_function.lower_in_place(onnx.load(source), Ring.of(profile, in_place=True)), graphs[name])
+        else:
+            shutil.copyfile(source, graphs[name])
+    if precision == "int8":
+        report("onnxruntime-int8: quantising the linear layers")
+        _quantise_linears(graphs["generator"])
+        report("onnxruntime-int8: calibrating the decoder on its own rollouts")
+        _quantise_decoder(bundle, graphs["decoder"], starts)
+    return graphs
+
+
+def _quantise_linears(path: Path) -> None:
+    """int8 weights, activations quantised as they come: no calibration, and attention stays fp32."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    temporary = path.with_name("float.onnx")
+    path.rename(temporary)
+    with _quiet():
+        options = {"MatMulConstBOnly": True}
+        quantize_dynamic(temporary, path, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, extra_options=options)
+    temporary.unlink()
+
+
+def _quantise_decoder(bundle: Bundle, path: Path, starts: list[Start]) -> None:
+    """int8 convolutions (QDQ), calibrated on the latents and memories of the bundle's own rollouts in fp32."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    samples = list(_decoder_inputs(bundle, starts))
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(samples)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
+            return next(self.rest, None)
+
+    temporary = path.with_name("float.onnx")
+    path.rename(temporary)
+    with _quiet():
+        quantize_static(
+            temporary, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], extra_options={"CalibMovingAverage": True},
+        )  # fmt: skip
+    temporary.unlink()
+
+
+def _decoder_inputs(bundle: Bundle, starts: list[Start]) -> Iterator[dict[str, np.ndarray]]:
+    """Every input set that the fp32 decoder sees in short rollouts."""
+    engines = open_engines(bundle, "onnxruntime", "fp32")
+    decoder = engines["decoder"]
+    seen: list[dict[str, np.ndarray]] = []
+    plain_run = decoder.run
+
+    def run(**inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        memory = {name: array.copy() for name, array in decoder.state[decoder.turn].items()}  # type: ignore[attr-defined]
+        seen.append({"latent": np.array(inputs["latent"], np.float32), **memory})
+        return plain_run(**inputs)
+
+    decoder.run = run  # type: ignore[method-assign]
+    for start in starts:
+        for _ in itertools.islice(_rollout(engines, bundle.profile, start), 1 + CALIBRATION_BLOCKS):
+            yield from seen
+            seen.clear()
+    engines.close()
+
+
+class _quiet:
+    """onnxruntime.quantization logs advice through the root logger; none of it is for the user."""
+
+    def __enter__(self) -> None:
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *error: object) -> None:
+        logging.disable(logging.NOTSET)
+
+
+def _tune(profile: Profile, graphs: dict[str, Path], precision: str, start: Start, report: Report) -> tuple[Threads, float]:
+    """The fastest thread setting and its median step."""
+    results: dict[Threads, float] = {}
+    counts = sorted({1, min(2, cores()), cores()})
+    for threads in [Threads(count, spinning) for count in counts for spinning in (False, True) if count > 1 or not spinning]:
+        engines = OrtEngines(profile, graphs, threads, precision)
+        results[threads] = median_step_ms(engines, profile, start)
+        engines.close()
+        report(f"{threads.count} thread{'s' * (threads.count > 1)}{', spinning' * threads.spinning}: {results[threads]:.1f} ms a step")
+    best = min(results, key=lambda threads: results[threads])
+    return best, results[best]
+
+
+# Measuring
+
+
+def _rollout(engines: Engines, profile: Profile, start: Start, seed: int = 0) -> Iterator[np.ndarray]:
+    """A rollout that turns left and right, so that quality and calibration see motion."""
+    return rollout(
+        engines, profile, start.image, lambda block: Steering(Velocity(CRUISE.forward, yaw=0.2 * (1 - 2 * (block // 4 % 2))), start.text), seed
+    )
+
+
+def median_step_ms(engines: Engines, profile: Profile, start: Start) -> float:
+    """Median time from one block's frames to the next."""
+    frames = _rollout(engines, profile, start)
+    next(frames)
+    next(frames)  # the first block also encodes the prompt
+    times = []
+    for _ in range(TUNING_BLOCKS):
+        before = time.perf_counter()
+        next(frames)
+        times.append(time.perf_counter() - before)
+    return 1000 * float(np.median(times))
+
+
+def psnr_db(reference: Engines, engines: Engines, profile: Profile, start: Start) -> float:
+    """PSNR of the first second's frames between two engines, same start and seed."""
+    pairs = zip(_rollout(reference, profile, start), _rollout(engines, profile, start), strict=False)
+    errors = [np.square(a.astype(np.float64) - b).mean() for a, b in itertools.islice(pairs, 1, 1 + QUALITY_BLOCKS)]
+    return float(10 * np.log10(255**2 / max(np.mean(errors), 1e-9)))

@@ -1,0 +1,310 @@
+"""The command line. Every command parses, calls and reports; the work is elsewhere and is imported when it is needed.
+
+stdout carries data: frames, or one line of JSON with --json. stderr is for people. Exit codes:
+
+    0  done; for `profile`: within the budget      5  a package, a driver or the hardware is missing
+    2  wrong option, prompt or control             6  the output cannot be written
+    3  measured, and the verdict is bad            7  the bundle is being built by another process
+    4  a file that was given is broken             8  an exported graph disagrees with its reference
+    130 / 143  stopped by Ctrl-C / SIGTERM; what was streamed until then is kept
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aapt_deploy import __version__
+from aapt_deploy.errors import AaptError, MachineError, VerdictError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
+    "Take a block-causal video generator to a stream that meets its deadline.\n\n"
+    "The four steps: export, build-engine, profile, stream. `aapt demo` runs them in a row on the checkpoint that ships with the package."
+))  # fmt: skip
+train_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a checkpoint: render or import clips, then run the stages.")
+app.add_typer(train_app, name="train")
+
+BundleArg = Annotated[Path, typer.Argument(help="Bundle directory, made by `aapt export`.", metavar="BUNDLE")]
+Backend = Annotated[str, typer.Option(help="onnxruntime (CPU, no torch needed) or torch (eager, the reference).")]
+Precision = Annotated[str | None, typer.Option(help="fp32 or int8. Default: the profile's own, if it was built.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
+ProfileName = Annotated[str, typer.Option("--profile", help="Shipped preset or TOML file.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"aapt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint (.safetensors). Default: the embedded one.", metavar="CKPT")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle directory to make.")] = Path("bundle"),
+    sha256: Annotated[str | None, typer.Option(help="Refuse the checkpoint unless it has this hash.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Checkpoint -> ONNX graphs, each checked against PyTorch. Exit 8 if one disagrees."""
+    from aapt_deploy import console, reports
+
+    with console.steps(f"exporting to {out}") as step:
+        table = _export(checkpoint, out, sha256, force, step)
+    reports.parity(table, out)
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(out), "parity": [row._asdict() for row in table]}))
+
+
+@app.command("build-engine")
+def build_engine(
+    bundle: BundleArg,
+    backend: Backend = "onnxruntime",
+    precision: Annotated[str | None, typer.Option(help="fp32 or int8. Default: all that the backend has.")] = None,
+    as_json: Json = False,
+) -> None:
+    """ONNX graphs -> engines for this machine, each measured and compared with fp32."""
+    from aapt_deploy import console, reports
+
+    with console.steps(f"building {backend} engines in {bundle}") as step:
+        built = _build(bundle, backend, precision, step)
+    reports.engines(built)
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(bundle), "engines": [asdict(engine) for engine in built]}))
+
+
+@app.command()
+def profile(
+    bundle: BundleArg,
+    backend: Backend = "onnxruntime",
+    precision: Precision = None,
+    blocks: Annotated[int, typer.Option(min=10, help="Blocks to measure after the cold ones.")] = 120,
+    as_json: Json = False,
+) -> None:
+    """Measure step latency against the frame budget (4 frames at 24 fps: 166.7 ms). Exit 3 if it is missed."""
+    from aapt_deploy import console, reports
+
+    with console.progress(f"profiling {bundle}") as progress:
+        latency = _profile(bundle, backend, precision, blocks, progress)
+    reports.latency(latency)
+    if as_json:
+        typer.echo(latency.json())  # type: ignore[attr-defined]
+    raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)  # type: ignore[attr-defined]
+
+
+@app.command()
+def stream(
+    bundle: BundleArg,
+    out: Annotated[str, typer.Option("--out", "-o", help="File (.mp4 .mkv .y4m .nut .ts .rgb), or - for stdout.")],
+    format: Annotated[str | None, typer.Option(help="mp4, mkv, y4m, nut, mpegts, fmp4 or rawvideo. Default: from the suffix; y4m for -.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of the video. Default: until Ctrl-C.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same frames.")] = 0,
+    image: Annotated[str | None, typer.Option(help="Picture to start from, or the name of a start frame.")] = None,
+    prompt: Annotated[str | None, typer.Option(help='Look of the world, such as "desert at dusk, clear".')] = None,
+    controls: Annotated[str | None, typer.Option(help="File with JSON lines of camera velocities, or - for stdin.")] = None,
+    realtime: Annotated[bool | None, typer.Option("--realtime/--fast", help="Pace at the profile's fps. Default: only with --controls -.")] = None,
+    backend: Backend = "onnxruntime",
+    precision: Precision = None,
+    as_json: Json = False,
+) -> None:
+    """Generate frames to a file, a pipe or another program, steered live. Exit 130 after Ctrl-C, with the file complete."""
+    from aapt_deploy import console, reports
+    from aapt_deploy.stream import Request
+
+    paced = controls == "-" if realtime is None else realtime
+    request = Request(out, format, seconds, seed, image, prompt, controls, paced, backend, precision)
+    _refuse_two_uses_of_stdout(out, as_json)
+    with console.progress(f"streaming to {'stdout' if out == '-' else out}") as progress:
+        done = _stream(bundle, request, progress)
+    reports.streamed(done)
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))  # type: ignore[call-overload]
+    raise typer.Exit(128 + done.signal if done.signal else 0)  # type: ignore[attr-defined]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for bundle and video.")] = Path("demo"),
+    seconds: Annotated[float, typer.Option(help="Length of the video.")] = 12.0,
+    as_json: Json = False,
+) -> None:
+    """Export, build, profile and stream the embedded checkpoint; ends with the verdict and the video's path. Exit 3 if the budget is missed."""
+    from aapt_deploy import console, reports
+    from aapt_deploy.assets import demo_controls
+    from aapt_deploy.bundle import Bundle
+    from aapt_deploy.stream import Request
+
+    bundle, video = out / "bundle", out / "demo.mp4"
+    out.mkdir(parents=True, exist_ok=True)
+    with console.steps("1/4 export") as step:
+        reports.parity(_export(None, bundle, None, (bundle / "manifest.json").exists(), step), bundle)
+    with console.steps("2/4 build-engine") as step:
+        reports.engines(_build(bundle, "onnxruntime", None, step))
+    with console.progress("3/4 profile") as progress:
+        latency = _profile(bundle, "onnxruntime", None, 60, progress)
+    reports.latency(latency)
+    with console.progress("4/4 stream") as progress:
+        done = _stream(bundle, Request(str(video), seconds=seconds, controls=str(demo_controls())), progress)
+    reports.streamed(done)
+    reports.demo(latency, video, Bundle.open(bundle))
+    if as_json:
+        typer.echo(json.dumps({"video": str(video), "bundle": str(bundle), "latency": json.loads(latency.json())}))  # type: ignore[attr-defined]
+    raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)  # type: ignore[attr-defined]
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine can run, and the fix for what it cannot. Exit 3 if streaming on the CPU would fail."""
+    from aapt_deploy import reports
+    from aapt_deploy.doctor import examine
+
+    checks = examine()
+    reports.doctor(checks)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks]))
+    raise typer.Exit(0 if all(check.ok for check in checks if check.needed) else VerdictError.exit_code)
+
+
+@app.command()
+def init(
+    profile: Annotated[str, typer.Argument(help="Shipped preset or TOML file.", metavar="PROFILE")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint to write.")] = Path("random.safetensors"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a checkpoint of random weights in a profile's shape, to size an engine."""
+    from aapt_deploy import console, profiles
+
+    shape = profiles.load(profile)
+    with _needing("export"), console.steps(f"drawing weights for {shape.name}"):
+        from aapt_deploy.initialise import random_checkpoint
+
+        count = random_checkpoint(shape, out, seed)
+    console.say(f"{out}: {count / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
+
+
+@train_app.command("data")
+def train_data(
+    folder: Annotated[Path, typer.Argument(help="Folder for the clips; an earlier run goes on.")],
+    worlds: Annotated[int, typer.Option(min=1, help="Worlds to render, two clips each.")] = 1000,
+    first_seed: Annotated[int, typer.Option(min=0)] = 0,
+    processes: Annotated[int, typer.Option(min=1)] = 2,
+    videos: Annotated[Path | None, typer.Option(help="Cut the video files in this folder into clips instead of rendering.")] = None,
+    profile: ProfileName = "demo-cpu",
+) -> None:
+    """Make training clips: rendered flights over procedural worlds, or pieces of your own videos."""
+    from aapt_deploy import console, profiles
+    from aapt_deploy.train import data
+
+    shape = profiles.load(profile)
+    with console.progress(f"writing clips to {folder}") as progress:
+        if videos is not None:
+            written = data.import_videos(videos, folder, shape, lambda path, reason: console.warn(f"skipped {path}: {reason}"))
+        else:
+            written = 0
+            for done, clips in enumerate(data.render_worlds(folder, shape, first_seed, worlds, processes), start=1):
+                written += clips
+                progress(f"{done} of {worlds} worlds, {written} new clips")
+    console.say(f"{folder}: {written} new clips")
+
+
+@train_app.command("run")
+def train_run(
+    folder: Annotated[Path, typer.Argument(help="Folder of clips, made by `aapt train data`.")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the run; an interrupted run goes on.")] = Path("runs/demo"),
+    profile: ProfileName = "demo-cpu",
+) -> None:
+    """Train VAE and generator; ends with a checkpoint in the run's folder. Safe to stop and start at any time."""
+    from aapt_deploy import console, profiles
+
+    shape = profiles.load(profile)
+    with _needing("train"), console.progress(f"training in {run}") as progress:
+        from aapt_deploy.train import recipe, stages
+
+        path = stages.train(folder, run, shape, recipe.DEMO, progress)
+    console.say(f"checkpoint: {path}")
+
+
+class _needing:
+    """Turn a missing package into the command that installs it."""
+
+    def __init__(self, extra: str) -> None:
+        self.extra = extra
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("aapt_deploy"):
+            raise MachineError(f"package {error.name!r} is not installed", f"pip install 'aapt_deploy[{self.extra}]'") from None
+
+
+def _refuse_two_uses_of_stdout(out: str, as_json: bool) -> None:
+    if out == "-" and as_json:
+        raise typer.BadParameter("--json writes to stdout, and so does --out -")
+
+
+def _export(checkpoint: Path | None, out: Path, sha256: str | None, force: bool, report: Callable[[str], None]):  # type: ignore[no-untyped-def]
+    from aapt_deploy import assets
+
+    with _needing("export"):
+        from aapt_deploy import export
+        from aapt_deploy.models import checkpoint as checkpoints
+
+        embedded = checkpoint is None
+        loaded = checkpoints.load(checkpoint or assets.CHECKPOINT, assets.checkpoint_sha256() if embedded else sha256)
+        return export.export_bundle(loaded, out, force, report)
+
+
+def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[str], None]):  # type: ignore[no-untyped-def]
+    from aapt_deploy.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with _needing("export"):
+        from aapt_deploy import build
+
+        return build.build_engine(opened, backend, precision, report)
+
+
+def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]):  # type: ignore[no-untyped-def]
+    from aapt_deploy.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with _needing("export"):
+        from aapt_deploy import latency
+
+        return latency.measure_bundle(opened, backend, precision, blocks, progress)
+
+
+def _stream(bundle: Path, request: object, progress: Callable[[str], None]):  # type: ignore[no-untyped-def]
+    from aapt_deploy import console
+    from aapt_deploy.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with _needing("export"):
+        from aapt_deploy import stream
+
+        return stream.stream(opened, request, console.warn, progress)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Run the command line; the one place where an error becomes two lines and an exit code."""
+    try:
+        app()
+    except AaptError as error:
+        from aapt_deploy import console
+
+        console.fail(str(error), error.hint)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

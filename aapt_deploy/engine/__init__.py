@@ -1,0 +1,79 @@
+"""Engines: one compiled graph plus the state that stays on its device.
+
+A backend is one file and one row of BACKENDS; nothing else in the project knows how many there are.
+"""
+
+import importlib
+from typing import Protocol
+
+import numpy as np
+
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.errors import BundleError, UsageError
+
+BACKENDS = {  # name -> module that opens all graphs of a bundle
+    "onnxruntime": "aapt_deploy.engine.ort",
+    "torch": "aapt_deploy.engine.eager",
+}
+
+
+class Engine(Protocol):
+    """One graph with its state.
+
+        generator.reset()
+        out = generator.run(noisy=noise, previous=latent, ..., block=block)   # numpy in, numpy out
+        generator.commit(block)                                               # keep this block's keys and values
+
+    The arrays `run` returns are the engine's own and are overwritten by its next run.
+    """
+
+    def reset(self, **state: np.ndarray) -> None:
+        """Empty the state, or set named parts of it: text_k.NN and text_v.NN of a prompt replace the cache's text."""
+        ...
+
+    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        """One pass. `inputs` are the signature's, except that the generator takes the integer `block` in place of `cache_len`."""
+        ...
+
+    def commit(self, block: int) -> None:
+        """Keep the last pass as block `block` of the stream; a pass that is not committed leaves no trace. Only generators have blocks."""
+        ...
+
+
+class Engines(Protocol):
+    """The open graphs of one bundle."""
+
+    backend: str
+    precision: str
+
+    def __getitem__(self, graph: str) -> Engine: ...
+
+    def close(self) -> None: ...
+
+
+def open_engines(bundle: Bundle, backend: str, precision: str | None = None) -> Engines:
+    """Open every graph of `bundle` with `backend`; see `precision_of` for a precision of None.
+
+    Raises UsageError for an unknown backend and BundleError when the bundle has no engine of that backend or precision.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"backend {backend!r} does not exist", f"backends: {', '.join(BACKENDS)}")
+    engines: Engines = importlib.import_module(BACKENDS[backend]).open_bundle(bundle, precision_of(bundle, backend, precision))
+    return engines
+
+
+def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
+    """The precision to open: the one asked for, else the profile's own, else the fastest that was built."""
+    built = {entry["precision"]: entry for entry in bundle.engines.values() if entry["backend"] == backend}
+    if not built:
+        raise BundleError(f"bundle {bundle.path} has no {backend} engine", f"build one with: aapt build-engine {bundle.path} --backend {backend}")
+    if precision is None and bundle.profile.precision.weights in built:
+        return bundle.profile.precision.weights
+    if precision is None:
+        return min(built, key=lambda name: float(built[name]["step_ms"]))
+    if precision not in built:
+        raise BundleError(
+            f"bundle {bundle.path} has no {backend} engine in {precision}",
+            f"built: {', '.join(sorted(built))}; build it with: aapt build-engine {bundle.path} --precision {precision}",
+        )
+    return precision

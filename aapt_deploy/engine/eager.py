@@ -1,0 +1,103 @@
+"""The torch modules themselves behind the Engine protocol: the plain reference that every other backend is compared with.
+
+Caches are token-major tensors that the graph only reads; a block is committed by copying its keys and values to its slot.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.models import checkpoint
+from aapt_deploy.models.checkpoint import Checkpoint
+from aapt_deploy.models.graphs import graph_modules
+from aapt_deploy.ops.block_causal_attention import Ring
+from aapt_deploy.profiles import Profile
+from aapt_deploy.signature import GraphSignature, layer_names, signatures
+
+BACKEND = "torch"
+
+
+def _run(module: nn.Module, signature: GraphSignature, values: dict[str, Tensor]) -> list[Tensor]:
+    with torch.inference_mode():
+        out = module(*(values[spec.name] for spec in (*signature.inputs, *signature.state)))
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+class EagerEngine:
+    """Encoder, prompt or decoder."""
+
+    def __init__(self, module: nn.Module, signature: GraphSignature) -> None:
+        self.module, self.signature = module, signature
+        self.reset()
+
+    def reset(self, **state: np.ndarray) -> None:
+        self.state = {spec.name: torch.zeros(spec.shape) for spec in self.signature.state}
+
+    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        values = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+        out = _run(self.module, self.signature, values | self.state)
+        count = len(self.signature.outputs)
+        self.state = dict(zip(self.state, out[count:], strict=True))
+        return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.outputs, out, strict=False)}
+
+    def commit(self, block: int) -> None:
+        raise TypeError("only a generator has blocks to commit")
+
+
+class EagerGenerator:
+    """The generator and its caches."""
+
+    def __init__(self, module: nn.Module, signature: GraphSignature, profile: Profile) -> None:
+        self.module, self.signature, self.profile = module, signature, profile
+        self.ring = Ring.of(profile)
+        self.caches = {spec.name: torch.zeros(spec.shape) for spec in signature.state}
+        self.last: list[Tensor] = []
+
+    def reset(self, **state: np.ndarray) -> None:
+        if not state:
+            for cache in self.caches.values():
+                cache.zero_()
+        for kind in ("k", "v"):
+            for text, cache in zip(layer_names(f"text_{kind}", self.profile), layer_names(f"{kind}_cache", self.profile), strict=True):
+                if text in state:
+                    self.caches[cache][:, : self.profile.text.tokens] = torch.from_numpy(state[text])
+
+    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        place = self.ring.place(int(inputs.pop("block")))
+        values = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+        values["cache_len"] = torch.tensor([place.cache_len], dtype=torch.int32)
+        clean, *self.last = _run(self.module, self.signature, values | self.caches)
+        return {"clean": clean.numpy()}
+
+    def commit(self, block: int) -> None:
+        slot = self.ring.place(block).slot
+        for cache, kept in zip(self.caches.values(), self.last, strict=True):
+            cache[:, slot : slot + self.profile.frame_tokens] = kept
+
+
+class EagerEngines:
+    """All graphs as torch modules."""
+
+    backend = BACKEND
+
+    def __init__(self, loaded: Checkpoint, threads: int, precision: str) -> None:
+        torch.set_num_threads(threads)
+        self.precision = precision
+        profile, modules = loaded.profile, graph_modules(loaded.profile, loaded.generator, loaded.vae)
+        self.engines: dict[str, EagerEngine | EagerGenerator] = {}
+        for name, signature in signatures(profile).items():
+            module = modules[name]
+            self.engines[name] = EagerGenerator(module, signature, profile) if name == "generator" else EagerEngine(module, signature)
+
+    def __getitem__(self, graph: str) -> EagerEngine | EagerGenerator:
+        return self.engines[graph]
+
+    def close(self) -> None:
+        self.engines.clear()
+
+
+def open_bundle(bundle: Bundle, precision: str) -> EagerEngines:
+    """The checkpoint inside `bundle`, run by torch."""
+    entry = bundle.engines[f"{BACKEND}-{precision}"]
+    return EagerEngines(checkpoint.load(bundle.checked(bundle.CHECKPOINT)), int(entry["threads"]), precision)

@@ -1,0 +1,171 @@
+"""Step latency against the frame budget: what `aapt profile` measures.
+
+The rollout knows nothing of clocks. It is given engines that are wrapped in a stopwatch, so what is timed is exactly what `stream` runs:
+
+    prompt      text -> its keys and values        once per prompt
+    generator   all passes of one block
+    commit      keeping the block in the cache
+    decoder     one latent frame -> four frames
+    hand-off    everything else in the loop: noise, camera rays, sampler arithmetic, copying the frames out
+    encode      frames -> H.264, outside the step: a consumer's cost
+    step        prompt + generator + commit + decoder + hand-off, wall clock from one block's frames to the next
+
+A cold block is among the first COLD_BLOCKS, while caches fill and memory is touched for the first time.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.camera import CRUISE
+from aapt_deploy.engine import Engine, Engines, open_engines
+from aapt_deploy.machine import machine
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.starts import Start, all_starts
+from aapt_deploy.video import open_sink
+
+COLD_BLOCKS = 8
+STAGES = ("step", "generator", "decoder", "commit", "hand-off", "encode", "prompt")
+MISS_SHARE = 0.01  # deadline misses that a stream's buffer absorbs; more fail the verdict
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Percentiles of one stage's steady times, in milliseconds."""
+
+    count: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "StageTimes":
+        ms = np.array(seconds) * 1000
+        return cls(len(ms), *(round(float(v), 3) for v in (*np.percentile(ms, (50, 95, 99)), ms.max())))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The verdict and what it rests on."""
+
+    profile: str
+    backend: str
+    precision: str
+    blocks: int
+    passes_per_block: int
+    budget_ms: float
+    steady: dict[str, StageTimes]
+    cold_step_ms: list[float]
+    first_frame_ms: float  # open engines and start image -> first block's frames
+    open_ms: float
+    sustained_fps: float
+    deadline_misses: int
+    machine: dict[str, str | int]
+    samples_ms: list[float] = field(repr=False)
+
+    @property
+    def within_budget(self) -> bool:
+        """p95 of a step inside the budget, and almost no block late."""
+        return self.steady["step"].p95_ms <= self.budget_ms and self.deadline_misses <= MISS_SHARE * self.blocks
+
+    def json(self) -> str:
+        return json.dumps({**asdict(self), "within_budget": self.within_budget})
+
+
+class Stopwatch:
+    """An engine that notes how long each call takes."""
+
+    def __init__(self, engine: Engine, name: str, spent: dict[str, float]) -> None:
+        self.engine, self.name, self.spent = engine, name, spent
+
+    def reset(self, **state: np.ndarray) -> None:
+        self._timed("prompt" if state else "reset", lambda: self.engine.reset(**state))
+
+    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        return self._timed(self.name, lambda: self.engine.run(**inputs))  # type: ignore[no-any-return]
+
+    def commit(self, block: int) -> None:
+        self._timed("commit", lambda: self.engine.commit(block))
+
+    def _timed(self, name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+
+class TimedEngines:
+    """Engines whose calls add up in `spent` (seconds by stage)."""
+
+    def __init__(self, engines: Engines) -> None:
+        self.engines = engines
+        self.backend, self.precision = engines.backend, engines.precision
+        self.spent: dict[str, float] = {}
+
+    def __getitem__(self, graph: str) -> Stopwatch:
+        return Stopwatch(self.engines[graph], graph, self.spent)
+
+    def close(self) -> None:
+        self.engines.close()
+
+
+def measure_bundle(bundle: Bundle, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]) -> Latency:
+    """Measure an engine of `bundle` from its first start frame."""
+    begin, total = all_starts(bundle)[0], COLD_BLOCKS + blocks
+    report = lambda done: progress(f"{done} of {total} blocks")  # noqa: E731
+    return measure(lambda: open_engines(bundle, backend, precision), bundle.profile, begin, blocks, report)
+
+
+def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blocks: int, progress: Callable[[int], None]) -> Latency:
+    """Run `blocks` steady blocks after COLD_BLOCKS cold ones and report. `progress` hears the number of blocks done."""
+    start = time.perf_counter()
+    engines = TimedEngines(open_all())
+    opened = time.perf_counter()
+    spent = engines.spent
+    stages: dict[str, list[float]] = {name: [] for name in STAGES}
+    cold: list[float] = []
+    steering = Steering(CRUISE, begin.text)
+    try:
+        frames = rollout(engines, profile, begin.image, lambda block: steering, seed=0)
+        next(frames)
+        with (
+            TemporaryDirectory() as folder,
+            open_sink(f"{folder}/encode.mp4", None, profile.video.width, profile.video.height, profile.video.fps) as sink,
+        ):
+            first = 0.0
+            for block in range(COLD_BLOCKS + blocks):
+                spent.clear()
+                before = time.perf_counter()
+                shown = next(frames)
+                after = time.perf_counter()
+                sink.write(shown)
+                encoded = time.perf_counter() - after
+                first = first or after - start
+                step = after - before
+                if spent.get("prompt"):
+                    stages["prompt"].append(spent["prompt"])
+                if block < COLD_BLOCKS:
+                    cold.append(step)
+                else:
+                    inside = {name: spent.get(name, 0.0) for name in ("generator", "decoder", "commit")}
+                    inside |= {"step": step, "hand-off": step - sum(spent.values()), "encode": encoded}
+                    for name, seconds in inside.items():
+                        stages[name].append(seconds)
+                progress(block + 1)
+    finally:
+        engines.close()
+    steps = stages["step"]
+    return Latency(
+        profile.name, engines.backend, engines.precision, blocks, len(profile.sampler.timesteps), round(profile.step_budget_ms, 1),
+        {name: StageTimes.of(times) for name, times in stages.items() if times}, [round(1000 * s, 2) for s in cold],
+        round(1000 * first, 1), round(1000 * (opened - start), 1), round(profile.video.temporal_stride * len(steps) / sum(steps), 1),
+        sum(1000 * s > profile.step_budget_ms for s in steps), machine(), [round(1000 * s, 3) for s in steps],
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The networks in PyTorch: generator, causal VAE, and the layers they share."""

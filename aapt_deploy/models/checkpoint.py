@@ -1,0 +1,131 @@
+"""A checkpoint is one safetensors file that describes itself: tensors `generator.*` and `vae.*`, the profile in its metadata, and start frames.
+
+Weights are stored in float16 or float32 and run in float32. Nothing is unpickled, and nothing is loaded before the file's hash is known.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aapt_deploy import profiles
+from aapt_deploy.errors import CheckpointError, OutputError
+from aapt_deploy.models.generator import Generator
+from aapt_deploy.models.vae import Vae
+from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
+
+FORMAT = "aapt-checkpoint-1"
+START = "start."  # prefix of start frames among the tensors
+STORED = (torch.float16, torch.bfloat16, torch.float32)  # what a weight may be stored as
+LISTED = 8  # names shown of each kind of problem; the count is always whole
+
+
+class StartFrame(NamedTuple):
+    """A picture to start a stream from."""
+
+    image: Tensor  # uint8 [H, W, 3]
+    prompt: str  # what it shows
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The networks of one checkpoint, in evaluation mode, and where they came from."""
+
+    profile: Profile
+    generator: Generator
+    vae: Vae
+    sha256: str
+    path: Path
+    start_frames: dict[str, StartFrame]
+
+
+def save(path: Path, profile: Profile, generator: Generator, vae: Vae, training: dict[str, object], start_frames: dict[str, StartFrame]) -> None:
+    """Write a checkpoint in float16. `training` is kept as JSON in the metadata. Raises OutputError."""
+    tensors = {f"generator.{name}": t for name, t in generator.state_dict().items()}
+    tensors |= {f"vae.{name}": t for name, t in vae.state_dict().items()}
+    tensors = {name: t.to(torch.float16).contiguous() for name, t in tensors.items()}
+    tensors |= {START + name: frame.image.contiguous() for name, frame in start_frames.items()}
+    prompts = json.dumps({name: frame.prompt for name, frame in start_frames.items()})
+    metadata = {"format": FORMAT, "profile": profile.dumps(), "training": json.dumps(training), "start": prompts}
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"checkpoint {path} cannot be written: {error}", "name a file in a folder that exists, with room for it") from None
+
+
+def load(path: Path, sha256: str | None = None) -> Checkpoint:
+    """Read a checkpoint; with `sha256`, only if the file has that hash.
+
+    Raises CheckpointError for a file that is missing, damaged or another format, and for tensors that are missing, surplus, misshapen, mistyped or
+    not finite (all of them in one message), and ProfileError for the profile inside.
+    """
+    digest = _digest(path)
+    if sha256 is not None and digest != sha256:
+        raise CheckpointError(f"checkpoint {path} has sha256 {digest}, expected {sha256}", "the file is damaged or not the one meant; fetch it again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is not a readable safetensors file: {error}", "fetch it again, or convert it") from None
+    if metadata.get("format") != FORMAT or "profile" not in metadata:
+        found = metadata.get("format", "no format entry")
+        raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: {found}", "write it with `aapt train` or `aapt init`")
+    profile = profiles.loads(metadata["profile"], f"inside {path}")
+    start_frames = _start_frames(profile, metadata, tensors, path)
+    generator, vae = build(profile)
+    _fill({"generator": generator, "vae": vae}, tensors, path)
+    return Checkpoint(profile, generator, vae, digest, path, start_frames)
+
+
+def build(profile: Profile) -> tuple[Generator, Vae]:
+    """Generator and VAE of a profile with fresh weights, in evaluation mode."""
+    return Generator(profile).eval(), Vae(profile).eval()
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}", "give the path of a .safetensors checkpoint") from None
+
+
+def _start_frames(profile: Profile, metadata: dict[str, str], tensors: dict[str, Tensor], path: Path) -> dict[str, StartFrame]:
+    """Take the start frames out of `tensors`."""
+    try:
+        frames = {str(name): StartFrame(tensors.pop(START + name), str(prompt)) for name, prompt in json.loads(metadata.get("start", "{}")).items()}
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path} has a damaged list of start frames: {error}", "fetch it again") from None
+    shape = (profile.video.height, profile.video.width, PIXEL_CHANNELS)
+    for name, frame in frames.items():
+        if not re.fullmatch(r"[a-z0-9-]{1,40}", name) or frame.image.dtype != torch.uint8 or tuple(frame.image.shape) != shape:
+            found = f"{frame.image.dtype} {list(frame.image.shape)}"
+            raise CheckpointError(f"checkpoint {path}: start frame {name!r} is {found}, not uint8 {list(shape)}", "write it again with `aapt train`")
+    return frames
+
+
+def _fill(modules: dict[str, nn.Module], tensors: dict[str, Tensor], path: Path) -> None:
+    wanted = {f"{part}.{name}": t for part, module in modules.items() for name, t in module.state_dict().items()}
+    both = wanted.keys() & tensors.keys()
+    problems = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "surplus": sorted(tensors.keys() - wanted.keys()),
+        "misshapen": sorted(f"{n} {list(tensors[n].shape)} instead of {list(wanted[n].shape)}" for n in both if tensors[n].shape != wanted[n].shape),
+        "mistyped": sorted(f"{n} {tensors[n].dtype}" for n in both if tensors[n].dtype not in STORED),
+        "not finite": sorted(n for n in both if tensors[n].dtype in STORED and not torch.isfinite(tensors[n]).all()),
+    }
+    found = [f"{len(names)} {kind}: {', '.join(names[:LISTED])}{', …' if len(names) > LISTED else ''}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"checkpoint {path} does not fit its profile: {'; '.join(found)}", "export it with the version that trained it")
+    for part, module in modules.items():
+        module.load_state_dict({name: tensors[f"{part}.{name}"].float() for name in module.state_dict()})

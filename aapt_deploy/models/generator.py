@@ -1,0 +1,156 @@
+"""The AAPT generator: a text + visual MMDiT that makes one latent frame per pass (Seaweed-APT2, section 2.1 and App. A).
+
+Text tokens attend to text. The visual tokens of a block attend to the text, the sink block, the window of past blocks and themselves. The
+input is the channel concat of the noisy latent, the previous latent frame (recycled) and the camera condition.
+
+Two ways to run the same weights, equal to 1e-5 in fp32:
+    forward   many blocks at once under a block-causal mask, for training
+    step      one block against the KV cache, for inference; this is what gets exported
+
+The network predicts the clean latent; its velocity is (noisy - clean) / t, so at t = 1 the pass is APT's G(z) = z - v(z, 1).
+
+Letters: B batch, n blocks, C latent channels, h x w latent pixels, F tokens per frame, L text tokens, H heads, D head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aapt_deploy.models.layers import MODULATIONS, TIME_FEATURES, Stream, join_rope, rms_norm, rotate, spatial_rope, time_features
+from aapt_deploy.ops.block_causal_attention import Ring
+from aapt_deploy.ops.block_causal_attention.torch_op import block_causal_attention
+from aapt_deploy.profiles import CONDITION_CHANNELS, Profile
+from aapt_deploy.prompts import VOCABULARY_SIZE
+
+
+class Generator(nn.Module):
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        self.profile = profile
+        m, patch = profile.model, profile.model.patch**2
+        channels = profile.video.latent_channels
+        if profile.text.kind == "vocabulary":
+            self.vocabulary = nn.Embedding(VOCABULARY_SIZE, profile.text.dim)
+        self.text_in = nn.Linear(profile.text.dim, m.dim)
+        self.visual_in = nn.Linear((2 * channels + CONDITION_CHANNELS) * patch, m.dim)
+        self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, m.dim), nn.SiLU(), nn.Linear(m.dim, m.dim), nn.SiLU())
+        self.time_modulation = nn.Linear(m.dim, MODULATIONS * m.dim)
+        self.time_out = nn.Linear(m.dim, 2 * m.dim)
+        self.text = nn.ModuleList(Stream(profile, ends_at_attention=i == m.depth - 1) for i in range(m.depth))
+        self.visual = nn.ModuleList(Stream(profile) for _ in range(m.depth))
+        self.visual_out = nn.Linear(m.dim, channels * patch)
+        self.skip = nn.Linear(self.visual_in.in_features, channels * patch, bias=False)  # what a linear predictor can do need not be learned
+        self.register_buffer("spatial_rope", spatial_rope(profile), persistent=False)
+        self._start()
+
+    def _start(self) -> None:
+        """Initial weights: residual branches shrink with depth, modulation and the head start at zero."""
+        for layer in (*self.text, *self.visual):
+            for name in ("out", "w2"):
+                if hasattr(layer, name):
+                    nn.init.normal_(getattr(layer, name).weight, std=0.02 / (2 * self.profile.model.depth) ** 0.5)
+        for linear in (self.time_modulation, self.time_out, self.visual_out):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.skip.weight)
+
+    # Text: computed once per prompt, then part of the cache.
+
+    def prompt(self, text: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Per-layer text keys and values, each [B, L, H, D]. text: ids [B, L] or embeddings [B, L, text.dim]."""
+        x = self.text_in(self.vocabulary(text) if self.profile.text.kind == "vocabulary" else text)  # [B, L, dim]
+        keys, values = [], []
+        for layer in self.text:
+            table = layer.modulation.unbind(0)
+            q, k, v = layer.project(x, *table[:2])
+            keys.append(k)
+            values.append(v)
+            if len(table) == MODULATIONS:
+                attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+                x = layer.finish(x, attended, list(table[2:]))
+        return keys, values
+
+    # Visual: patches in, patches out.
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """[..., C, h, w] -> [..., F, C * patch * patch]."""
+        p = self.profile.model.patch
+        x = x.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # [..., C, h/p, p, w/p, p]
+        dims = list(range(x.dim() - 5))
+        c, i, a, j, b = range(x.dim() - 5, x.dim())
+        return x.permute(*dims, i, j, c, a, b).flatten(-5, -4).flatten(-3)
+
+    def _unpatches(self, x: Tensor) -> Tensor:
+        """[..., F, C * patch * patch] -> [..., C, h, w]; the inverse of `_patches`."""
+        p, profile = self.profile.model.patch, self.profile
+        x = x.unflatten(-1, (-1, p, p)).unflatten(-4, (profile.latent_height // p, -1))  # [..., h/p, w/p, C, p, p]
+        dims = list(range(x.dim() - 5))
+        i, j, c, a, b = range(x.dim() - 5, x.dim())
+        return x.permute(*dims, c, i, a, j, b).flatten(-4, -3).flatten(-2)
+
+    def _times(self, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """t [...] -> the shared modulation, six of [..., dim], and the head's shift and scale [..., dim]."""
+        features = self.time_in(time_features(t))
+        return list(self.time_modulation(features).chunk(MODULATIONS, dim=-1)), list(self.time_out(features).chunk(2, dim=-1))
+
+    def forward(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, text: Tensor, rope_time: Tensor) -> Tensor:
+        """The clean latents of n blocks under the block-causal mask.
+
+        noisy, previous [B, n, C, h, w]; condition [B, n, 6, h, w]; t [B, n] in (0, 1]; text as in `prompt`; rope_time [B, n, 2, P_time] of
+        the blocks' absolute indices (`rope.temporal_rope`). The first block is the sink of the others. Returns [B, n, C, h, w].
+        """
+        b, n = noisy.shape[:2]
+        f = self.profile.frame_tokens
+        keys, values = self.prompt(text)
+        rope = join_rope(rope_time, self.spatial_rope).transpose(1, 2).flatten(2, 3)  # [B, 2, n*F, P]
+        mask = self._mask(n, noisy.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = torch.cat([keys[layer], k], dim=1), torch.cat([values[layer], v], dim=1)  # [B, L + n*F, H, D]
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2).to(q.dtype), v.transpose(1, 2), attn_mask=mask)
+            return out.transpose(1, 2)
+
+        per_token = lambda m: m.repeat_interleave(f, dim=1)  # noqa: E731  [B, n, dim] -> [B, n*F, dim]
+        x = self._patches(torch.cat([noisy, previous, condition], dim=2)).flatten(1, 2)  # [B, n*F, channels]
+        shared, head = ([per_token(m) for m in group] for group in self._times(t))
+        return self._unpatches(self._run(x, shared, head, rope, attend).unflatten(1, (n, f)))
+
+    def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor, k_cache: list[Tensor],
+             v_cache: list[Tensor], cache_len: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+        """The clean latent of one block, and the keys and values to commit to its slot.
+
+        noisy, previous [1, C, h, w]; condition [1, 6, h, w]; t [1]; rope_time [1, 2, P_time]; per-layer caches [1, S, H, D], read only;
+        cache_len int32 [1], valid cache tokens. Returns clean [1, C, h, w] and per-layer k, v [1, F, H, D].
+        """
+        rope = join_rope(rope_time, self.spatial_rope)  # [1, 2, F, P]
+        k_blocks: list[Tensor] = []
+        v_blocks: list[Tensor] = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, k_block, v_block = block_causal_attention(q, k, v, k_cache[layer], v_cache[layer], cache_len)
+            k_blocks.append(k_block)
+            v_blocks.append(v_block)
+            return out
+
+        x = self._patches(torch.cat([noisy, previous, condition], dim=1))  # [1, F, channels]
+        shared, head = ([m[:, None] for m in group] for group in self._times(t))  # [1, 1, dim] each
+        return self._unpatches(self._run(x, shared, head, rope, attend)), k_blocks, v_blocks
+
+    def _run(self, patches: Tensor, shared: list[Tensor], head: list[Tensor], rope: Tensor, attend) -> Tensor:  # type: ignore[no-untyped-def]
+        """patches [B, N, channels] -> clean patches [B, N, C * patch * patch]."""
+        x = self.visual_in(patches)  # [B, N, dim]
+        for i, layer in enumerate(self.visual):
+            modulation = [m + own for m, own in zip(shared, layer.modulation.unbind(0), strict=True)]
+            q, k, v = layer.project(x, *modulation[:2])
+            x = layer.finish(x, attend(i, rotate(q, rope), rotate(k, rope), v), modulation[2:])
+        shift, scale = head
+        return self.visual_out(rms_norm(x) * (1 + scale) + shift) + self.skip(patches)  # type: ignore[no-any-return]
+
+    def _mask(self, n: int, device: torch.device) -> Tensor:
+        """Block-causal mask with window and sink, True where a query may look: bool [n*F, L + n*F]."""
+        ring, f = Ring.of(self.profile), self.profile.frame_tokens
+        blocks = torch.zeros(n, n, dtype=torch.bool, device=device)
+        for i in range(n):
+            blocks[i, ring.visible(i)] = True
+        visual = blocks.repeat_interleave(f, dim=0).repeat_interleave(f, dim=1)  # [n*F, n*F]
+        return F.pad(visual, (self.profile.text.tokens, 0), value=True)

@@ -1,0 +1,203 @@
+"""The causal VAE: 4 frames and 8x8 pixels per latent pixel; the first frame alone is latent 0.
+
+Time is causal, so a video can be decoded while it is generated. Every convolution over time takes and returns its memory (the last
+`temporal_kernel - 1` frames it saw), and that is the only schedule there is: a parallel call passes many frames and starts from empty
+memory, a streaming call passes one latent frame and carries the memory on. Both run the same code, so their outputs are the same.
+
+The first frame is repeated to fill its group of four; on the way back the first three frames are dropped. That keeps every shape static.
+
+Both halves are a linear patch path plus a convolutional branch whose last layer starts at zero. The linear paths have closed-form starts
+(PCA for the encoder, ridge regression for the decoder: `train/vae_fit.py`), so training begins from a picture and not from noise.
+
+Letters: B batch, T frames at the layer's own rate, C channels, H x W pixels, h x w latent pixels, n latent frames.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aapt_deploy.profiles import PIXEL_CHANNELS, TIME_DOUBLINGS, Profile
+
+LINEAR_REACH = 2  # latent frames that the decoder's linear path looks at
+
+
+def space_time_to_channels(x: Tensor, time: int, space: int) -> Tensor:
+    """[B, T*time, C, H*space, W*space] -> [B, T, time*C*space*space, H, W]."""
+    b, t, c, hh, ww = x.shape
+    x = x.reshape(b, t // time, time * c, hh // space, space, ww // space, space)
+    return x.permute(0, 1, 2, 4, 6, 3, 5).reshape(b, t // time, time * c * space * space, hh // space, ww // space)
+
+
+def channels_to_space_time(x: Tensor, time: int, space: int) -> Tensor:
+    """[B, T, time*C*space*space, H, W] -> [B, T*time, C, H*space, W*space]; the inverse of `space_time_to_channels`."""
+    b, t, c, h, w = x.shape
+    c //= time * space * space
+    x = x.reshape(b, t, time * c, space, space, h, w)
+    return x.permute(0, 1, 2, 5, 3, 6, 4).reshape(b, t * time, c, h * space, w * space)
+
+
+class CausalConv(nn.Module):
+    """A causal 3-D convolution, run as a 2-D one over the channels of `frames` neighbouring frames (fast and quantisable on CPUs)."""
+
+    def __init__(self, inputs: int, outputs: int, frames: int = 1, size: int = 3) -> None:
+        super().__init__()
+        self.frames, self.inputs = frames, inputs
+        self.conv = nn.Conv2d(inputs * frames, outputs, size, padding=size // 2)
+
+    def forward(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, C, H, W], memory [B, frames - 1, C, H, W] -> y [B, T, outputs, H, W], new memory. A 1-frame kernel has no memory."""
+        b, t = x.shape[:2]
+        if self.frames > 1:
+            assert memory is not None and memory.shape[1] == self.frames - 1, f"{x.shape=}"
+            seen = torch.cat([memory, x], dim=1)  # [B, frames - 1 + T, C, H, W]
+            memory = seen[:, -(self.frames - 1) :]
+            x = torch.cat([seen[:, i : i + t] for i in range(self.frames)], dim=2)  # [B, T, frames*C, H, W]
+        y = self.conv(x.flatten(0, 1))  # [B*T, outputs, H, W]
+        return y.unflatten(0, (b, t)), memory
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, frames: int) -> None:
+        super().__init__()
+        self.mix = CausalConv(channels, channels, frames)
+        self.out = CausalConv(channels, channels)
+
+    def forward(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y, memory = self.mix(F.relu(x), memory)
+        return x + self.out(F.relu(y), None)[0], memory
+
+
+class Rescale(nn.Module):
+    """Change the resolution: a convolution at the coarse side, and a shuffle between channels and space-time."""
+
+    def __init__(self, inputs: int, outputs: int, time: int, space: int, up: bool) -> None:
+        super().__init__()
+        self.time, self.space, self.up = time, space, up
+        fold = time * space * space
+        self.conv = CausalConv(inputs, outputs * fold) if up else CausalConv(inputs * fold, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up:
+            return channels_to_space_time(self.conv(F.relu(x), None)[0], self.time, self.space)
+        return self.conv(space_time_to_channels(x, self.time, self.space), None)[0]
+
+
+def _scales(channels: tuple[int, ...], spatial_stride: int) -> list[tuple[int, int]]:
+    """(time, space) strides between the scales, from the latent outwards, and the last one to pixels. Time doubles twice, nearest the latent."""
+    doublings = int(math.log2(spatial_stride))
+    return [(2 if i < TIME_DOUBLINGS else 1, 2 if i < doublings else 1) for i in range(len(channels))]
+
+
+class Decoder(nn.Module):
+    """Latent frames -> pixel frames in [-1, 1], four per latent frame."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        v, vae = profile.video, profile.vae
+        self.time, self.space = v.temporal_stride, v.spatial_stride
+        self.linear = CausalConv(v.latent_channels, PIXEL_CHANNELS * self.time * self.space**2, LINEAR_REACH)
+        widths = (*vae.decoder_channels, PIXEL_CHANNELS)
+        self.inlet = CausalConv(v.latent_channels, widths[0], vae.temporal_kernel)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(width, vae.temporal_kernel) for _ in range(vae.blocks)) for width in vae.decoder_channels
+        )
+        strides = _scales(vae.decoder_channels, v.spatial_stride)
+        self.rescale = nn.ModuleList(Rescale(widths[i], widths[i + 1], *stride, up=True) for i, stride in enumerate(strides))
+        nn.init.zeros_(self.rescale[-1].conv.conv.weight)
+        nn.init.zeros_(self.rescale[-1].conv.conv.bias)
+
+    def memory_shapes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Shapes (frames, C, H, W) of the memories for latents of height x width, in the order `forward` takes them."""
+        shapes = [(LINEAR_REACH - 1, self.linear.inputs, height, width)]
+        if self.inlet.frames > 1:
+            shapes.append((self.inlet.frames - 1, self.inlet.inputs, height, width))
+            for scale, rescale in zip(self.blocks, self.rescale, strict=True):
+                shapes += [(block.mix.frames - 1, block.mix.inputs, height, width) for block in scale]
+                height, width = height * rescale.space, width * rescale.space
+        return shapes
+
+    def empty_memory(self, z: Tensor) -> list[Tensor]:
+        return [z.new_zeros(z.shape[0], *shape) for shape in self.memory_shapes(*z.shape[-2:])]
+
+    def forward(self, z: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """z [B, n, C, h, w] -> frames [B, 4n, 3, H, W], new memory."""
+        left = iter(memory)
+        take = lambda conv: next(left) if conv.frames > 1 else None  # noqa: E731
+        kept: list[Tensor | None] = []
+        flat, m = self.linear(z, take(self.linear))
+        kept.append(m)
+        x, m = self.inlet(z, take(self.inlet))
+        kept.append(m)
+        for scale, rescale in zip(self.blocks, self.rescale, strict=True):
+            for block in scale:
+                x, m = block(x, take(block.mix))
+                kept.append(m)
+            x = rescale(x)
+        frames = x + channels_to_space_time(flat, self.time, self.space)  # [B, 4n, 3, H, W]
+        return frames, [m for m in kept if m is not None]
+
+
+class Encoder(nn.Module):
+    """Pixel frames in [-1, 1] -> latent frames of about unit variance, one per four frames."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        v, vae = profile.video, profile.vae
+        self.time, self.space = v.temporal_stride, v.spatial_stride
+        self.linear = CausalConv(PIXEL_CHANNELS * self.time * self.space**2, v.latent_channels, size=1)
+        widths = (PIXEL_CHANNELS, *vae.encoder_channels)
+        strides = _scales(vae.encoder_channels, v.spatial_stride)[::-1]
+        self.rescale = nn.ModuleList(Rescale(widths[i], widths[i + 1], *stride, up=False) for i, stride in enumerate(strides))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(width, vae.temporal_kernel) for _ in range(vae.blocks)) for width in vae.encoder_channels
+        )
+        if vae.encoder_channels:
+            self.outlet = CausalConv(widths[-1], v.latent_channels)
+            nn.init.zeros_(self.outlet.conv.weight)
+            nn.init.zeros_(self.outlet.conv.bias)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """frames [B, 4n, 3, H, W] -> z [B, n, C, h, w]."""
+        z = self.linear(space_time_to_channels(frames, self.time, self.space), None)[0]
+        if not self.rescale:
+            return z  # type: ignore[no-any-return]
+        x = frames
+        for rescale, scale in zip(self.rescale, self.blocks, strict=True):
+            x = rescale(x)
+            for block in scale:
+                x, _ = block(x, x.new_zeros(x.shape[0], block.mix.frames - 1, *x.shape[2:]) if block.mix.frames > 1 else None)
+        return z + self.outlet(F.relu(x), None)[0]  # type: ignore[no-any-return]
+
+
+class Vae(nn.Module):
+    """Encoder and decoder. `encode`/`decode` take whole clips, `decode_step` one latent frame of a stream."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Encoder(profile), Decoder(profile)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """frames [B, 1 + 4n, 3, H, W] in [-1, 1] -> z [B, 1 + n, C, h, w]."""
+        lead = self.encoder.time - 1
+        return self.encoder(torch.cat([frames[:, :1].expand(-1, lead, -1, -1, -1), frames], dim=1))  # type: ignore[no-any-return]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z [B, 1 + n, C, h, w] -> frames [B, 1 + 4n, 3, H, W]."""
+        frames, _ = self.decoder(z, self.decoder.empty_memory(z))
+        return frames[:, self.decoder.time - 1 :]  # type: ignore[no-any-return]
+
+    def decode_step(self, z: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """z [B, C, h, w] of one latent frame -> frames [B, 4, 3, H, W], new memory. Of latent 0 only the last frame is meant to be shown."""
+        return self.decoder(z[:, None], memory)  # type: ignore[no-any-return]
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """[..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]."""
+    return ((frames.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(-3, -1)
+
+
+def from_pixels(frames: Tensor) -> Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
+    return frames.movedim(-1, -3).to(torch.float32) / 127.5 - 1

@@ -1,0 +1,186 @@
+"""BlockCausalAttention in ONNX: what its node means in standard operators, and the form in which ONNX Runtime runs it without copying a cache.
+
+An exported graph holds the node alone. From there on:
+
+    attach           adds the meaning as a model-local function: the file now runs wherever opset 24 runs; parity checks use it
+    lower_in_place   replaces every node by operators that update the cache where it lies; ONNX Runtime streams with it
+    strip            removes the function; TensorRT gets the bare node, so that a missing plugin is an error and never a silent slow body
+
+All three return a new model. Nothing here runs a graph or knows a bundle.
+
+Why the in-place form looks as it does (ONNX Runtime 1.32, two threads, fp32, H = 4, D = 64, ring full, one layer, best of 400, ms):
+
+    cache held as                                  T=84 S=676   T=144 S=2448
+    [1, S, H, D], TensorScatter on axis 1             0.39          2.16      the contract's own layout; chosen
+    [1, S, H*D]                                       0.39          2.18
+    [1, H, S, D]                                      0.38          2.12      needs K and V transposed for every block
+    [1, S, H, D], nonpad_kv_seqlen and no Slice       0.34          2.02      the same at any fill; with Slice a quarter-full ring takes a third
+
+The layouts do not differ beyond the noise. `TensorScatter` writes one block, whatever S is. `Slice` copies the valid prefix to a temporary that
+`Attention` reads; `nonpad_kv_seqlen` would save that, but it multiplies stale rows by zero, so that one NaN in the cache would outlive a reset.
+"""
+
+from collections import Counter
+from typing import Any, NoReturn
+
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, parser
+
+from aapt_deploy.errors import BundleError
+from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, NEXT, SLOT, VALID, Ring
+
+OPSET = 24  # the first one with TensorScatter
+
+PORTABLE = f"""
+<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
+{NAME} <scale, plugin_namespace, plugin_version> (q, k, v, k_cache, v_cache, cache_len) => (out, k_block, v_block) {{
+    k_block = CastLike(k, k_cache)
+    v_block = CastLike(v, v_cache)
+    zero = Constant <value_ints = [0]> ()
+    axis = Constant <value_ints = [1]> ()
+    end = Cast <to = 7> (cache_len)
+    k_stored = Slice(k_cache, zero, end, axis)
+    v_stored = Slice(v_cache, zero, end, axis)
+    k_past = CastLike(k_stored, k)
+    v_past = CastLike(v_stored, v)
+    k_all = Concat <axis = 1> (k_past, k)
+    v_all = Concat <axis = 1> (v_past, v)
+    q_heads = Transpose <perm = [0, 2, 1, 3]> (q)
+    k_heads = Transpose <perm = [0, 2, 1, 3]> (k_all)
+    v_heads = Transpose <perm = [0, 2, 1, 3]> (v_all)
+    out_heads = Attention <scale: float = @scale> (q_heads, k_heads, v_heads)
+    out = Transpose <perm = [0, 2, 1, 3]> (out_heads)
+}}
+"""
+
+# Constants that all lowered nodes share.
+_ZERO, _TOKEN_AXIS, _FLAT, _HEADS = (f"{DOMAIN}.{name}" for name in ("zero", "token_axis", "flat", "heads"))
+
+
+def attach(model: ModelProto) -> ModelProto:
+    """`model` with the node's meaning as a local function. Raises BundleError if the graph is of another opset."""
+    attached = strip(model)
+    _require_opset(attached)
+    attached.functions.append(portable())
+    return attached
+
+
+def portable() -> FunctionProto:
+    """The model-local function."""
+    return parser.parse_function(PORTABLE)
+
+
+def strip(model: ModelProto) -> ModelProto:
+    """`model` without local functions of this domain."""
+    stripped = ModelProto()
+    stripped.CopyFrom(model)
+    _replace(stripped.functions, [function for function in stripped.functions if function.domain != DOMAIN])
+    return stripped
+
+
+def lower_in_place(model: ModelProto, ring: Ring) -> ModelProto:
+    """`model` with every BlockCausalAttention node replaced by standard operators that update the cache where it lies.
+
+    The graph's interface changes as follows; all else stays.
+
+        input   k_cache.NN [1, S, H, D]  ->  k_cache.NN [1, ring.tokens, H, D]              (v_cache.NN likewise)
+        output  k_block.NN [1, T, H, D]  ->  k_cache.NN.next, which a runtime binds to the buffer of k_cache.NN
+        input   cache_len int32 [1]      ->  slot int64 [1], valid int64 [1]                (`Place.slot`, `Place.valid` of the in-place ring)
+
+    Raises BundleError if a cache is not a float32 graph input of the ring's alias-free size, or a block is not a graph output. Caches of other
+    types are refused because they are slower on a CPU: the casts around them cost more than the bytes they save.
+    """
+    assert ring.in_place, f"{ring} is alias-free; use ring.with_in_place(True)"
+    lowered = strip(model)
+    _require_opset(lowered)
+    graph = lowered.graph
+    ours = [node for node in graph.node if _is_ours(node)]
+    heads, head_dim = _check_interface(lowered, ours, ring)
+
+    cache_shape = [1, ring.tokens, heads, head_dim]
+    inputs: dict[str, list[ValueInfoProto]] = {}
+    outputs: dict[str, ValueInfoProto] = {}
+    for node in ours:
+        for cache, block in zip(node.input[3:5], node.output[1:3], strict=True):
+            inputs[cache] = [helper.make_tensor_value_info(cache, TensorProto.FLOAT, cache_shape)]
+            outputs[block] = helper.make_tensor_value_info(cache + NEXT, TensorProto.FLOAT, cache_shape)
+    inputs[ours[0].input[5]] = [helper.make_tensor_value_info(name, TensorProto.INT64, [1]) for name in (SLOT, VALID)]
+
+    nodes = [new for node in graph.node for new in (_in_place_nodes(node, heads) if _is_ours(node) else [node])]
+    _replace(graph.node, nodes)
+    _replace(graph.input, [new for old in graph.input for new in inputs.get(old.name, [old])])
+    _replace(graph.output, [outputs.get(old.name, old) for old in graph.output])
+    _replace(lowered.opset_import, [entry for entry in lowered.opset_import if entry.domain != DOMAIN])
+    for name, values in ((_ZERO, [0]), (_TOKEN_AXIS, [1]), (_FLAT, [0, 0, -1]), (_HEADS, [0, 0, heads, head_dim])):
+        graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
+    return lowered
+
+
+def _in_place_nodes(node: NodeProto, heads: int) -> list[NodeProto]:
+    """Write the block to `slot`, read the first `valid` tokens, attend."""
+    q, k, v, k_cache, v_cache, _ = node.input
+    out = node.output[0]
+    scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
+    nodes = []
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        nodes += [
+            helper.make_node("TensorScatter", [cache, new, SLOT], [cache + NEXT], axis=1),  # [1, S, H, D]
+            helper.make_node("Slice", [cache + NEXT, _ZERO, VALID, _TOKEN_AXIS], [f"{cache}.stored"]),  # [1, valid, H, D]
+            helper.make_node("Reshape", [f"{cache}.stored", _FLAT], [f"{cache}.flat"]),  # [1, valid, H * D]
+        ]
+    nodes += [
+        helper.make_node("Reshape", [q, _FLAT], [f"{out}.q"]),  # [1, T, H * D]
+        helper.make_node(
+            "Attention", [f"{out}.q", f"{k_cache}.flat", f"{v_cache}.flat"], [f"{out}.flat"], scale=scale, q_num_heads=heads, kv_num_heads=heads
+        ),
+        helper.make_node("Reshape", [f"{out}.flat", _HEADS], [out]),  # [1, T, H, D]
+    ]
+    for new_node in nodes:
+        new_node.name = f"{node.name}.{new_node.op_type}.{new_node.output[0]}"
+    return nodes
+
+
+def _check_interface(model: ModelProto, ours: list[NodeProto], ring: Ring) -> tuple[int, int]:
+    """Heads and head_dim of the caches. Raises BundleError unless every cache enters, and every block leaves, by the graph itself."""
+    if not ours:
+        _refuse(model, f"has no {DOMAIN}::{NAME} node to lower")
+    inputs = {value.name: value.type.tensor_type for value in model.graph.input}
+    outputs = {value.name for value in model.graph.output}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    shapes = set()
+    for node in ours:
+        for cache, block in zip(node.input[3:5], node.output[1:3], strict=True):
+            if cache not in inputs or readers[cache] != 1:
+                _refuse(model, f"reads cache {cache!r}, which is not a graph input of its own")
+            if block not in outputs or readers[block]:
+                _refuse(model, f"computes block {block!r}, which is not a graph output alone")
+            if inputs[cache].elem_type != TensorProto.FLOAT:
+                _refuse(model, f"has cache {cache!r} of {TensorProto.DataType.Name(inputs[cache].elem_type)}; the in-place form is for FLOAT")
+            shapes.add(tuple(dim.dim_value for dim in inputs[cache].shape.dim))
+    lengths = {node.input[5] for node in ours}
+    if len(lengths) != 1 or not lengths <= inputs.keys() or readers[ours[0].input[5]] != len(ours):
+        _refuse(model, f"takes its cache length from {sorted(lengths)}, not from one graph input that serves only this")
+    tokens = ring.with_in_place(False).tokens
+    shape = min(shapes)
+    if len(shapes) != 1 or len(shape) != 4 or shape[:2] != (1, tokens):
+        _refuse(model, f"has caches of shape {sorted(shapes)}; the profile's ring needs one shape [1, {tokens}, heads, head_dim]")
+    return shape[2], shape[3]
+
+
+def _require_opset(model: ModelProto) -> None:
+    opset = {entry.domain: entry.version for entry in model.opset_import}.get("", 0)
+    if opset != OPSET:
+        _refuse(model, f"is of opset {opset}, not {OPSET}")
+
+
+def _refuse(model: ModelProto, reason: str) -> NoReturn:
+    raise BundleError(f"graph {model.graph.name!r} {reason}", "export the checkpoint again with this version")
+
+
+def _is_ours(node: NodeProto) -> bool:
+    return node.domain == DOMAIN and node.op_type == NAME
+
+
+def _replace(field: Any, values: list[Any]) -> None:
+    """Give a repeated protobuf field new contents; `values` may come from the field itself."""
+    del field[:]
+    field.extend(values)

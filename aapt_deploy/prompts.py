@@ -1,0 +1,70 @@
+"""Prompts of the demo world: a few words that choose its look.
+
+A prompt is plain English over a small vocabulary: "a forest in autumn at dusk, foggy". Each attribute takes one token; an attribute that
+is not named takes its "any" token. This is the whole text encoder of a profile with text.kind = "vocabulary".
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from aapt_deploy.errors import UsageError
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "place": ("mountains", "desert", "islands", "forest"),
+    "season": ("spring", "summer", "autumn", "winter"),
+    "time": ("dawn", "noon", "dusk", "night"),
+    "weather": ("clear", "cloudy", "foggy"),
+}
+SYNONYMS = {
+    "mountain": "mountains", "dunes": "desert", "island": "islands", "sea": "islands", "ocean": "islands", "coast": "islands",
+    "woods": "forest", "trees": "forest", "fall": "autumn", "snow": "winter", "snowy": "winter", "sunrise": "dawn", "morning": "dawn",
+    "day": "noon", "midday": "noon", "sunset": "dusk", "evening": "dusk", "midnight": "night", "sunny": "clear", "clouds": "cloudy",
+    "overcast": "cloudy", "fog": "foggy", "mist": "foggy", "misty": "foggy",
+}  # fmt: skip
+FILLERS = frozenset(["a", "an", "and", "at", "by", "during", "in", "of", "on", "over", "sky", "skies", "the", "under", "weather", "with"])
+VOCABULARY_SIZE = sum(len(words) + 1 for words in ATTRIBUTES.values())  # each attribute has an "any" token of its own
+PROMPT_TOKENS = len(ATTRIBUTES)
+
+
+@dataclass(frozen=True)
+class Look:
+    """The attributes of a prompt; None where it leaves one open."""
+
+    place: str | None = None
+    season: str | None = None
+    time: str | None = None
+    weather: str | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(word for word in (self.place, self.season, self.time, self.weather) if word) or "any"
+
+
+def parse(prompt: str) -> Look:
+    """Read a prompt. Raises UsageError for a word outside the vocabulary and for two values of one attribute."""
+    found: dict[str, str] = {}
+    for word in re.findall(r"[^\s,.;:!?]+", prompt.lower()):
+        value = SYNONYMS.get(word, word)
+        attribute = next((name for name, words in ATTRIBUTES.items() if value in words), None)
+        if attribute is None:
+            if word in FILLERS or word == "any":
+                continue
+            known = [w for words in ATTRIBUTES.values() for w in words]
+            near = difflib.get_close_matches(word, [*known, *SYNONYMS], n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise UsageError(f"prompt word {word!r} is outside the vocabulary", f"{meant}known words: {', '.join(known)}")
+        if found.setdefault(attribute, value) != value:
+            raise UsageError(f"prompt names two values of {attribute}: {found[attribute]!r} and {value!r}", "name one of them")
+    return Look(**found)
+
+
+def token_ids(look: Look) -> np.ndarray:
+    """int64 [1, PROMPT_TOKENS]: one id per attribute, in the order of ATTRIBUTES."""
+    ids, first = [], 0
+    for name, words in ATTRIBUTES.items():
+        value = getattr(look, name)
+        ids.append(first + (0 if value is None else 1 + words.index(value)))
+        first += len(words) + 1
+    return np.array([ids], np.int64)

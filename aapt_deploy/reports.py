@@ -1,0 +1,75 @@
+"""Results as people read them: one function per command, all on stderr."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aapt_deploy.console import say, table
+
+if TYPE_CHECKING:
+    from aapt_deploy.build import Built
+    from aapt_deploy.bundle import Bundle
+    from aapt_deploy.doctor import Check
+    from aapt_deploy.export import Parity
+    from aapt_deploy.latency import Latency
+    from aapt_deploy.stream import Streamed
+
+
+def parity(rows: "Sequence[Parity]", out: Path) -> None:
+    cells = [(row.graph, row.case, f"{row.error:.1e}", f"{row.relative:.1e}", "ok" if row.ok else "DIFFERS") for row in rows]
+    table("ONNX Runtime against PyTorch", ("graph", "case", "max error", "relative", ""), cells)
+    say(f"bundle: {out}")
+
+
+def engines(rows: "Sequence[Built]") -> None:
+    cells = [
+        (row.key, f"{row.step_ms:.1f}", f"{row.bytes / 1e6:.1f}", f"{row.threads}{' spinning' * row.spinning}",
+         "reference" if row.psnr_db is None else f"{row.psnr_db:.1f}", f"{row.seconds:.1f}")
+        for row in rows
+    ]  # fmt: skip
+    table("engines", ("engine", "step ms", "MB", "threads", "PSNR dB vs fp32", "build s"), cells)
+
+
+def latency(result: "Latency") -> None:
+    floats = [(name, f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.p99_ms:.2f}", f"{t.max_ms:.2f}") for name, t in result.steady.items()]
+    table(
+        f"{result.profile}, {result.backend} {result.precision}: ms per block, {result.blocks} steady blocks",
+        ("stage", "p50", "p95", "p99", "max"),
+        floats,
+    )
+    cold = result.cold_step_ms
+    say(
+        f"cold: engines open in {result.open_ms:.0f} ms, first block after {result.first_frame_ms:.0f} ms, slowest of the first {len(cold)} {max(cold):.0f} ms"
+    )
+    say(f"sustained: {result.sustained_fps:.1f} fps, {result.deadline_misses} of {result.blocks} blocks late")
+    p95 = result.steady["step"].p95_ms
+    verdict = "within budget" if result.within_budget else "OVER BUDGET"
+    say(f"verdict: {verdict}: step p95 {p95:.1f} ms of {result.budget_ms:.1f} ms ({p95 / result.budget_ms:.0%})")
+
+
+def streamed(result: "Streamed") -> None:
+    where = "stdout" if result.output == "-" else result.output
+    end = {"done": "", "signal": ", stopped by a signal", "reader gone": ", the reader left"}[result.ended]
+    say(
+        f"{where}: {result.frames} frames, {result.seconds:.1f} s of video at {result.fps:.1f} fps, first block after {result.first_frame_ms:.0f} ms{end}"
+    )
+
+
+def doctor(checks: "Sequence[Check]") -> None:
+    cells = [(c.name, "ok" if c.ok else "MISSING" if c.needed else "absent", c.found) for c in checks]
+    width = max(len(name) for name, _, _ in cells)
+    for (name, state, found), check in zip(cells, checks, strict=True):
+        say(f"{name:<{width}}  {state:<7}  {found}")
+        if check.fix and not check.ok:
+            say(f"{'':<{width}}           fix: {check.fix}")
+
+
+def demo(result: "Latency", video: Path, bundle: "Bundle") -> None:
+    frames = ", ".join(bundle.manifest["start_frames"])
+    say("")
+    say(
+        f"{'real time' if result.within_budget else 'NOT real time'}: {result.sustained_fps:.0f} fps of {result.machine['cores']} CPU cores, 24 needed"
+    )
+    say(f"video: {video}")
+    say(f"next: aapt stream {shlex.quote(str(bundle.path))} -o flight.mp4 --seconds 20 --image NAME   (names: {frames})")

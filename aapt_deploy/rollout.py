@@ -1,0 +1,50 @@
+"""The autoregressive loop: one latent frame per block, for ever. NumPy in, frames out; it knows engines and nothing else."""
+
+from collections.abc import Callable, Iterator
+from itertools import count, pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from aapt_deploy.camera import Pose, Velocity, condition_map
+from aapt_deploy.engine import Engines
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rope import temporal_rope
+
+
+class Steering(NamedTuple):
+    """What holds during one block."""
+
+    velocity: Velocity
+    text: np.ndarray | None  # prompt ids or embeddings; None where the generator takes no text
+
+
+Steer = Callable[[int], Steering]  # block -> what holds during it
+
+
+def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int) -> Iterator[np.ndarray]:
+    """Yield uint8 frames [T, H, W, 3]: first the start image as it decodes (T = 1), then T = 4 frames per block, without end.
+
+    image uint8 [H, W, 3]. `steer` is asked once per block, just before the block is generated. The same arguments give the same frames.
+    """
+    generator, decoder = engines["generator"], engines["decoder"]
+    rng, pose, text = np.random.default_rng(seed), Pose(), None
+    seconds = profile.video.temporal_stride / profile.video.fps
+    generator.reset()
+    decoder.reset()
+    previous = engines["encoder"].run(image=image)["latent"].copy()  # [1, C, h, w]
+    yield decoder.run(latent=previous)["frames"][-1:].copy()
+    for block in count():
+        velocity, wanted = steer(block)
+        if wanted is not None and (text is None or not np.array_equal(wanted, text)):
+            text = wanted
+            generator.reset(**engines["prompt"].run(text=text))  # replaces the text in the cache, keeps the past
+        before, pose = pose, pose.moved(velocity, seconds)
+        fixed = {"previous": previous, "condition": condition_map(profile, before, pose), "rope_time": temporal_rope(profile, block)[None]}
+        x = rng.standard_normal(previous.shape, np.float32)
+        for t, t_next in pairwise((*profile.sampler.timesteps, 0.0)):
+            clean = generator.run(noisy=x, time=np.array([t], np.float32), block=block, **fixed)["clean"]
+            x = clean + (x - clean) * np.float32(t_next / t)  # Euler step along the straight path; the last one lands on `clean`
+        generator.commit(block)
+        previous = x
+        yield decoder.run(latent=previous)["frames"].copy()

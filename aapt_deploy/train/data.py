@@ -1,0 +1,124 @@
+"""Clips on disk: rendered flights or a user's own video files, one interface.
+
+A data folder holds `clip-<seed>.safetensors` files with
+    frames  uint8 [1 + 4n, H, W, 3]    frame 0, then n blocks of four frames
+    poses   float64 [n + 1, 5]         x, y, z, heading, pitch at frame 0 and at the end of each block; zeros for real video
+    tokens  int64 [4]                  prompt ids
+A damaged or mis-sized clip is skipped, counted and named; training never stops for it.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from aapt_deploy.camera import Pose, condition_map
+from aapt_deploy.errors import InputError
+from aapt_deploy.profiles import Profile
+from aapt_deploy.prompts import PROMPT_TOKENS, Look, token_ids
+from aapt_deploy.train.worlds import Clip, World, fly
+
+BLOCKS = 24  # blocks per rendered clip: 97 frames, 4 s
+FLIGHTS = 2  # clips per world: a world takes as long to make as 40 frames
+VALIDATION_SEED = 10_000_000  # worlds from this seed on are never trained on
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """One clip, not yet read."""
+
+    path: Path
+    skip: Callable[[Path, str], None]  # told when the clip cannot be used
+
+    def read(self, profile: Profile) -> dict[str, np.ndarray] | None:
+        """The clip's arrays, or None when it is damaged or of another size."""
+        try:
+            arrays = load_file(self.path)
+            frames, poses, tokens = arrays["frames"], arrays["poses"], arrays["tokens"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            self.skip(self.path, f"unreadable: {error}")
+            return None
+        v, n = profile.video, len(poses) - 1 if poses.ndim == 2 else 0
+        if n < 1 or frames.shape != (1 + v.temporal_stride * n, v.height, v.width, 3) or frames.dtype != np.uint8:
+            self.skip(self.path, f"frames {frames.shape} {frames.dtype} do not fit {v.width}x{v.height} with poses {poses.shape}")
+            return None
+        if poses.shape[1] != len(dataclasses.fields(Pose)) or not np.isfinite(poses).all() or tokens.shape != (PROMPT_TOKENS,):
+            self.skip(self.path, f"poses {poses.shape} or tokens {tokens.shape} are not a flight's")
+            return None
+        return arrays
+
+
+def clip_files(folder: Path, skip: Callable[[Path, str], None]) -> list[ClipFile]:
+    """All clips of a folder in a fixed order. Raises InputError when there is none."""
+    files = [ClipFile(path, skip) for path in sorted(folder.glob("clip-*.safetensors"))]
+    if not files:
+        raise InputError(f"data folder {folder} holds no clip", "make one with: aapt train data FOLDER")
+    return files
+
+
+def conditions(profile: Profile, poses: np.ndarray) -> np.ndarray:
+    """Camera conditions float32 [n, 6, h, w] of the n blocks between `poses` [n + 1, 5]."""
+    path = [Pose(*row) for row in poses.tolist()]
+    return np.concatenate([condition_map(profile, before, after) for before, after in zip(path, path[1:], strict=False)])
+
+
+def write_clip(path: Path, frames: np.ndarray, poses: np.ndarray, tokens: np.ndarray) -> None:
+    """Write one clip atomically, so that a killed run leaves no half clip."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"frames": frames, "poses": poses, "tokens": tokens}, temporary)
+    temporary.rename(path)
+
+
+def render_world(folder: Path, profile: Profile, seed: int, blocks: int = BLOCKS) -> int:
+    """Render the clips of world `seed`, unless the folder has them all. Returns how many it wrote."""
+    paths = [folder / f"clip-{seed:08d}-{flight}.safetensors" for flight in range(FLIGHTS)]
+    if all(path.exists() for path in paths):
+        return 0
+    world = World(seed, Look(), profile.video.width, profile.video.height)
+    rng = np.random.default_rng((seed, 1))
+    for path in paths:
+        clip: Clip = fly(world, rng, blocks, profile.video.fps, profile.video.temporal_stride)
+        poses = np.array([list(vars(pose).values()) for pose in clip.poses])
+        write_clip(path, clip.frames, poses, token_ids(clip.look)[0])
+    return len(paths)
+
+
+def _render_task(task: tuple[Path, Profile, int]) -> int:
+    return render_world(*task)
+
+
+def render_worlds(folder: Path, profile: Profile, first_seed: int, worlds: int, processes: int) -> Iterator[int]:
+    """Render `worlds` worlds into `folder`, yielding the clips written after each. Resumes where an earlier run stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(folder, profile, seed) for seed in range(first_seed, first_seed + worlds)]
+    if processes == 1:
+        yield from map(_render_task, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap_unordered(_render_task, tasks)
+
+
+def import_videos(source: Path, folder: Path, profile: Profile, skip: Callable[[Path, str], None], blocks: int = BLOCKS) -> int:
+    """Cut every video file under `source` into clips. Cameras are unknown, so poses are zeros; prompts are open. Returns clips written."""
+    from aapt_deploy.video import read_video
+
+    folder.mkdir(parents=True, exist_ok=True)
+    length, written = 1 + profile.video.temporal_stride * blocks, 0
+    for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES):
+        held: list[np.ndarray] = []
+        try:
+            for frame in read_video(str(path), profile.video.width, profile.video.height, profile.video.fps):
+                held.append(frame)
+                if len(held) == length:
+                    write_clip(folder / f"clip-video-{written:06d}.safetensors", np.stack(held), np.zeros((blocks + 1, 5)), token_ids(Look())[0])
+                    written, held = written + 1, held[-1:]  # the last frame opens the next clip
+        except InputError as error:
+            skip(path, str(error))
+    return written

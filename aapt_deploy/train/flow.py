@@ -1,0 +1,93 @@
+"""Flow matching for a block-causal generator (AAPT App. B, stage 1), with histories that look like the generator's own.
+
+x_t = (1 - t) x0 + t eps. The network predicts x0; the loss is the squared error of the velocity (x_t - x0) / t, as in the paper, with 1 / t
+bounded. Times differ from block to block, because at inference a block's neighbours in the cache were written at the sampler's last time.
+
+A generator trained on true histories alone drifts within seconds when it feeds on its own frames. Self-resampling shows it its own errors
+without a rollout: a true frame is noised part of the way, finished by the generator, and used as the history of the next block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rope import temporal_rope
+from aapt_deploy.train.recipe import FlowStage
+
+SMALLEST_T = 0.3  # below it the velocity's weight stops growing: the sampler stops at a quarter
+FAR = 20_000  # blocks by which a sink may lie in the past: 55 minutes at 24 fps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks of a few clips, the sink block first. Shapes as in `Generator.forward`."""
+
+    clean: Tensor  # [B, n, C, h, w] what each block should become
+    previous: Tensor  # [B, n, C, h, w] the latent before it
+    condition: Tensor  # [B, n, 6, h, w]
+    text: Tensor  # [B, L]
+    rope_time: Tensor  # [B, n, 2, P_time]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """All clips as latents. z [N, 1 + m, C, h, w] (any float type), conditions [N, m, 6, h, w], tokens [N, L]."""
+
+    z: Tensor
+    conditions: Tensor
+    tokens: Tensor
+
+    def draw(self, profile: Profile, stage: FlowStage, rng: torch.Generator) -> Batch:
+        """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips."""
+        clips, m = self.z.shape[0], self.conditions.shape[1]
+        b, n = stage.optimiser.batch, min(stage.blocks, m - 1)
+        chosen = torch.randint(clips, (b,), generator=rng)
+        first = torch.randint(1, m - n + 1, (b,), generator=rng)
+        blocks = torch.cat([torch.zeros(b, 1, dtype=torch.long), first[:, None] + torch.arange(n)], dim=1)  # [B, 1 + n]
+        rows = chosen[:, None]
+        away = torch.randint(1, FAR, (b, 1), generator=rng) * (torch.rand(b, 1, generator=rng) < stage.far_sink)
+        index = torch.cat([blocks[:, :1], blocks[:, 1:] + away], dim=1)
+        rope = torch.from_numpy(temporal_rope(profile, index.numpy()))
+        return Batch(self.z[rows, blocks + 1].float(), self.z[rows, blocks].float(), self.conditions[rows, blocks].float(), self.tokens[chosen], rope)
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """The timestep shift of App. B: s t / (1 + (s - 1) t)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flow_loss(generator: nn.Module, batch: Batch, stage: FlowStage, rng: torch.Generator) -> Tensor:
+    """Mean squared velocity error over the blocks of a batch, a scalar."""
+    clean, previous = batch.clean, batch.previous
+    b, n = clean.shape[:2]
+    if float(torch.rand((), generator=rng)) < stage.resampled:
+        previous = resample_history(generator, batch, rng)
+    level = stage.previous_noise * torch.rand(b, n, 1, 1, 1, generator=rng)
+    previous = previous + level * torch.randn(previous.shape, generator=rng)
+    t = shifted(torch.rand(b, n, generator=rng), stage.shift).clamp_min(0.1)
+    noise = torch.randn(clean.shape, generator=rng)
+    t_ = t[..., None, None, None]  # [B, n, 1, 1, 1]
+    noisy = (1 - t_) * clean + t_ * noise
+    predicted = generator(noisy, previous, batch.condition, t, batch.text, batch.rope_time).float()
+    weight = t_.clamp_min(SMALLEST_T) ** -2
+    return (weight * (predicted - clean) ** 2).mean()
+
+
+@torch.no_grad()
+def resample_history(generator: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
+    """Recycled latents as the generator itself would have made them: [B, n, C, h, w].
+
+    Each block's true latent is noised to a random time and denoised by the generator in two passes. Block i's result stands in for the
+    recycled latent of block i + 1; the sink and the first block after it keep theirs, because their predecessors are not in the batch.
+    """
+    clean = batch.clean
+    b = clean.shape[0]
+    t = 0.35 + 0.65 * torch.rand(b, 1, generator=rng).expand(b, clean.shape[1])
+    x = (1 - t[..., None, None, None]) * clean + t[..., None, None, None] * torch.randn(clean.shape, generator=rng)
+    previous = batch.previous
+    for now, after in ((t, t / 2), (t / 2, torch.zeros_like(t))):
+        predicted = generator(x, previous, batch.condition, now, batch.text, batch.rope_time).float()
+        x = predicted + (x - predicted) * (after / now)[..., None, None, None]
+    return torch.cat([batch.previous[:, :2], x[:, 1:-1]], dim=1)
