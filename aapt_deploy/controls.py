@@ -71,10 +71,9 @@ def open_controls(source: str | None, default: Velocity, warn: Callable[[str], N
         kind = os.stat(source).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
             return _Live(source, default, warnings)
-        fd = os.open(source, os.O_RDONLY)
         if stat.S_ISDIR(kind):
-            os.close(fd)
             raise IsADirectoryError(0, "is a folder")
+        fd = os.open(source, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"controls {source}: {error.strerror or error}", 'give a file with one JSON object per line, or "-" for stdin') from None
     return _Script(_changes(fd, warnings), default, warnings)
@@ -220,18 +219,18 @@ def _changes(fd: int, warnings: _Warnings) -> Iterator[_Change]:
 
 
 def _lines(fd: int) -> Iterator[bytes]:
-    """Lines without their newline. One that is too long comes as its first bytes, one more than allowed; the rest of it is skipped."""
+    """Lines without their newline. Of one that is too long the first bytes come, more than are allowed, and the rest is skipped."""
     buffer, too_long = b"", False
     while chunk := os.read(fd, _LONGEST_LINE_BYTES):
         *whole, buffer = (buffer + chunk).split(b"\n")
         for line in whole:
             if not too_long:
-                yield line[: _LONGEST_LINE_BYTES + 1]
+                yield line
             too_long = False
         if too_long:
             buffer = b""
         elif len(buffer) > _LONGEST_LINE_BYTES:
-            yield buffer[: _LONGEST_LINE_BYTES + 1]
+            yield buffer
             buffer, too_long = b"", True
     if buffer:
         yield buffer

@@ -28,6 +28,7 @@ class Model:
     heads: int  # attention heads; head_dim = dim / heads
     patch: int  # latent pixels per token side
     mlp_ratio: int = 4  # hidden width of the MLP / dim
+    halo: int = 0  # latent pixels that a token sees beyond its patch on each side; the paper has none
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Profile:
         problems = []
         for name in ("model", "text", "video", "window", "vae", "target"):
             for field, value in dataclasses.asdict(getattr(self, name)).items():
-                smallest = 0 if field in ("tokens", "sink_frames", "sm", "memory_gb") else 1
+                smallest = 0 if field in ("halo", "tokens", "sink_frames", "sm", "memory_gb") else 1
                 values = value if isinstance(value, tuple) else (value,)
                 problems += [f"{name}.{field} = {v} is below {smallest}" for v in values if isinstance(v, int) and v < smallest]
         return problems

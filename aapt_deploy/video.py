@@ -123,7 +123,7 @@ class Sink:
         self.frames = 0
         self._target, self._format, self._size = target, chosen, size
         self._part, self._final, self._closed = part, final, False
-        words = f"{chosen.options} {chosen.live_options} fflags=+bitexact+flush_packets" if live else f"{chosen.options} fflags=+bitexact"
+        words = f"fflags=+bitexact {chosen.options} {chosen.live_options if live else ''}"
         self._container = av.open(target, "w", format=chosen.muxer, options=dict(word.split("=") for word in words.split()))
         codec_options = (_H264_LIVE if live else _H264_FILE) if chosen.codec == "libx264" else {}
         stream = self._container.add_stream(chosen.codec, rate=fps, options=codec_options)

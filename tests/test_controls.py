@@ -1,5 +1,6 @@
 """Steering: what each line means, what a bad one does, and that stdin can stall, end or flood without harm."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -74,6 +75,14 @@ def test_at_waits_for_stream_time(tmp_path: Path) -> None:
     expected += [Velocity(3, yaw=0.2, pitch=0.1)] * 2  # block 4: the timed line is due, and the line behind it takes its turn
     assert [control.velocity for control in got] == expected
     assert warnings == []
+
+
+def test_at_is_met_although_block_times_are_sums_of_floats(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"forward": 1, "at": 1}\n')
+    controls = open_controls(str(path), CRUISE, pytest.fail)
+    times = list(itertools.accumulate([0.1] * 10))  # the last is 0.9999999999999999
+    assert [controls.at(block, seconds).velocity.forward for block, seconds in enumerate(times)] == [22.0] * 9 + [1.0]
 
 
 def test_values_beyond_the_limits_are_clamped_and_said_once(tmp_path: Path) -> None:

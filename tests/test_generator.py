@@ -3,6 +3,8 @@
 Weights are random everywhere: a fresh generator's zero-initialised head and modulation would hide every error.
 """
 
+import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -34,7 +36,7 @@ def perturbed(profile: Profile, seed: int = 0) -> Generator:
     generator = Generator(profile).eval()
     with torch.no_grad():
         for p in generator.parameters():
-            p.add_(torch.randn(p.shape) * (p.shape[-1] ** -0.5 if p.dim() > 1 else 0.2))
+            p.add_(torch.randn(p.shape) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.2))
     return generator
 
 
@@ -87,6 +89,18 @@ def test_forward_equals_step_in_every_ring_case(text: int, sink: int, window: in
     with torch.no_grad():
         together = generator(**inputs)
     assert 0.1 < float(together.std()) < 100
+    assert largest(together - streamed(generator, inputs)) < 1e-5 * max(1.0, largest(together))
+
+
+def test_forward_equals_step_with_a_halo() -> None:
+    profile = TINY.replace(model=dataclasses.replace(TINY.model, halo=1))
+    generator = perturbed(profile)
+    inputs = inputs_of(profile, blocks=5)
+    changed = {**inputs, "noisy": inputs["noisy"].clone()}
+    changed["noisy"][:, 3] += 1
+    with torch.no_grad():
+        together = generator(**inputs)
+        assert not (generator(**changed) - together)[:, :3].any()  # a halo reaches over pixels, never over blocks
     assert largest(together - streamed(generator, inputs)) < 1e-5 * max(1.0, largest(together))
 
 
@@ -183,15 +197,35 @@ def test_gradients_reach_every_parameter(text: int) -> None:
 # --- pieces ---
 
 
-def test_patches_and_unpatches_are_inverses() -> None:
-    generator = Generator(TINY)
-    x = torch.arange(2 * 3 * 4 * TINY.latent_height * TINY.latent_width).float().reshape(2, 3, 4, TINY.latent_height, TINY.latent_width)
-    patches = generator._patches(x)
-    assert patches.shape == (2, 3, TINY.frame_tokens, 16)
-    assert torch.equal(generator._unpatches(patches), x)
-    columns = TINY.latent_width // 2
-    assert torch.equal(patches[0, 0, columns + 1].reshape(4, 2, 2), x[0, 0, :, 2:4, 2:4])  # token (row 1, column 1) is that square
-    assert torch.equal(generator._patches(x[:, 1]), patches[:, 1])
+@pytest.mark.parametrize("halo", [0, 1])
+def test_patches_come_out_where_they_went_in(halo: int) -> None:
+    """With the identity as its linear predictor, and nothing else, the generator returns the recycled latent."""
+    profile = TINY.replace(model=dataclasses.replace(TINY.model, halo=halo))
+    generator, c, p = Generator(profile), TINY.video.latent_channels, TINY.model.patch
+    with torch.no_grad():
+        for channel, row, column in itertools.product(range(c), range(p), range(p)):
+            generator.skip.weight[channel * p * p + row * p + column, c + channel, halo + row, halo + column] = 1
+        inputs = inputs_of(profile, blocks=3, batch=2)
+        assert torch.equal(generator(**inputs), inputs["previous"])
+        first = {name: value[:1] for name, value in inputs.items()}
+        assert torch.equal(streamed(generator, first), first["previous"])
+
+
+@pytest.mark.parametrize("halo", [0, 1])
+def test_a_token_sees_its_patch_and_halo(halo: int) -> None:
+    profile = TINY.replace(model=dataclasses.replace(TINY.model, halo=halo))
+    generator, rows, columns = perturbed(profile), TINY.latent_height, TINY.latent_width
+    x = torch.randn(1, 2 * TINY.video.latent_channels + CONDITION_CHANNELS, rows, columns, generator=torch.Generator().manual_seed(8))
+    near = lambda pixel, token: abs(pixel - 2 * token - 0.5) < 1 + halo
+    with torch.no_grad():
+        before = generator._embed(x)
+        for row, column in itertools.product(range(rows), range(columns)):
+            other = x.clone()
+            other[..., row, column] += 1
+            seen = [[near(row, i) and near(column, j) for j in range(columns // 2)] for i in range(rows // 2)]
+            for now, then in zip(generator._embed(other), before, strict=True):
+                moved = (now - then).abs().amax(dim=(0, 2)).reshape(rows // 2, columns // 2) > 1e-5
+                assert torch.equal(moved, torch.tensor(seen))
 
 
 def test_a_fresh_generator_predicts_zero() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from aapt_deploy import signature
 from aapt_deploy.models.vae import CausalConv, Decoder, Encoder, Vae, channels_to_space_time, from_pixels, space_time_to_channels, to_pixels
-from aapt_deploy.profiles import Profile, load, preset_folder
+from aapt_deploy.profiles import Profile, Video, load, preset_folder
 from aapt_deploy.profiles import Vae as VaeShape
 from aapt_deploy.train.vae_fit import pca_encoder, ridge_decoder
 
@@ -174,7 +174,7 @@ def test_the_signature_lists_the_memory_of_every_shape(shape: VaeShape) -> None:
 @pytest.mark.parametrize("stride", [2, 4, 16])
 def test_other_strides_build_and_decode(stride: int) -> None:
     scales = max(2, int(math.log2(stride)))
-    profile = load("demo-cpu").replace(video=TINY.replace(name="x").video.__class__(64, 32, 24, 4, stride), vae=VaeShape((4,) * scales, (4,) * scales, 1, 2))
+    profile = TINY.replace(video=Video(64, 32, 24, 4, spatial_stride=stride), vae=VaeShape((4,) * scales, (4,) * scales, 1, 2))
     vae = Vae(profile)
     with torch.no_grad():
         z = vae.encode(torch.zeros(1, 5, 3, 32, 64))
@@ -264,6 +264,8 @@ def test_ridge_lowers_the_error() -> None:
     assert error(vae, clips) < 0.05 * power < 0.05 * before
     held_out = low_rank_clips(TINY.video.latent_channels, clips=26)[24:]
     assert error(vae, held_out) < 0.06 * power
+    best = error(vae, clips)
     with torch.no_grad():
-        vae.decoder.linear.conv.weight.mul_(1.1)
-    assert error(vae, clips) > 0.001 * power  # the solution is an optimum, not merely small
+        for scale in (0.8, 1.25 / 0.8):  # an optimum, not merely small
+            vae.decoder.linear.conv.weight.mul_(scale)
+            assert error(vae, clips) > best

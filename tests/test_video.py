@@ -24,7 +24,6 @@ from aapt_deploy.video import FORMATS, PIPE_FORMATS, open_sink, read_image, read
 
 WIDTH, HEIGHT, FPS = 192, 112, 24
 FORMAT_NAMES = sorted(FORMATS)
-RAW_INPUT = ["-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", f"{WIDTH}x{HEIGHT}", "-framerate", str(FPS)]
 
 
 def clip(count: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
@@ -48,17 +47,18 @@ def tool(arguments: list[str], data: bytes | None = None) -> bytes:
     return done.stdout
 
 
-def input_options(name: str) -> list[str]:
-    return RAW_INPUT if name == "rawvideo" else []
+def input_options(name: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[str]:
+    """What ffmpeg must be told about a source of format `name`: nothing, except for bare pixels."""
+    bare = ["-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", "{}x{}".format(*size), "-framerate", str(FPS)]
+    return bare if name == "rawvideo" else []
 
 
-def decoded(name: str, source: str | bytes) -> np.ndarray:
+def decoded(name: str, source: str | bytes, size: tuple[int, int] = (WIDTH, HEIGHT)) -> np.ndarray:
     """The frames that ffmpeg finds in a file (path) or a stream (bytes): uint8 [T, H, W, 3]."""
     path, data = (source, None) if isinstance(source, str) else ("-", source)
-    pixels = tool(
-        ["ffmpeg", "-v", "error", *input_options(name), "-i", path, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], data
-    )
-    return np.frombuffer(pixels, np.uint8).reshape(-1, HEIGHT, WIDTH, 3)
+    output = ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    pixels = tool(["ffmpeg", "-v", "error", *input_options(name, size), "-i", path, *output], data)
+    return np.frombuffer(pixels, np.uint8).reshape(-1, size[1], size[0], 3)
 
 
 def probed(name: str, path: Path, entries: str) -> dict[str, str]:
@@ -117,19 +117,20 @@ def test_a_shell_pipe_into_ffmpeg_makes_a_playable_file(tools: None, tmp_path: P
 
 
 @pytest.mark.parametrize("name", PIPE_FORMATS)
-def test_a_pipe_has_each_frame_as_soon_as_it_is_written(tools: None, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (64, 32)])
+def test_a_pipe_has_each_frame_as_soon_as_it_is_written(tools: None, tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    frames = clip(8)
-    with open_sink(str(path), name, WIDTH, HEIGHT, FPS) as sink:
+    frames = clip(8, *size)
+    with open_sink(str(path), name, *size, FPS) as sink:
         arrived, sizes = b"", []
         for frame in frames:
             drain = _Drain(reader)
             sink.write(frame[None])
             arrived += drain.stop()
             sizes.append(len(arrived))
-        shown = len(decoded(name, arrived))
+        shown = len(decoded(name, arrived, size))
         late = 1 if name in ("mkv", "fmp4") else 0  # a cluster or fragment is only sent off by the frame behind it
         assert shown >= len(frames) - late
         assert all(b > a for a, b in itertools.pairwise(sizes))
@@ -200,6 +201,11 @@ def test_frames_of_any_memory_layout_are_written_as_they_look(tmp_path: Path) ->
     frames = clip(3)
     turned = frames[:, ::-1, ::-1]  # negative strides
     assert written(tmp_path / "a.rgb", "rawvideo", turned) == turned.tobytes()
+
+
+def test_a_closed_mp4_is_an_ordinary_one(tools: None, tmp_path: Path) -> None:
+    written(tmp_path / "a.mp4", "mp4", clip(52))
+    assert probed("mp4", tmp_path / "a.mp4", "nb_frames,duration") == {"nb_frames": "52", "duration": f"{52 / 24:.6f}"}  # both from its index
 
 
 def test_quality_of_a_file(tools: None, tmp_path: Path) -> None:
@@ -613,8 +619,8 @@ def test_a_picture_too_large_to_hold_is_refused_before_it_is_decoded(tmp_path: P
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    head = struct.pack(">IIBBBBB", 40_000, 40_000, 1, 0, 0, 0, 0)  # 1600 megapixels in 200 kB
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(40_000 * 5001), 9)) + chunk(b"IEND", b"")
+    head = struct.pack(">IIBBBBB", 12_000, 12_000, 1, 0, 0, 0, 0)  # 144 megapixels in 18 kB
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(12_000 * 1501), 9)) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(data)
     with pytest.raises(InputError, match="larger than 100,000,000 pixels"):
         read_image(str(tmp_path / "bomb.png"), WIDTH, HEIGHT)

@@ -32,14 +32,16 @@ class Generator(nn.Module):
         if profile.text.kind == "vocabulary":
             self.vocabulary = nn.Embedding(VOCABULARY_SIZE, profile.text.dim)
         self.text_in = nn.Linear(profile.text.dim, m.dim)
-        self.visual_in = nn.Linear((2 * channels + CONDITION_CHANNELS) * patch, m.dim)
+        window = {"kernel_size": m.patch + 2 * m.halo, "stride": m.patch, "padding": m.halo}
+        self.visual_in = nn.Conv2d(2 * channels + CONDITION_CHANNELS, m.dim, **window)
         self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, m.dim), nn.SiLU(), nn.Linear(m.dim, m.dim), nn.SiLU())
         self.time_modulation = nn.Linear(m.dim, MODULATIONS * m.dim)
         self.time_out = nn.Linear(m.dim, 2 * m.dim)
         self.text = nn.ModuleList(Stream(profile, ends_at_attention=i == m.depth - 1) for i in range(m.depth))
         self.visual = nn.ModuleList(Stream(profile) for _ in range(m.depth))
         self.visual_out = nn.Linear(m.dim, channels * patch)
-        self.skip = nn.Linear(self.visual_in.in_features, channels * patch, bias=False)  # what a linear predictor can do need not be learned
+        # What a linear predictor can do need not be learned by the blocks.
+        self.skip = nn.Conv2d(2 * channels + CONDITION_CHANNELS, channels * patch, bias=False, **window)
         self.register_buffer("spatial_rope", spatial_rope(profile), persistent=False)
         self._start()
 
@@ -72,16 +74,12 @@ class Generator(nn.Module):
 
     # Visual: patches in, patches out.
 
-    def _patches(self, x: Tensor) -> Tensor:
-        """[..., C, h, w] -> [..., F, C * patch * patch]."""
-        p = self.profile.model.patch
-        x = x.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # [..., C, h/p, p, w/p, p]
-        dims = list(range(x.dim() - 5))
-        c, i, a, j, b = range(x.dim() - 5, x.dim())
-        return x.permute(*dims, i, j, c, a, b).flatten(-5, -4).flatten(-3)
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input [N, channels, h, w] -> tokens [N, F, dim] and the linear predictor's patches [N, F, C * patch * patch]."""
+        return self.visual_in(x).flatten(2).transpose(1, 2), self.skip(x).flatten(2).transpose(1, 2)
 
     def _unpatches(self, x: Tensor) -> Tensor:
-        """[..., F, C * patch * patch] -> [..., C, h, w]; the inverse of `_patches`."""
+        """[..., F, C * patch * patch] -> [..., C, h, w]."""
         p, profile = self.profile.model.patch, self.profile
         x = x.unflatten(-1, (-1, p, p)).unflatten(-4, (profile.latent_height // p, -1))  # [..., h/p, w/p, C, p, p]
         dims = list(range(x.dim() - 5))
@@ -111,9 +109,9 @@ class Generator(nn.Module):
             return out.transpose(1, 2)
 
         per_token = lambda m: m.repeat_interleave(f, dim=1)  # noqa: E731  [B, n, dim] -> [B, n*F, dim]
-        x = self._patches(torch.cat([noisy, previous, condition], dim=2)).flatten(1, 2)  # [B, n*F, channels]
+        x, direct = (part.unflatten(0, (b, n)).flatten(1, 2) for part in self._embed(torch.cat([noisy, previous, condition], dim=2).flatten(0, 1)))
         shared, head = ([per_token(m) for m in group] for group in self._times(t))
-        return self._unpatches(self._run(x, shared, head, rope, attend).unflatten(1, (n, f)))
+        return self._unpatches((self._run(x, shared, head, rope, attend) + direct).unflatten(1, (n, f)))
 
     def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor, k_cache: list[Tensor],
              v_cache: list[Tensor], cache_len: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
@@ -132,19 +130,18 @@ class Generator(nn.Module):
             v_blocks.append(v_block)
             return out
 
-        x = self._patches(torch.cat([noisy, previous, condition], dim=1))  # [1, F, channels]
+        x, direct = self._embed(torch.cat([noisy, previous, condition], dim=1))  # [1, F, dim], [1, F, C * patch * patch]
         shared, head = ([m[:, None] for m in group] for group in self._times(t))  # [1, 1, dim] each
-        return self._unpatches(self._run(x, shared, head, rope, attend)), k_blocks, v_blocks
+        return self._unpatches(self._run(x, shared, head, rope, attend) + direct), k_blocks, v_blocks
 
-    def _run(self, patches: Tensor, shared: list[Tensor], head: list[Tensor], rope: Tensor, attend) -> Tensor:  # type: ignore[no-untyped-def]
-        """patches [B, N, channels] -> clean patches [B, N, C * patch * patch]."""
-        x = self.visual_in(patches)  # [B, N, dim]
+    def _run(self, x: Tensor, shared: list[Tensor], head: list[Tensor], rope: Tensor, attend) -> Tensor:  # type: ignore[no-untyped-def]
+        """tokens [B, N, dim] -> patches [B, N, C * patch * patch], to be added to the linear predictor's."""
         for i, layer in enumerate(self.visual):
             modulation = [m + own for m, own in zip(shared, layer.modulation.unbind(0), strict=True)]
             q, k, v = layer.project(x, *modulation[:2])
             x = layer.finish(x, attend(i, rotate(q, rope), rotate(k, rope), v), modulation[2:])
         shift, scale = head
-        return self.visual_out(rms_norm(x) * (1 + scale) + shift) + self.skip(patches)  # type: ignore[no-any-return]
+        return self.visual_out(rms_norm(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
     def _mask(self, n: int, device: torch.device) -> Tensor:
         """Block-causal mask with window and sink, True where a query may look: bool [n*F, L + n*F]."""

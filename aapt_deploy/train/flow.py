@@ -16,7 +16,7 @@ from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train.recipe import FlowStage
 
-SMALLEST_T = 0.3  # below it the velocity's weight stops growing: the sampler stops at a quarter
+SMALLEST_T = 0.1  # below it the velocity's weight stops growing; the sampler's last time is about there
 FAR = 20_000  # blocks by which a sink may lie in the past: 55 minutes at 24 fps
 
 
@@ -66,7 +66,7 @@ def flow_loss(generator: nn.Module, batch: Batch, stage: FlowStage, rng: torch.G
         previous = resample_history(generator, batch, rng)
     level = stage.previous_noise * torch.rand(b, n, 1, 1, 1, generator=rng)
     previous = previous + level * torch.randn(previous.shape, generator=rng)
-    t = shifted(torch.rand(b, n, generator=rng), stage.shift).clamp_min(0.1)
+    t = shifted(torch.rand(b, n, generator=rng), stage.shift).clamp_min(0.05)
     noise = torch.randn(clean.shape, generator=rng)
     t_ = t[..., None, None, None]  # [B, n, 1, 1, 1]
     noisy = (1 - t_) * clean + t_ * noise

@@ -3,6 +3,7 @@
 Every part leaves its result in the run's folder and is skipped when it is there, so a run that was killed goes on where it stopped.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aapt_deploy import __version__
-from aapt_deploy.errors import InputError
+from aapt_deploy.errors import CheckpointError, InputError
 from aapt_deploy.machine import machine
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import StartFrame
@@ -51,6 +53,8 @@ def train(data: Path, run: Path, profile: Profile, recipe: Recipe, report: Repor
     skipped: list[str] = []
 
     def skip(path: Path, reason: str) -> None:
+        if path.name in skipped:  # each part of the run meets it again
+            return
         skipped.append(path.name)
         report(f"skipped clip {path.name}: {reason} ({len(skipped)} so far)")
 
@@ -75,9 +79,12 @@ def train(data: Path, run: Path, profile: Profile, recipe: Recipe, report: Repor
 
 
 def _part(path: Path, module: torch.nn.Module, make: Callable[[], None]) -> None:
-    """Run `make`, which trains `module`, unless `path` already holds its result."""
+    """Run `make`, which trains `module`, unless `path` already holds its result. Raises CheckpointError if that is damaged."""
     if path.exists():
-        module.load_state_dict(load_file(path))
+        try:
+            module.load_state_dict(load_file(path))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"part {path} of an earlier run cannot be used: {error}", "delete it to train this part again") from None
         return
     make()
     save_file({name: t.contiguous() for name, t in module.state_dict().items()}, path.with_suffix(".tmp"))
@@ -94,7 +101,7 @@ def cached_latents(path: Path, vae: Vae, clips: list[ClipFile], profile: Profile
     """All clips as latents, from the cache if it was made with this encoder and these clips."""
     names = "".join(clip.path.name for clip in clips).encode()
     key = hashlib.sha256(names + b"".join(t.numpy().tobytes() for t in vae.encoder.state_dict().values())).hexdigest()
-    if path.exists():
+    with contextlib.suppress(SafetensorError, OSError, KeyError):  # none yet, or damaged: made again
         held = load_file(path)
         if bytes(held.pop("key").tolist()).hex() == key:
             return Latents(**held)
@@ -136,6 +143,8 @@ def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe
     trains_encoder = bool(profile.vae.encoder_channels)
     for parameter in vae.encoder.parameters():
         parameter.requires_grad_(trains_encoder)
+    for parameter in vae.decoder.linear.parameters():  # Adam's noise costs the closed-form solution more than training it gains
+        parameter.requires_grad_(False)
     average = fit(
         vae, lambda rng: vae_loss(vae, stage, lambda r: snippets.draw(stage, r), rng), stage.optimiser, run / "vae.state", recipe.seed,
         lambda step, loss: report(f"VAE: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),

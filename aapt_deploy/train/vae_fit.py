@@ -1,7 +1,7 @@
 """Closed-form starts for the VAE's linear paths: PCA for the encoder, ridge regression for the decoder.
 
-Both take seconds. The encoder's components are scaled to the square root of their deviation, a half-way whitening: the strong components
-(colour, brightness of a patch) stay stronger than the generator's noise, so they settle first and cost most in its loss.
+Both take seconds. The encoder's components are whitened three quarters of the way: the strong ones (colour, brightness of a
+patch) still settle first and cost most in the generator's loss, the fine ones are not lost in its noise (docs/log.md).
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aapt_deploy.models.vae import Vae, space_time_to_channels
 
-WHITENING = 0.5  # exponent of the deviation that is divided out
+WHITENING = 0.75  # exponent of the deviation that is divided out
 FAINTEST = 1e-9  # least power of a component relative to the strongest: flat clips have fewer than a latent has channels
 RIDGE = 1e-3  # relative to the mean feature power
 LATENT_NOISE = 0.05  # deviation of the noise that the ridge decoder must expect

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from aapt_deploy.errors import InputError
 from aapt_deploy.models.vae import Vae, from_pixels
-from aapt_deploy.profiles import Profile
+from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
 from aapt_deploy.train.data import ClipFile
 from aapt_deploy.train.recipe import VaeStage
 from aapt_deploy.train.vae_fit import pca_encoder, ridge_decoder
 
 FIT_CLIPS = 120  # clips for PCA; ridge takes half of them
+BROKEN_DRAWS = 100  # broken clips that one update passes over before it gives up
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,38 @@ class Snippets:
 
     def draw(self, stage: VaeStage, rng: torch.Generator) -> Tensor:
         """Frames [B, 4 (1 + blocks), 3, H, W] in [-1, 1]; the first group of four is only there to fill the decoder's memory."""
-        stride = self.profile.video.temporal_stride
-        pieces = []
-        for _ in range(stage.optimiser.batch):
+        pieces: list[Tensor] = []
+        for _ in range(stage.optimiser.batch + BROKEN_DRAWS):
             clip, start = (int(torch.randint(high, (), generator=rng)) for high in (len(self.clips), 1 << 30))
-            with safe_open(self.clips[clip].path, framework="pt") as file:
+            piece = self._piece(self.clips[clip], 1 + stage.blocks, start)
+            if piece is not None:
+                pieces.append(piece)
+            if len(pieces) == stage.optimiser.batch:
+                return from_pixels(torch.stack(pieces))
+        raise InputError(f"of {BROKEN_DRAWS} clips drawn for one update none can be read", "make the data again: aapt train data FOLDER")
+
+    def _piece(self, clip: ClipFile, groups: int, start: int) -> Tensor | None:
+        """`groups` groups of four frames from a random `start`, or None when the clip is damaged, too short or of another size."""
+        v = self.profile.video
+        try:
+            with safe_open(clip.path, framework="pt") as file:
                 held = file.get_slice("frames")
-                groups = (held.get_shape()[0] - 1) // stride - stage.blocks
-                first = 1 + stride * (start % max(groups, 1))
-                pieces.append(held[first : first + stride * (1 + stage.blocks)])
-        return from_pixels(torch.stack(pieces))
+                count, *size = held.get_shape()
+                starts = (count - 1) // v.temporal_stride - groups + 1
+                if starts < 1 or size != [v.height, v.width, PIXEL_CHANNELS]:
+                    raise ValueError(f"frames {[count, *size]} hold no {groups} groups of {v.width}x{v.height}")
+                first = 1 + v.temporal_stride * (start % starts)
+                return held[first : first + v.temporal_stride * groups]  # type: ignore[no-any-return]
+        except (OSError, SafetensorError, ValueError) as error:
+            clip.skip(clip.path, f"unreadable: {error}")
+            return None
 
 
 def fit_linear(vae: Vae, clips: list[ClipFile], profile: Profile, seed: int) -> float:
-    """Set both linear paths in closed form. Returns the share of pixel variance that the latent keeps."""
+    """Set both linear paths in closed form. Returns the share of pixel variance that the latent keeps.
+
+    Raises InputError when no clip can be read.
+    """
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))[:FIT_CLIPS].tolist()
     loaded = []
     for index in order:
@@ -51,6 +71,8 @@ def fit_linear(vae: Vae, clips: list[ClipFile], profile: Profile, seed: int) -> 
         if arrays is not None:
             frames = from_pixels(torch.from_numpy(arrays["frames"]))
             loaded.append(torch.cat([frames[:1].expand(profile.video.temporal_stride - 1, -1, -1, -1), frames]))
+    if not loaded:
+        raise InputError(f"none of {len(order)} clips can be read", "make the data again: aapt train data FOLDER")
     kept = pca_encoder(vae, loaded)
     ridge_decoder(vae, loaded[: max(1, len(loaded) // 2)])
     return kept

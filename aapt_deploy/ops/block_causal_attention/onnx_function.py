@@ -11,13 +11,13 @@ All three return a new model. Nothing here runs a graph or knows a bundle.
 Why the in-place form looks as it does (ONNX Runtime 1.32, two threads, fp32, H = 4, D = 64, ring full, one layer, best of 400, ms):
 
     cache held as                                  T=84 S=676   T=144 S=2448
-    [1, S, H, D], TensorScatter on axis 1             0.39          2.16      the contract's own layout; chosen
-    [1, S, H*D]                                       0.39          2.18
-    [1, H, S, D]                                      0.38          2.12      needs K and V transposed for every block
-    [1, S, H, D], nonpad_kv_seqlen and no Slice       0.34          2.02      the same at any fill; with Slice a quarter-full ring takes a third
+    [1, S, H, D], nonpad_kv_seqlen                    0.34          2.02      the contract's own layout; chosen
+    [1, S, H, D], Slice                               0.39          2.16      copies the valid prefix of K and V; a quarter-full ring takes a third
+    [1, S, H*D], Slice                                0.39          2.18
+    [1, H, S, D], Slice                               0.38          2.12      needs K and V transposed for every block
 
-The layouts do not differ beyond the noise. `TensorScatter` writes one block, whatever S is. `Slice` copies the valid prefix to a temporary that
-`Attention` reads; `nonpad_kv_seqlen` would save that, but it multiplies stale rows by zero, so that one NaN in the cache would outlive a reset.
+`TensorScatter` writes one block, whatever S is, and `Attention` reads the cache where it lies: nothing copies it. The price is that rows beyond
+`valid` are multiplied by zero instead of left out, so they must hold finite numbers; a runtime fills a cache with zeros before its first use.
 """
 
 from collections import Counter
@@ -53,7 +53,7 @@ PORTABLE = f"""
 """
 
 # Constants that all lowered nodes share.
-_ZERO, _TOKEN_AXIS, _FLAT, _HEADS = (f"{DOMAIN}.{name}" for name in ("zero", "token_axis", "flat", "heads"))
+_FLAT, _HEADS = (f"{DOMAIN}.{name}" for name in ("flat", "heads"))
 
 
 def attach(model: ModelProto) -> ModelProto:
@@ -110,13 +110,13 @@ def lower_in_place(model: ModelProto, ring: Ring) -> ModelProto:
     _replace(graph.input, [new for old in graph.input for new in inputs.get(old.name, [old])])
     _replace(graph.output, [outputs.get(old.name, old) for old in graph.output])
     _replace(lowered.opset_import, [entry for entry in lowered.opset_import if entry.domain != DOMAIN])
-    for name, values in ((_ZERO, [0]), (_TOKEN_AXIS, [1]), (_FLAT, [0, 0, -1]), (_HEADS, [0, 0, heads, head_dim])):
+    for name, values in ((_FLAT, [0, 0, -1]), (_HEADS, [0, 0, heads, head_dim])):
         graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
     return lowered
 
 
 def _in_place_nodes(node: NodeProto, heads: int) -> list[NodeProto]:
-    """Write the block to `slot`, read the first `valid` tokens, attend."""
+    """Write the block to `slot`, attend to the first `valid` tokens."""
     q, k, v, k_cache, v_cache, _ = node.input
     out = node.output[0]
     scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
@@ -124,13 +124,17 @@ def _in_place_nodes(node: NodeProto, heads: int) -> list[NodeProto]:
     for new, cache in ((k, k_cache), (v, v_cache)):
         nodes += [
             helper.make_node("TensorScatter", [cache, new, SLOT], [cache + NEXT], axis=1),  # [1, S, H, D]
-            helper.make_node("Slice", [cache + NEXT, _ZERO, VALID, _TOKEN_AXIS], [f"{cache}.stored"]),  # [1, valid, H, D]
-            helper.make_node("Reshape", [f"{cache}.stored", _FLAT], [f"{cache}.flat"]),  # [1, valid, H * D]
+            helper.make_node("Reshape", [cache + NEXT, _FLAT], [f"{cache}.flat"]),  # [1, S, H * D], no copy
         ]
     nodes += [
         helper.make_node("Reshape", [q, _FLAT], [f"{out}.q"]),  # [1, T, H * D]
         helper.make_node(
-            "Attention", [f"{out}.q", f"{k_cache}.flat", f"{v_cache}.flat"], [f"{out}.flat"], scale=scale, q_num_heads=heads, kv_num_heads=heads
+            "Attention",
+            [f"{out}.q", f"{k_cache}.flat", f"{v_cache}.flat", "", "", "", VALID],  # the last one is nonpad_kv_seqlen
+            [f"{out}.flat"],
+            scale=scale,
+            q_num_heads=heads,
+            kv_num_heads=heads,
         ),
         helper.make_node("Reshape", [f"{out}.flat", _HEADS], [out]),  # [1, T, H, D]
     ]
