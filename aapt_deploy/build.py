@@ -20,8 +20,8 @@ import onnx
 
 from aapt_deploy.bundle import Bundle, Stage
 from aapt_deploy.camera import CRUISE, Velocity
-from aapt_deploy.engine import Engines, open_engines
-from aapt_deploy.engine.ort import OrtEngines, Threads
+from aapt_deploy.engine import Engine, Engines, open_engines
+from aapt_deploy.engine.ort import OrtEngine, OrtEngines, Threads
 from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.graph_file import save_model
 from aapt_deploy.machine import cores
@@ -142,44 +142,70 @@ def _quantise_linears(path: Path) -> None:
 
 def _quantise_decoder(bundle: Bundle, path: Path, starts: list[Start]) -> None:
     """int8 convolutions (QDQ), calibrated on the latents and memories of the bundle's own rollouts in fp32."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    samples = list(_decoder_inputs(bundle, starts))
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rest = iter(samples)
-
-        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
-            return next(self.rest, None)
-
+    reader = Samples(list(_decoder_inputs(bundle, starts)))
     temporary = path.with_name("float.onnx")
     path.rename(temporary)
     with _quiet():
         quantize_static(
-            temporary, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+            temporary, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], extra_options={"CalibMovingAverage": True},
         )  # fmt: skip
     temporary.unlink()
 
 
+class Samples:
+    """Input sets as the calibrator reads them (onnxruntime's CalibrationDataReader asks for `get_next` alone)."""
+
+    def __init__(self, samples: list[dict[str, np.ndarray]]) -> None:
+        self.rest = iter(samples)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.rest, None)
+
+
+class Recorder:
+    """A decoder that notes every input set it is given, its memory included."""
+
+    def __init__(self, engine: OrtEngine, seen: list[dict[str, np.ndarray]]) -> None:
+        self.engine, self.seen = engine, seen
+
+    def reset(self, **state: np.ndarray) -> None:
+        self.engine.reset(**state)
+
+    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        memory = {name: array.copy() for name, array in self.engine.memory.items()}
+        self.seen.append({"latent": np.array(inputs["latent"], np.float32), **memory})
+        return self.engine.run(**inputs)
+
+    def commit(self, block: int) -> None:
+        self.engine.commit(block)
+
+
+class RecordedEngines:
+    """Engines whose decoder's input sets gather in `seen`."""
+
+    def __init__(self, engines: Engines) -> None:
+        self.engines = engines
+        self.backend, self.precision = engines.backend, engines.precision
+        self.seen: list[dict[str, np.ndarray]] = []
+
+    def __getitem__(self, graph: str) -> Engine:
+        engine = self.engines[graph]
+        return Recorder(engine, self.seen) if graph == "decoder" and isinstance(engine, OrtEngine) else engine
+
+    def close(self) -> None:
+        self.engines.close()
+
+
 def _decoder_inputs(bundle: Bundle, starts: list[Start]) -> Iterator[dict[str, np.ndarray]]:
     """Every input set that the fp32 decoder sees in short rollouts."""
-    engines = open_engines(bundle, "onnxruntime", "fp32")
-    decoder = engines["decoder"]
-    seen: list[dict[str, np.ndarray]] = []
-    plain_run = decoder.run
-
-    def run(**inputs: np.ndarray | int) -> dict[str, np.ndarray]:
-        memory = {name: array.copy() for name, array in decoder.state[decoder.turn].items()}  # type: ignore[attr-defined]
-        seen.append({"latent": np.array(inputs["latent"], np.float32), **memory})
-        return plain_run(**inputs)
-
-    decoder.run = run  # type: ignore[method-assign]
+    engines = RecordedEngines(open_engines(bundle, "onnxruntime", "fp32"))
     for start in starts:
         for _ in itertools.islice(_rollout(engines, bundle.profile, start), 1 + CALIBRATION_BLOCKS):
-            yield from seen
-            seen.clear()
+            yield from engines.seen
+            engines.seen.clear()
     engines.close()
 
 

@@ -165,7 +165,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > LARGEST_MANIFEST_BYTES:
             raise ValueError(f"{file.stat().st_size} bytes long")
-        manifest = json.loads(file.read_bytes())
+        manifest: dict[str, Any] = json.loads(file.read_bytes())
         version = manifest["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise BundleError(f"bundle {path} has format {version}, this aapt knows {FORMAT_VERSION}", "upgrade aapt_deploy, or export again")
@@ -182,7 +182,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
             raise BundleError(f"bundle manifest {file} names {name!r}, outside the bundle", "do not use this bundle; get it from a source you trust")
-    return manifest  # type: ignore[no-any-return]
+    return manifest
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:

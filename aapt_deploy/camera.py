@@ -77,7 +77,8 @@ def _directions(profile: Profile, rise: float, turn: float) -> np.ndarray:
     right = dx * math.cos(turn) + math.sin(turn)
     ahead = -dx * math.sin(turn) + math.cos(turn)
     rays = np.stack([right, dy, ahead])  # [3, h, w]
-    return rays / np.linalg.norm(rays, axis=0)  # type: ignore[no-any-return]
+    unit: np.ndarray = rays / np.linalg.norm(rays, axis=0)
+    return unit
 
 
 def condition_map(profile: Profile, before: Pose, after: Pose) -> np.ndarray:

@@ -14,12 +14,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aapt_deploy import __version__
 from aapt_deploy.errors import AaptError, MachineError, VerdictError
+
+if TYPE_CHECKING:
+    from aapt_deploy.build import Built
+    from aapt_deploy.export import Parity
+    from aapt_deploy.latency import Latency
+    from aapt_deploy.stream import Request, Streamed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
     "Take a block-causal video generator to a stream that meets its deadline.\n\n"
@@ -99,8 +105,8 @@ def profile(
         latency = _profile(bundle, backend, precision, blocks, progress)
     reports.latency(latency)
     if as_json:
-        typer.echo(latency.json())  # type: ignore[attr-defined]
-    raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)  # type: ignore[attr-defined]
+        typer.echo(latency.json())
+    raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)
 
 
 @app.command()
@@ -129,8 +135,8 @@ def stream(
         done = _stream(bundle, request, progress)
     reports.streamed(done)
     if as_json:
-        typer.echo(json.dumps(asdict(done)))  # type: ignore[call-overload]
-    raise typer.Exit(128 + done.signal if done.signal else 0)  # type: ignore[attr-defined]
+        typer.echo(json.dumps(asdict(done)))
+    raise typer.Exit(128 + done.signal if done.signal else 0)
 
 
 @app.command()
@@ -159,8 +165,8 @@ def demo(
     reports.streamed(done)
     reports.demo(latency, video, Bundle.open(bundle))
     if as_json:
-        typer.echo(json.dumps({"video": str(video), "bundle": str(bundle), "latency": json.loads(latency.json())}))  # type: ignore[attr-defined]
-    raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)  # type: ignore[attr-defined]
+        typer.echo(json.dumps({"video": str(video), "bundle": str(bundle), "latency": json.loads(latency.json())}))
+    raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)
 
 
 @app.command()
@@ -254,7 +260,7 @@ def _refuse_two_uses_of_stdout(out: str, as_json: bool) -> None:
         raise typer.BadParameter("--json writes to stdout, and so does --out -")
 
 
-def _export(checkpoint: Path | None, out: Path, sha256: str | None, force: bool, report: Callable[[str], None]):  # type: ignore[no-untyped-def]
+def _export(checkpoint: Path | None, out: Path, sha256: str | None, force: bool, report: Callable[[str], None]) -> "list[Parity]":
     from aapt_deploy import assets
 
     with _needing("export"):
@@ -266,7 +272,7 @@ def _export(checkpoint: Path | None, out: Path, sha256: str | None, force: bool,
         return export.export_bundle(loaded, out, force, report)
 
 
-def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[str], None]):  # type: ignore[no-untyped-def]
+def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[str], None]) -> "list[Built]":
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
@@ -276,7 +282,7 @@ def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[
         return build.build_engine(opened, backend, precision, report)
 
 
-def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]):  # type: ignore[no-untyped-def]
+def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]) -> "Latency":
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
@@ -286,7 +292,7 @@ def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, pro
         return latency.measure_bundle(opened, backend, precision, blocks, progress)
 
 
-def _stream(bundle: Path, request: object, progress: Callable[[str], None]):  # type: ignore[no-untyped-def]
+def _stream(bundle: Path, request: "Request", progress: Callable[[str], None]) -> "Streamed":
     from aapt_deploy import console
     from aapt_deploy.bundle import Bundle
 
@@ -294,7 +300,7 @@ def _stream(bundle: Path, request: object, progress: Callable[[str], None]):  # 
     with _needing("export"):
         from aapt_deploy import stream
 
-        return stream.stream(opened, request, console.warn, progress)  # type: ignore[arg-type]
+        return stream.stream(opened, request, console.warn, progress)
 
 
 def main() -> None:

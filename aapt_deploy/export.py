@@ -9,7 +9,7 @@ import io
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +97,7 @@ def to_onnx(module: nn.Module, signature: GraphSignature, profile: Profile) -> o
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """torch's exporter talks to both streams and warns about its own internals; none of it is about the user's checkpoint."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

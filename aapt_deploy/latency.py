@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.starts import Start, all_starts
 from aapt_deploy.video import open_sink
+
+Result = TypeVar("Result")
 
 COLD_BLOCKS = 8
 STAGES = ("step", "generator", "decoder", "commit", "hand-off", "encode", "prompt")
@@ -90,12 +92,12 @@ class Stopwatch:
         self._timed("prompt" if state else "reset", lambda: self.engine.reset(**state))
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
-        return self._timed(self.name, lambda: self.engine.run(**inputs))  # type: ignore[no-any-return]
+        return self._timed(self.name, lambda: self.engine.run(**inputs))
 
     def commit(self, block: int) -> None:
         self._timed("commit", lambda: self.engine.commit(block))
 
-    def _timed(self, name: str, call: Callable[[], Any]) -> Any:
+    def _timed(self, name: str, call: Callable[[], Result]) -> Result:
         start = time.perf_counter()
         result = call()
         self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
@@ -120,8 +122,9 @@ class TimedEngines:
 def measure_bundle(bundle: Bundle, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]) -> Latency:
     """Measure an engine of `bundle` from its first start frame."""
     begin, total = all_starts(bundle)[0], COLD_BLOCKS + blocks
-    report = lambda done: progress(f"{done} of {total} blocks")  # noqa: E731
-    return measure(lambda: open_engines(bundle, backend, precision), bundle.profile, begin, blocks, report)
+    return measure(
+        lambda: open_engines(bundle, backend, precision), bundle.profile, begin, blocks, lambda done: progress(f"{done} of {total} blocks")
+    )
 
 
 def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blocks: int, progress: Callable[[int], None]) -> Latency:

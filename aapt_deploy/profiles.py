@@ -9,6 +9,7 @@ import json
 import math
 import tomllib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -129,7 +130,7 @@ class Profile:
         if self.text.kind not in ("vocabulary", "embedding"):
             problems.append(f"text.kind = {self.text.kind!r} is neither 'vocabulary' nor 'embedding'")
         steps = self.sampler.timesteps
-        if not (steps and steps[0] == 1.0 and all(b < a for a, b in zip(steps, steps[1:], strict=False)) and steps[-1] > 0):  # a nan fails too
+        if not (steps and steps[0] == 1.0 and all(b < a for a, b in pairwise(steps)) and steps[-1] > 0):  # a nan fails too
             problems.append(f"sampler.timesteps = {list(steps)} must start at 1.0 and fall, staying above 0")
         scales = int(math.log2(v.spatial_stride))
         if not scales or 2**scales != v.spatial_stride or v.temporal_stride != 4:

@@ -39,9 +39,8 @@ def latency(result: "Latency") -> None:
         floats,
     )
     cold = result.cold_step_ms
-    say(
-        f"cold: engines open in {result.open_ms:.0f} ms, first block after {result.first_frame_ms:.0f} ms, slowest of the first {len(cold)} {max(cold):.0f} ms"
-    )
+    opened = f"engines open in {result.open_ms:.0f} ms, first block after {result.first_frame_ms:.0f} ms"
+    say(f"cold: {opened}, slowest of the first {len(cold)} {max(cold):.0f} ms")
     say(f"sustained: {result.sustained_fps:.1f} fps, {result.deadline_misses} of {result.blocks} blocks late")
     p95 = result.steady["step"].p95_ms
     verdict = "within budget" if result.within_budget else "OVER BUDGET"
@@ -51,9 +50,8 @@ def latency(result: "Latency") -> None:
 def streamed(result: "Streamed") -> None:
     where = "stdout" if result.output == "-" else result.output
     end = {"done": "", "signal": ", stopped by a signal", "reader gone": ", the reader left"}[result.ended]
-    say(
-        f"{where}: {result.frames} frames, {result.seconds:.1f} s of video at {result.fps:.1f} fps, first block after {result.first_frame_ms:.0f} ms{end}"
-    )
+    made = f"{result.frames} frames, {result.seconds:.1f} s of video at {result.fps:.1f} fps"
+    say(f"{where}: {made}, first block after {result.first_frame_ms:.0f} ms{end}")
 
 
 def doctor(checks: "Sequence[Check]") -> None:
@@ -68,8 +66,7 @@ def doctor(checks: "Sequence[Check]") -> None:
 def demo(result: "Latency", video: Path, bundle: "Bundle") -> None:
     frames = ", ".join(bundle.manifest["start_frames"])
     say("")
-    say(
-        f"{'real time' if result.within_budget else 'NOT real time'}: {result.sustained_fps:.0f} fps of {result.machine['cores']} CPU cores, 24 needed"
-    )
+    verdict = "real time" if result.within_budget else "NOT real time"
+    say(f"{verdict}: {result.sustained_fps:.0f} fps of {result.machine['cores']} CPU cores, 24 needed")
     say(f"video: {video}")
     say(f"next: aapt stream {shlex.quote(str(bundle.path))} -o flight.mp4 --seconds 20 --image NAME   (names: {frames})")

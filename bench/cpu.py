@@ -173,10 +173,8 @@ def start(bundle: Path) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         command = [python, "-m", "aapt_deploy", "stream", str(bundle), "-o", f"{folder}/x.mp4", "--seconds", "0.2", "--json"]
         whole_s, done = best(command, 5)
-        probe = "\n".join(
-            ["import sys", "from aapt_deploy.cli import main", "try:", "    main()"]
-            + ["finally:", "    print([m for m in ('torch', 'onnx') if m in sys.modules])"]
-        )
+        said = "print([m for m in ('torch', 'onnx') if m in sys.modules])"
+        probe = f"import sys\nfrom aapt_deploy.cli import main\ntry:\n    main()\nfinally:\n    {said}"
         imported = subprocess.run([python, "-c", probe, *command[3:-1]], capture_output=True, check=True, cwd=ROOT, text=True).stdout
     first = json.loads(done.stdout)["first_frame_ms"]
     return {

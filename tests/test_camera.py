@@ -155,7 +155,7 @@ def shift_of(before: np.ndarray, after: np.ndarray, axis: int) -> int:
 def test_yaw_moves_the_picture_by_the_predicted_pixels(world: World, angle: float) -> None:
     before = Pose(200.0, 120.0, 75.0, 0.7)
     after = before.moved(Velocity(yaw=angle), 1.0)
-    predicted = -focal_length(WIDTH) * float(centre(condition_map(DEMO, before, after)[0, 3:])[0]) * DIRECTION_SCALE  # looking right moves things left
+    predicted = -centre(condition_map(DEMO, before, after)[0, 3:])[0] * DIRECTION_SCALE * focal_length(WIDTH)  # looking right moves things left
     assert np.sign(predicted) == -np.sign(angle)
     assert shift_of(world.render(before), world.render(after), axis=1) == pytest.approx(predicted, abs=1.0)
 
@@ -164,7 +164,7 @@ def test_yaw_moves_the_picture_by_the_predicted_pixels(world: World, angle: floa
 def test_pitch_moves_the_picture_by_the_predicted_pixels(world: World, angle: float) -> None:
     before = Pose(200.0, 120.0, 75.0, 0.7)
     after = before.moved(Velocity(pitch=angle), 1.0)
-    predicted = -focal_length(WIDTH) * float(centre(condition_map(DEMO, before, after)[0, 3:])[1]) * DIRECTION_SCALE  # looking up moves things down
+    predicted = -centre(condition_map(DEMO, before, after)[0, 3:])[1] * DIRECTION_SCALE * focal_length(WIDTH)  # looking up moves things down
     assert np.sign(predicted) == np.sign(angle)
     assert shift_of(world.render(before), world.render(after), axis=0) == pytest.approx(predicted, abs=1.0)
 

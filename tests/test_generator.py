@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aapt_deploy.models.generator import Generator
-from aapt_deploy.models.layers import join_rope, rms_norm, rotate, spatial_rope, time_features
+from aapt_deploy.models.layers import Stream, join_rope, rms_norm, rotate, spatial_rope, time_features
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import CONDITION_CHANNELS, Profile, Text, Window, load, preset_folder
 from aapt_deploy.prompts import VOCABULARY_SIZE
@@ -288,6 +288,24 @@ def test_norm_and_time_features_against_their_formulas() -> None:
     assert torch.equal(features[0], torch.cat([torch.ones(128), torch.zeros(128)]))
     assert float(features[1, 0]) == pytest.approx(math.cos(250), abs=1e-4)
     assert float(features[1, 128 + 64]) == pytest.approx(math.sin(250 / 100), abs=1e-4)
+
+
+def test_a_stream_against_its_formulas() -> None:
+    """Modulation around zero leaves the residual branches as they are: a gate of 0 passes, a gate of -1 shuts."""
+    torch.manual_seed(0)
+    stream, x, attended = Stream(TINY), torch.randn(1, 5, 32), torch.randn(1, 5, 2, 16)
+    shift, scale, open_gate, shut = torch.randn(32), torch.randn(32), torch.zeros(32), torch.full((32,), -1.0)
+    with torch.no_grad():
+        q, k, v = stream.project(x, shift, scale)
+        wanted = ((rms_norm(x) * (1 + scale) + shift) @ stream.qkv.weight.T).reshape(1, 5, 3, 2, 16)
+        assert torch.allclose(v, wanted[:, :, 2], atol=1e-5)
+        assert torch.allclose(q, wanted[:, :, 0] / (wanted[:, :, 0].square().mean(-1, keepdim=True) + 1e-5).sqrt(), atol=1e-5)
+        assert torch.allclose(k, wanted[:, :, 1] / (wanted[:, :, 1].square().mean(-1, keepdim=True) + 1e-5).sqrt(), atol=1e-5)
+        x1 = x + attended.flatten(-2) @ stream.out.weight.T + stream.out.bias
+        hidden = torch.nn.functional.gelu(stream.w1(rms_norm(x1) * (1 + scale) + shift), approximate="tanh")
+        assert torch.allclose(stream.finish(x, attended, [open_gate, shift, scale, open_gate]), x1 + stream.w2(hidden), atol=1e-5)
+        assert torch.allclose(stream.finish(x, attended, [open_gate, shift, scale, shut]), x1, atol=1e-6)
+        assert torch.equal(stream.finish(x, attended, [shut, shift, scale, shut]), x)
 
 
 # --- sizes ---

@@ -54,7 +54,9 @@ def test_words_have_one_meaning() -> None:
     assert len(set(every)) == len(every)
 
 
-@pytest.mark.parametrize(("word", "nearest"), [("autum", "autumn"), ("dessert", "desert"), ("fogy", "foggy"), ("sunrize", "sunrise"), ("ilands", "islands")])
+@pytest.mark.parametrize(
+    ("word", "nearest"), [("autum", "autumn"), ("dessert", "desert"), ("fogy", "foggy"), ("sunrize", "sunrise"), ("ilands", "islands")]
+)
 def test_a_misspelt_word_is_answered_with_the_nearest(word: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=f"'{word}' is outside the vocabulary") as caught:
         parse(f"a forest, {word}")
@@ -69,7 +71,9 @@ def test_a_strange_word_is_answered_with_the_vocabulary() -> None:
     assert all(word in caught.value.hint for word in WORDS)
 
 
-@pytest.mark.parametrize(("prompt", "attribute"), [("forest desert", "place"), ("snow in summer", "season"), ("noon at night", "time"), ("clear and misty", "weather")])
+@pytest.mark.parametrize(
+    ("prompt", "attribute"), [("forest desert", "place"), ("snow in summer", "season"), ("noon at night", "time"), ("clear and misty", "weather")]
+)
 def test_two_values_of_one_attribute_are_refused(prompt: str, attribute: str) -> None:
     with pytest.raises(UsageError, match=f"two values of {attribute}") as caught:
         parse(prompt)

@@ -1,5 +1,6 @@
 """The signature is what the networks really take and give: names, shapes, dtypes, state."""
 
+import inspect
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from aapt_deploy import signature
 from aapt_deploy.models.checkpoint import build
 from aapt_deploy.models.graphs import graph_modules, random_inputs
+from aapt_deploy.models.vae import to_pixels
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile, Text, Vae, Window, load, preset_folder
 from aapt_deploy.signature import GRAPHS, NEXT, GraphSignature, TensorSpec, layer_names, signatures
@@ -72,6 +74,44 @@ def test_every_input_matters(name: str, graph: str) -> None:
             after = module(*other)
             pairs = zip(before, after, strict=True) if isinstance(before, tuple) else [(before, after)]
             assert any(not torch.equal(a, b) for a, b in pairs), f"{spec.name} changes nothing"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_module_calls_its_inputs_by_their_names(name: str) -> None:
+    for graph, declared in signatures(PROFILES[name]).items():
+        taken = inspect.signature(modules(PROFILES[name])[graph].forward).parameters.values()
+        assert [p.name for p in taken if p.kind != p.VAR_POSITIONAL] == [spec.name for spec in declared.inputs]
+        assert any(p.kind == p.VAR_POSITIONAL for p in taken) == bool(declared.state)
+
+
+def test_what_leaves_carries_the_right_name() -> None:
+    """Keys and values, or old and new memory, have one shape: only what is in them tells them apart."""
+    torch.manual_seed(0)
+    networks, declared = build(TINY), signatures(TINY)
+    generator, vae = networks
+    with torch.no_grad():
+        given = {name: feed(graph, TINY) for name, graph in declared.items()}
+        left = {
+            name: dict(zip([spec.name for spec in leaving(declared[name])], module(*given[name]), strict=True))
+            for name, module in graph_modules(TINY, *networks).items()
+            if name != "encoder"
+        }
+        inputs = {
+            spec.name: value for spec, value in zip((*declared["generator"].inputs, *declared["generator"].state), given["generator"], strict=True)
+        }
+        caches = [[inputs[name] for name in layer_names(prefix, TINY)] for prefix in ("k_cache", "v_cache")]
+        own = [inputs[name] for name in ("noisy", "previous", "condition", "time", "rope_time")]
+        clean, *blocks = generator.step(*own, *caches, inputs["cache_len"])
+        assert torch.equal(left["generator"]["clean"], clean)
+        texts = generator.prompt(given["prompt"][0])
+        for prefix, block, text in zip("kv", blocks, texts, strict=True):
+            for layer in range(TINY.model.depth):
+                assert torch.equal(left["generator"][f"{prefix}_block.{layer:02d}"], block[layer])
+                assert torch.equal(left["prompt"][f"text_{prefix}.{layer:02d}"], text[layer])
+        frames, memory = vae.decode_step(given["decoder"][0], given["decoder"][1:])
+        assert torch.equal(left["decoder"]["frames"], to_pixels(frames[0]))
+        assert all(torch.equal(left["decoder"][f"memory.{i:02d}"], kept) for i, kept in enumerate(memory))
+        assert not torch.equal(memory[0], given["decoder"][1])
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -4,7 +4,7 @@ A backend is one file and one row of BACKENDS; nothing else in the project knows
 """
 
 import importlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def open_engines(bundle: Bundle, backend: str, precision: str | None = None) -> 
 
 def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
     """The precision to open: the one asked for, else the profile's own, else the fastest that was built."""
-    built = {entry["precision"]: entry for entry in bundle.engines.values() if entry["backend"] == backend}
+    built: dict[str, dict[str, Any]] = {entry["precision"]: entry for entry in bundle.engines.values() if entry["backend"] == backend}
     if not built:
         raise BundleError(f"bundle {bundle.path} has no {backend} engine", f"build one with: aapt build-engine {bundle.path} --backend {backend}")
     if precision is None and bundle.profile.precision.weights in built:

@@ -56,8 +56,8 @@ class EagerGenerator:
 
     def reset(self, **state: np.ndarray) -> None:
         if not state:
-            for cache in self.caches.values():
-                cache.zero_()
+            for held in self.caches.values():
+                held.zero_()
         for kind in ("k", "v"):
             for text, cache in zip(layer_names(f"text_{kind}", self.profile), layer_names(f"{kind}_cache", self.profile), strict=True):
                 if text in state:

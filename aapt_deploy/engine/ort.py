@@ -60,6 +60,11 @@ class OrtEngine:
         self.bindings = [self._bind(self.state[i], self.state[1 - i]) for i in range(2)]
         self.turn = 0
 
+    @property
+    def memory(self) -> dict[str, np.ndarray]:
+        """The state that the next run will read, by name."""
+        return self.state[self.turn]
+
     def _bind(self, read: dict[str, np.ndarray], write: dict[str, np.ndarray]) -> Any:
         binding = self.session.io_binding()
         for name, array in (self.inputs | read).items():
@@ -108,8 +113,8 @@ class OrtGenerator:
 
     def reset(self, **state: np.ndarray) -> None:
         if not state:
-            for cache in self.caches.values():
-                cache.fill(0)
+            for held in self.caches.values():
+                held.fill(0)
         for kind in ("k", "v"):
             for text, cache in zip(layer_names(f"text_{kind}", self.profile), layer_names(f"{kind}_cache", self.profile), strict=True):
                 if text in state:

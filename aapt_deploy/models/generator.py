@@ -12,6 +12,9 @@ The network predicts the clean latent; its velocity is (noisy - clean) / t, so a
 Letters: B batch, n blocks, C latent channels, h x w latent pixels, F tokens per frame, L text tokens, H heads, D head_dim.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +25,12 @@ from aapt_deploy.ops.block_causal_attention.torch_op import block_causal_attenti
 from aapt_deploy.profiles import CONDITION_CHANNELS, Profile
 from aapt_deploy.prompts import VOCABULARY_SIZE
 
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> attended, each [B, N, H, D]
+
 
 class Generator(nn.Module):
+    spatial_rope: Tensor  # a buffer
+
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self.profile = profile
@@ -32,16 +39,16 @@ class Generator(nn.Module):
         if profile.text.kind == "vocabulary":
             self.vocabulary = nn.Embedding(VOCABULARY_SIZE, profile.text.dim)
         self.text_in = nn.Linear(profile.text.dim, m.dim)
-        window = {"kernel_size": m.patch + 2 * m.halo, "stride": m.patch, "padding": m.halo}
-        self.visual_in = nn.Conv2d(2 * channels + CONDITION_CHANNELS, m.dim, **window)
+        size = m.patch + 2 * m.halo
+        self.visual_in = nn.Conv2d(2 * channels + CONDITION_CHANNELS, m.dim, size, stride=m.patch, padding=m.halo)
         self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, m.dim), nn.SiLU(), nn.Linear(m.dim, m.dim), nn.SiLU())
         self.time_modulation = nn.Linear(m.dim, MODULATIONS * m.dim)
         self.time_out = nn.Linear(m.dim, 2 * m.dim)
-        self.text = nn.ModuleList(Stream(profile, ends_at_attention=i == m.depth - 1) for i in range(m.depth))
-        self.visual = nn.ModuleList(Stream(profile) for _ in range(m.depth))
+        self.text = _streams(Stream(profile, ends_at_attention=i == m.depth - 1) for i in range(m.depth))
+        self.visual = _streams(Stream(profile) for _ in range(m.depth))
         self.visual_out = nn.Linear(m.dim, channels * patch)
         # What a linear predictor can do need not be learned by the blocks.
-        self.skip = nn.Conv2d(2 * channels + CONDITION_CHANNELS, channels * patch, bias=False, **window)
+        self.skip = nn.Conv2d(2 * channels + CONDITION_CHANNELS, channels * patch, size, stride=m.patch, padding=m.halo, bias=False)
         self.register_buffer("spatial_rope", spatial_rope(profile), persistent=False)
         self._start()
 
@@ -108,9 +115,8 @@ class Generator(nn.Module):
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2).to(q.dtype), v.transpose(1, 2), attn_mask=mask)
             return out.transpose(1, 2)
 
-        per_token = lambda m: m.repeat_interleave(f, dim=1)  # noqa: E731  [B, n, dim] -> [B, n*F, dim]
         x, direct = (part.unflatten(0, (b, n)).flatten(1, 2) for part in self._embed(torch.cat([noisy, previous, condition], dim=2).flatten(0, 1)))
-        shared, head = ([per_token(m) for m in group] for group in self._times(t))
+        shared, head = ([m.repeat_interleave(f, dim=1) for m in group] for group in self._times(t))  # [B, n, dim] -> [B, n*F, dim]
         return self._unpatches((self._run(x, shared, head, rope, attend) + direct).unflatten(1, (n, f)))
 
     def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor, k_cache: list[Tensor],
@@ -134,14 +140,15 @@ class Generator(nn.Module):
         shared, head = ([m[:, None] for m in group] for group in self._times(t))  # [1, 1, dim] each
         return self._unpatches(self._run(x, shared, head, rope, attend) + direct), k_blocks, v_blocks
 
-    def _run(self, x: Tensor, shared: list[Tensor], head: list[Tensor], rope: Tensor, attend) -> Tensor:  # type: ignore[no-untyped-def]
+    def _run(self, x: Tensor, shared: list[Tensor], head: list[Tensor], rope: Tensor, attend: Attend) -> Tensor:
         """tokens [B, N, dim] -> patches [B, N, C * patch * patch], to be added to the linear predictor's."""
         for i, layer in enumerate(self.visual):
             modulation = [m + own for m, own in zip(shared, layer.modulation.unbind(0), strict=True)]
             q, k, v = layer.project(x, *modulation[:2])
             x = layer.finish(x, attend(i, rotate(q, rope), rotate(k, rope), v), modulation[2:])
         shift, scale = head
-        return self.visual_out(rms_norm(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
+        patches: Tensor = self.visual_out(rms_norm(x) * (1 + scale) + shift)
+        return patches
 
     def _mask(self, n: int, device: torch.device) -> Tensor:
         """Block-causal mask with window and sink, True where a query may look: bool [n*F, L + n*F]."""
@@ -151,3 +158,8 @@ class Generator(nn.Module):
             blocks[i, ring.visible(i)] = True
         visual = blocks.repeat_interleave(f, dim=0).repeat_interleave(f, dim=1)  # [n*F, n*F]
         return F.pad(visual, (self.profile.text.tokens, 0), value=True)
+
+
+def _streams(streams: Iterable[Stream]) -> Sequence[Stream]:
+    """A ModuleList, typed by what it holds."""
+    return cast("Sequence[Stream]", nn.ModuleList(streams))

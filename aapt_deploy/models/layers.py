@@ -90,4 +90,5 @@ class Stream(nn.Module):
         gate_attention, shift, scale, gate_mlp = modulation
         x = x + (1 + gate_attention) * self.out(attended.flatten(-2))
         y = rms_norm(x) * (1 + scale) + shift
-        return x + (1 + gate_mlp) * self.w2(F.gelu(self.w1(y), approximate="tanh"))
+        mlp: Tensor = self.w2(F.gelu(self.w1(y), approximate="tanh"))
+        return x + (1 + gate_mlp) * mlp

@@ -13,6 +13,8 @@ Letters: B batch, T frames at the layer's own rate, C channels, H x W pixels, h 
 """
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +83,26 @@ class Rescale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
             return channels_to_space_time(self.conv(F.relu(x), None)[0], self.time, self.space)
-        return self.conv(space_time_to_channels(x, self.time, self.space), None)[0]
+        y: Tensor = self.conv(space_time_to_channels(x, self.time, self.space), None)[0]
+        return y
+
+
+def _residual_blocks(channels: tuple[int, ...], profile: Profile) -> Sequence[Sequence[ResidualBlock]]:
+    """The blocks of each scale, as a ModuleList of ModuleLists."""
+    count, kernel = profile.vae.blocks, profile.vae.temporal_kernel
+    scales = nn.ModuleList(nn.ModuleList(ResidualBlock(width, kernel) for _ in range(count)) for width in channels)
+    return cast("Sequence[Sequence[ResidualBlock]]", scales)
+
+
+def _rescales(widths: tuple[int, ...], strides: list[tuple[int, int]], up: bool) -> Sequence[Rescale]:
+    """The steps between neighbouring `widths`, as a ModuleList."""
+    steps = nn.ModuleList(Rescale(widths[i], widths[i + 1], *stride, up=up) for i, stride in enumerate(strides))
+    return cast("Sequence[Rescale]", steps)
+
+
+def _start_at_zero(layer: CausalConv) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _scales(channels: tuple[int, ...], spatial_stride: int) -> list[tuple[int, int]]:
@@ -100,13 +121,9 @@ class Decoder(nn.Module):
         self.linear = CausalConv(v.latent_channels, PIXEL_CHANNELS * self.time * self.space**2, LINEAR_REACH)
         widths = (*vae.decoder_channels, PIXEL_CHANNELS)
         self.inlet = CausalConv(v.latent_channels, widths[0], vae.temporal_kernel)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width, vae.temporal_kernel) for _ in range(vae.blocks)) for width in vae.decoder_channels
-        )
-        strides = _scales(vae.decoder_channels, v.spatial_stride)
-        self.rescale = nn.ModuleList(Rescale(widths[i], widths[i + 1], *stride, up=True) for i, stride in enumerate(strides))
-        nn.init.zeros_(self.rescale[-1].conv.conv.weight)
-        nn.init.zeros_(self.rescale[-1].conv.conv.bias)
+        self.blocks = _residual_blocks(vae.decoder_channels, profile)
+        self.rescale = _rescales(widths, _scales(vae.decoder_channels, v.spatial_stride), up=True)
+        _start_at_zero(self.rescale[-1].conv)
 
     def memory_shapes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Shapes (frames, C, H, W) of the memories for latents of height x width, in the order `forward` takes them."""
@@ -124,8 +141,11 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """z [B, n, C, h, w] -> frames [B, 4n, 3, H, W], new memory."""
         left = iter(memory)
-        take = lambda conv: next(left) if conv.frames > 1 else None  # noqa: E731
         kept: list[Tensor | None] = []
+
+        def take(conv: CausalConv) -> Tensor | None:
+            return next(left) if conv.frames > 1 else None
+
         flat, m = self.linear(z, take(self.linear))
         kept.append(m)
         x, m = self.inlet(z, take(self.inlet))
@@ -148,27 +168,24 @@ class Encoder(nn.Module):
         self.time, self.space = v.temporal_stride, v.spatial_stride
         self.linear = CausalConv(PIXEL_CHANNELS * self.time * self.space**2, v.latent_channels, size=1)
         widths = (PIXEL_CHANNELS, *vae.encoder_channels)
-        strides = _scales(vae.encoder_channels, v.spatial_stride)[::-1]
-        self.rescale = nn.ModuleList(Rescale(widths[i], widths[i + 1], *stride, up=False) for i, stride in enumerate(strides))
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width, vae.temporal_kernel) for _ in range(vae.blocks)) for width in vae.encoder_channels
-        )
+        self.rescale = _rescales(widths, _scales(vae.encoder_channels, v.spatial_stride)[::-1], up=False)
+        self.blocks = _residual_blocks(vae.encoder_channels, profile)
         if vae.encoder_channels:
             self.outlet = CausalConv(widths[-1], v.latent_channels)
-            nn.init.zeros_(self.outlet.conv.weight)
-            nn.init.zeros_(self.outlet.conv.bias)
+            _start_at_zero(self.outlet)
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames [B, 4n, 3, H, W] -> z [B, n, C, h, w]."""
-        z = self.linear(space_time_to_channels(frames, self.time, self.space), None)[0]
+        z: Tensor = self.linear(space_time_to_channels(frames, self.time, self.space), None)[0]
         if not self.rescale:
-            return z  # type: ignore[no-any-return]
+            return z
         x = frames
         for rescale, scale in zip(self.rescale, self.blocks, strict=True):
             x = rescale(x)
             for block in scale:
                 x, _ = block(x, x.new_zeros(x.shape[0], block.mix.frames - 1, *x.shape[2:]) if block.mix.frames > 1 else None)
-        return z + self.outlet(F.relu(x), None)[0]  # type: ignore[no-any-return]
+        correction: Tensor = self.outlet(F.relu(x), None)[0]
+        return z + correction
 
 
 class Vae(nn.Module):
@@ -181,16 +198,18 @@ class Vae(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """frames [B, 1 + 4n, 3, H, W] in [-1, 1] -> z [B, 1 + n, C, h, w]."""
         lead = self.encoder.time - 1
-        return self.encoder(torch.cat([frames[:, :1].expand(-1, lead, -1, -1, -1), frames], dim=1))  # type: ignore[no-any-return]
+        z: Tensor = self.encoder(torch.cat([frames[:, :1].expand(-1, lead, -1, -1, -1), frames], dim=1))
+        return z
 
     def decode(self, z: Tensor) -> Tensor:
         """z [B, 1 + n, C, h, w] -> frames [B, 1 + 4n, 3, H, W]."""
-        frames, _ = self.decoder(z, self.decoder.empty_memory(z))
-        return frames[:, self.decoder.time - 1 :]  # type: ignore[no-any-return]
+        frames: Tensor = self.decoder(z, self.decoder.empty_memory(z))[0]
+        return frames[:, self.decoder.time - 1 :]
 
     def decode_step(self, z: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """z [B, C, h, w] of one latent frame -> frames [B, 4, 3, H, W], new memory. Of latent 0 only the last frame is meant to be shown."""
-        return self.decoder(z[:, None], memory)  # type: ignore[no-any-return]
+        step: tuple[Tensor, list[Tensor]] = self.decoder(z[:, None], memory)
+        return step
 
 
 def to_pixels(frames: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def clip_files(folder: Path, skip: Callable[[Path, str], None]) -> list[ClipFile
 def conditions(profile: Profile, poses: np.ndarray) -> np.ndarray:
     """Camera conditions float32 [n, 6, h, w] of the n blocks between `poses` [n + 1, 5]."""
     path = [Pose(*row) for row in poses.tolist()]
-    return np.concatenate([condition_map(profile, before, after) for before, after in zip(path, path[1:], strict=False)])
+    return np.concatenate([condition_map(profile, before, after) for before, after in pairwise(path)])
 
 
 def write_clip(path: Path, frames: np.ndarray, poses: np.ndarray, tokens: np.ndarray) -> None:

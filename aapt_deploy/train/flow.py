@@ -64,30 +64,38 @@ def flow_loss(generator: nn.Module, batch: Batch, stage: FlowStage, rng: torch.G
     b, n = clean.shape[:2]
     if float(torch.rand((), generator=rng)) < stage.resampled:
         previous = resample_history(generator, batch, rng)
-    level = stage.previous_noise * torch.rand(b, n, 1, 1, 1, generator=rng)
-    previous = previous + level * torch.randn(previous.shape, generator=rng)
+    previous = previous + stage.previous_noise * _blemishes(previous.shape, rng)
     t = shifted(torch.rand(b, n, generator=rng), stage.shift).clamp_min(0.05)
     noise = torch.randn(clean.shape, generator=rng)
     t_ = t[..., None, None, None]  # [B, n, 1, 1, 1]
     noisy = (1 - t_) * clean + t_ * noise
-    predicted = generator(noisy, previous, batch.condition, t, batch.text, batch.rope_time).float()
+    predicted: Tensor = generator(noisy, previous, batch.condition, t, batch.text, batch.rope_time).float()
     weight = t_.clamp_min(SMALLEST_T) ** -2
     return (weight * (predicted - clean) ** 2).mean()
+
+
+def _blemishes(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """Errors of random strength, of the two kinds a generator makes: pixel by pixel, and constant over a token's patch."""
+    b, n, c, h, w = shape
+    fine = torch.rand(b, n, 1, 1, 1, generator=rng) * torch.randn(shape, generator=rng)
+    coarse = torch.randn(b, n, c, -(-h // 2), -(-w // 2), generator=rng).repeat_interleave(2, -2).repeat_interleave(2, -1)[..., :h, :w]
+    return fine + torch.rand(b, n, 1, 1, 1, generator=rng) * coarse
 
 
 @torch.no_grad()
 def resample_history(generator: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
     """Recycled latents as the generator itself would have made them: [B, n, C, h, w].
 
-    Each block's true latent is noised to a random time and denoised by the generator in two passes. Block i's result stands in for the
+    Each block's true latent is noised to a random time and denoised by the generator in one or two passes. Block i's result stands in for the
     recycled latent of block i + 1; the sink and the first block after it keep theirs, because their predecessors are not in the batch.
     """
     clean = batch.clean
     b = clean.shape[0]
     t = 0.35 + 0.65 * torch.rand(b, 1, generator=rng).expand(b, clean.shape[1])
+    single = float(torch.rand((), generator=rng)) < 0.5
     x = (1 - t[..., None, None, None]) * clean + t[..., None, None, None] * torch.randn(clean.shape, generator=rng)
     previous = batch.previous
-    for now, after in ((t, t / 2), (t / 2, torch.zeros_like(t))):
+    for now, after in [(t, torch.zeros_like(t))] if single else [(t, t / 2), (t / 2, torch.zeros_like(t))]:
         predicted = generator(x, previous, batch.condition, now, batch.text, batch.rope_time).float()
         x = predicted + (x - predicted) * (after / now)[..., None, None, None]
     return torch.cat([batch.previous[:, :2], x[:, 1:-1]], dim=1)

@@ -39,7 +39,7 @@ def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: 
 
     Returns the averaged (EMA) weights by name. Raises CheckpointError when `state` is damaged or belongs to another module.
     """
-    weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    weights: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in weights.items()}
     adam = torch.optim.AdamW(weights.values(), lr=0.0, betas=optimiser.betas, weight_decay=optimiser.weight_decay)
     step = _restore(state, weights, average, adam) if state.exists() else 0
@@ -51,7 +51,7 @@ def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: 
         rng = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = loss(rng)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         norm = nn.utils.clip_grad_norm_(weights.values(), optimiser.clip_norm)
         adam.step()
         adam.zero_grad()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,10 @@ Report = Callable[[str], None]
 # Start frames that a demo checkpoint brings: name -> (world seed, prompt). The worlds were not trained on.
 STARTS = {
     "desert-dusk": (VALIDATION_SEED + 900, "desert in summer at dusk, clear"),
-    "mountains-dawn": (VALIDATION_SEED + 901, "mountains in autumn at dawn, clear"),
+    "mountains-dawn": (VALIDATION_SEED + 911, "mountains in autumn at dawn, clear"),
     "islands-noon": (VALIDATION_SEED + 902, "islands in summer at noon, cloudy"),
-    "forest-noon": (VALIDATION_SEED + 903, "forest in spring at noon, clear"),
-    "mountains-winter": (VALIDATION_SEED + 904, "mountains in winter at noon, clear"),
+    "forest-noon": (VALIDATION_SEED + 913, "forest in spring at noon, clear"),
+    "mountains-winter": (VALIDATION_SEED + 914, "mountains in winter at noon, clear"),
 }
 
 
@@ -67,7 +68,7 @@ def train(data: Path, run: Path, profile: Profile, recipe: Recipe, report: Repor
     _part(run / "vae.safetensors", vae, lambda: _train_vae(vae, clips, profile, recipe, run, report))
     for number, stage in enumerate(recipe.flow, start=1):
         part = run / f"generator-{number}.safetensors"
-        _part(part, generator, lambda s=stage, n=number: _train_generator(generator, latents, s, recipe.seed + n, run, n, report))  # type: ignore[misc]
+        _part(part, generator, partial(_train_generator, generator, latents, stage, recipe.seed + number, run, number, report))
     record: dict[str, object] = {
         "clips": len(clips), "skipped": len(skipped), "seconds_this_run": round(time.monotonic() - began), "machine": machine(),
         "recipe": repr(recipe), "versions": {"aapt_deploy": __version__, "torch": torch.__version__.split("+")[0]},
@@ -155,7 +156,8 @@ def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe
 def _train_generator(generator: Generator, latents: Latents, stage: FlowStage, seed: int, run: Path, number: int, report: Report) -> None:
     average = fit(
         generator, lambda rng: flow_loss(generator, latents.draw(generator.profile, stage, rng), stage, rng), stage.optimiser,
-        run / f"generator-{number}.state", seed, lambda step, loss: report(f"generator stage {number}: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),
+        run / f"generator-{number}.state", seed,
+        lambda step, loss: report(f"generator stage {number}: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),
     )  # fmt: skip
     generator.load_state_dict(average, strict=False)
 

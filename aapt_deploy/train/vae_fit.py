@@ -6,12 +6,12 @@ patch) still settle first and cost most in the generator's loss, the fine ones a
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aapt_deploy.models.vae import Vae, space_time_to_channels
 
 WHITENING = 0.75  # exponent of the deviation that is divided out
-FAINTEST = 1e-9  # least power of a component relative to the strongest: flat clips have fewer than a latent has channels
+FAINTEST = 1e-9  # least power of a component relative to the strongest: flat clips have fewer components than a latent has channels
 RIDGE = 1e-3  # relative to the mean feature power
 LATENT_NOISE = 0.05  # deviation of the noise that the ridge decoder must expect
 
@@ -28,13 +28,12 @@ def pca_encoder(vae: Vae, clips: list[Tensor]) -> float:
     power, axes = torch.linalg.eigh(covariance / len(patches))
     channels = encoder.linear.conv.out_channels
     power, axes = power.flip(0), axes.flip(1)
-    kept = power[:channels].clamp_min(FAINTEST * power[0])
+    kept = power[:channels].clamp_min(FAINTEST * float(power[0]) + FAINTEST**2)
     scale = kept.sqrt() ** -WHITENING
     scale /= (kept * scale**2).mean().sqrt()  # unit variance on average
     weight = (axes[:, :channels] * scale).T.float()  # [C, patch]
-    encoder.linear.conv.weight.copy_(weight[:, :, None, None])
-    encoder.linear.conv.bias.copy_(-weight @ mean)
-    return float(kept.sum() / power.sum())
+    _set(encoder.linear.conv, weight[:, :, None, None], -weight @ mean)
+    return 1 - float(power[channels:].clamp_min(0).sum() / power.sum().clamp_min(FAINTEST**2))
 
 
 @torch.no_grad()
@@ -56,5 +55,10 @@ def ridge_decoder(vae: Vae, clips: list[Tensor]) -> None:
     assert gram is not None and cross is not None, "ridge_decoder needs at least one clip"
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     solution = torch.linalg.solve(gram, cross).float()  # [2C*9 + 1, patch]
-    conv.weight.copy_(solution[:-1].T.unflatten(1, conv.weight.shape[1:]))
-    conv.bias.copy_(solution[-1])
+    _set(conv, solution[:-1].T.unflatten(1, conv.weight.shape[1:]), solution[-1])
+
+
+def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    assert conv.bias is not None
+    conv.weight.copy_(weight)
+    conv.bias.copy_(bias)

@@ -53,7 +53,8 @@ class Snippets:
                 if starts < 1 or size != [v.height, v.width, PIXEL_CHANNELS]:
                     raise ValueError(f"frames {[count, *size]} hold no {groups} groups of {v.width}x{v.height}")
                 first = 1 + v.temporal_stride * (start % starts)
-                return held[first : first + v.temporal_stride * groups]  # type: ignore[no-any-return]
+                piece: Tensor = held[first : first + v.temporal_stride * groups]
+                return piece
         except (OSError, SafetensorError, ValueError) as error:
             clip.skip(clip.path, f"unreadable: {error}")
             return None
@@ -86,7 +87,7 @@ def vae_loss(vae: Vae, stage: VaeStage, draw: Callable[[torch.Generator], Tensor
     decoded, _ = vae.decoder(z, vae.decoder.empty_memory(z))
     skip = vae.decoder.time
     error = (decoded - frames)[:, skip:].float()
-    loss = error.abs().mean()
+    loss: Tensor = error.abs().mean()
     for axis in (-1, -2):
         loss = loss + stage.gradient_weight * error.diff(dim=axis).abs().mean()
     return loss

@@ -62,7 +62,8 @@ def _noise(rng: np.random.Generator, slope: float, lowest: float = 1.5, size: in
     phase = rng.uniform(0, 2 * math.pi, radius.shape)
     field = np.fft.irfft2(amplitude * np.exp(1j * phase), s=(size, size))
     low, high = np.percentile(field, (0.5, 99.5))
-    return np.clip((field - low) / (high - low), 0, 1).astype(np.float32)
+    noise: np.ndarray = np.clip((field - low) / (high - low), 0, 1).astype(np.float32)
+    return noise
 
 
 def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -70,16 +71,19 @@ def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
     n = image.shape[0]
     fy, fx = np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None]
     kernel = np.exp(-2 * (math.pi * sigma) ** 2 * (fy**2 + fx**2))[..., None]
-    return np.fft.irfft2(np.fft.rfft2(image, axes=(0, 1)) * kernel, s=(n, n), axes=(0, 1)).astype(np.float32)
+    blurred: np.ndarray = np.fft.irfft2(np.fft.rfft2(image, axes=(0, 1)) * kernel, s=(n, n), axes=(0, 1)).astype(np.float32)
+    return blurred
 
 
-def _mix(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
-    return a + (b - a) * t
+def _mix(a: np.ndarray, b: np.ndarray, t: np.ndarray | np.float32 | float) -> np.ndarray:
+    mixed: np.ndarray = a + (b - a) * t
+    return mixed
 
 
 def _smooth(x: np.ndarray, low: float, high: float) -> np.ndarray:
     t = np.clip((x - low) / (high - low), 0, 1)
-    return t * t * (3 - 2 * t)
+    eased: np.ndarray = t * t * (3 - 2 * t)
+    return eased
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,8 @@ class World:
         for reach in range(2, 64, 4):
             there = np.roll(surface, (-round(sy * reach), -round(sx * reach)), (0, 1))
             shadow = np.minimum(shadow, 1 - _smooth(there - surface - reach * math.tan(self.sun_elevation), 0.0, 3.0))
-        return self.ambient + self.sunlight * (np.clip(facing, 0, None) * (0.15 + 0.85 * shadow))[..., None]
+        light: np.ndarray = self.ambient + self.sunlight * (np.clip(facing, 0, None) * (0.15 + 0.85 * shadow))[..., None]
+        return light
 
     def ground_height(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Surface height at positions in world units, bilinear on the torus."""
@@ -165,8 +170,8 @@ class World:
 
         Rows are drawn twice as fine and averaged: ridges crawl less, for a third of the cost of full supersampling.
         """
-        picture = self._draw(pose, self.height * SUPERSAMPLE, focal_length(self.width) * SUPERSAMPLE)
-        picture = picture.reshape(self.height, SUPERSAMPLE, self.width, 3).mean(axis=1)
+        fine = self._draw(pose, self.height * SUPERSAMPLE, focal_length(self.width) * SUPERSAMPLE)
+        picture: np.ndarray = fine.reshape(self.height, SUPERSAMPLE, self.width, 3).mean(axis=1)
         return (picture * 255 + 0.5).astype(np.uint8)
 
     def _draw(self, pose: Pose, h: int, f: float) -> np.ndarray:
@@ -185,7 +190,8 @@ class World:
         picture = self._sky(pose, (horizon_row - np.arange(h) - 0.5) / f, across)
         r, c = np.nonzero(hit < len(DEPTHS))
         picture[r, c] = self._shade(pose, picture[r, c], (r, c), hit[r, c], (rows, top), (ahead_x, ahead_y))
-        return np.clip(picture, 0, 1)
+        clipped: np.ndarray = np.clip(picture, 0, 1)
+        return clipped
 
     def _shade(self, pose: Pose, sky: np.ndarray, pixel: tuple[np.ndarray, np.ndarray], k: np.ndarray,
                screen: tuple[np.ndarray, np.ndarray], ahead: tuple[np.ndarray, np.ndarray]) -> np.ndarray:  # fmt: skip
@@ -225,7 +231,8 @@ class World:
             sky = _mix(sky, np.clip(self.ambient + 0.62 * self.sunlight, 0, 1), 0.85 * amount[..., None])
         apart = (np.mod(azimuth - self.sun_azimuth + math.pi, 2 * math.pi) - math.pi) ** 2 + (np.arctan(rise) - min(self.sun_elevation, 0.34)) ** 2
         shine = 0.9 * np.exp(-apart / 0.004) + 0.35 * np.exp(-apart / 0.12)
-        return sky + (shine * (0.25 + 0.75 * (self.cover == 0.30)))[..., None] * self.sunlight * (0.45 if self.cover == 0 else 0.8)
+        sunny: np.ndarray = sky + (shine * (0.25 + 0.75 * (self.cover == 0.30)))[..., None] * self.sunlight * (0.45 if self.cover == 0 else 0.8)
+        return sunny
 
 
 def _greyed(colour: np.ndarray, amount: float) -> np.ndarray:
@@ -252,7 +259,8 @@ class Clip:
 
 def random_velocities(rng: np.random.Generator, blocks: int) -> list[Velocity]:
     """A flight plan, one velocity per block: held for a while, then eased into the next."""
-    keys, plan = [], []
+    keys: list[Velocity] = []
+    plan: list[Velocity] = []
     while len(plan) < blocks:
         calm = rng.random() < 0.35
         target = Velocity(

@@ -1,0 +1,512 @@
+"""Training: the loss is the paper's, the loop resumes to the bit, and a whole tiny run ends in a checkpoint that loads."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aapt_deploy.errors import CheckpointError, InputError
+from aapt_deploy.models import checkpoint
+from aapt_deploy.models.generator import Generator
+from aapt_deploy.models.vae import Vae
+from aapt_deploy.profiles import CONDITION_CHANNELS, load
+from aapt_deploy.prompts import VOCABULARY_SIZE
+from aapt_deploy.rope import temporal_rope
+from aapt_deploy.train import stages
+from aapt_deploy.train.data import clip_files, render_world
+from aapt_deploy.train.flow import SMALLEST_T, Batch, Latents, flow_loss, resample_history, shifted
+from aapt_deploy.train.loop import fit, learning_rate
+from aapt_deploy.train.recipe import FlowStage, Optimiser, Recipe, VaeStage
+from aapt_deploy.train.vae_stage import Snippets, fit_linear, vae_loss
+
+TINY = load("tiny-cpu")
+STAGE = FlowStage(Optimiser(steps=6, batch=4, learning_rate=1e-2, warmup=2), blocks=3)
+
+
+def batch_of(blocks: int = 4, batch: int = 2, seed: int = 0) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    shape = (batch, blocks, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width)
+    return Batch(
+        torch.randn(shape, generator=rng),
+        torch.randn(shape, generator=rng),
+        torch.randn(*shape[:2], CONDITION_CHANNELS, *shape[3:], generator=rng),
+        torch.randint(VOCABULARY_SIZE, (batch, TINY.text.tokens), generator=rng),
+        torch.from_numpy(temporal_rope(TINY, np.tile(np.arange(blocks), (batch, 1)))),
+    )
+
+
+def toy_latents(clips: int = 3, blocks: int = 6) -> Latents:
+    """Clips whose latents hold still: the next frame is the recycled one."""
+    rng = torch.Generator().manual_seed(1)
+    still = torch.randn(clips, 1, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width, generator=rng)
+    return Latents(
+        still.repeat(1, 1 + blocks, 1, 1, 1).half(),
+        torch.zeros(clips, blocks, CONDITION_CHANNELS, TINY.latent_height, TINY.latent_width),
+        torch.zeros(clips, TINY.text.tokens, dtype=torch.long),
+    )
+
+
+class Fake(nn.Module):
+    """Predicts a constant, and remembers what it was asked."""
+
+    def __init__(self, constant: float) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(torch.tensor(constant))
+        self.calls: list[tuple[Tensor, ...]] = []
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.calls.append(inputs)
+        return self.constant.expand(inputs[0].shape)
+
+
+# --- the flow loss ---
+
+
+def test_flow_loss_against_a_slow_reference() -> None:
+    """Element by element: the squared error of the velocity, with 1 / t bounded below SMALLEST_T."""
+    clipped = 0
+    for seed in range(8):
+        batch, fake = batch_of(seed=seed), Fake(0.3)
+        loss = flow_loss(fake, batch, STAGE, torch.Generator().manual_seed(seed))
+        ((noisy, _, condition, t, text, rope_time),) = fake.calls
+        assert (condition is batch.condition, text is batch.text, rope_time is batch.rope_time) == (True, True, True)
+        total, count = 0.0, 0
+        for i in range(t.shape[0]):
+            for j in range(t.shape[1]):
+                time = float(t[i, j])
+                for x, clean in zip(noisy[i, j].flatten().tolist(), batch.clean[i, j].flatten().tolist(), strict=True):
+                    if time >= SMALLEST_T:
+                        noise = (x - (1 - time) * clean) / time
+                        squared = ((x - 0.3) / time - (noise - clean)) ** 2
+                    else:
+                        squared = (clean - 0.3) ** 2 / SMALLEST_T**2
+                    total, count = total + squared, count + 1
+                clipped += time < SMALLEST_T
+        assert loss.item() == pytest.approx(total / count, rel=1e-3)
+    assert clipped > 0, "no block was below SMALLEST_T: the bound was not tested"
+
+
+def test_the_loss_is_zero_for_the_right_answer_alone() -> None:
+    batch = batch_of()
+    oracle = lambda *_: batch.clean
+    off = lambda *_: batch.clean + 0.1
+    assert float(flow_loss(oracle, batch, STAGE, torch.Generator().manual_seed(0))) == 0  # type: ignore[arg-type]
+    assert float(flow_loss(off, batch, STAGE, torch.Generator().manual_seed(0))) > 0.1**2 * 0.99  # type: ignore[arg-type]
+
+
+def test_the_noisy_input_is_the_straight_path() -> None:
+    batch, fake = batch_of(batch=16), Fake(0.0)
+    flow_loss(fake, batch, STAGE, torch.Generator().manual_seed(3))
+    noisy, _, _, t, _, _ = fake.calls[0]
+    noise = (noisy - (1 - t[..., None, None, None]) * batch.clean) / t[..., None, None, None]
+    assert float(noise.mean()) == pytest.approx(0, abs=0.05)
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    assert len(t.unique()) == t.numel()  # every block has its own time
+
+
+def test_the_recycled_latent_is_noised_as_the_stage_says() -> None:
+    batch = batch_of(batch=16)
+
+    def blemishes(strength: float) -> Tensor:
+        fake = Fake(0.0)
+        flow_loss(fake, batch, dataclasses.replace(STAGE, previous_noise=strength), torch.Generator().manual_seed(3))
+        return fake.calls[0][1] - batch.previous
+
+    assert not blemishes(0.0).any()
+    assert torch.allclose(blemishes(0.4), 2 * blemishes(0.2), atol=1e-5)
+    level = blemishes(1.0).std(dim=(2, 3, 4))  # of each block
+    assert 0.3 < float(level.mean()) < 1.5
+    assert float(level.min()) < 0.5 * float(level.max())
+
+
+def test_times_follow_the_shifted_distribution() -> None:
+    fake, shift = Fake(0.0), 3.0
+    flow_loss(fake, batch_of(blocks=64, batch=16), dataclasses.replace(STAGE, shift=shift), torch.Generator().manual_seed(4))
+    t = fake.calls[0][3]
+    smallest = float(t.min())
+    for level in (0.3, 0.5, 0.8):  # P(t < level) is the inverse of the shift
+        assert float((t < level).float().mean()) == pytest.approx(level / (shift - (shift - 1) * level), abs=0.05)
+    assert 0 < smallest <= SMALLEST_T
+    assert float(t.max()) <= 1
+
+
+def test_the_shift_of_time() -> None:
+    u = torch.linspace(0, 1, 11)
+    assert torch.equal(shifted(u, 1.0), u)
+    assert shifted(u, 2.5)[[0, -1]].tolist() == [0, 1]
+    assert float(shifted(torch.tensor(0.5), 3.0)) == pytest.approx(0.75)
+    assert torch.allclose(shifted(shifted(u, 2.5), 1 / 2.5), u, atol=1e-6)
+
+
+# --- histories of the generator's own ---
+
+
+def test_resampling_keeps_the_first_two_and_shifts_the_rest() -> None:
+    batch, fake = batch_of(blocks=5), Fake(0.7)
+    history = resample_history(fake, batch, torch.Generator().manual_seed(0))
+    assert torch.equal(history[:, :2], batch.previous[:, :2])
+    assert torch.equal(history[:, 2:], torch.full_like(history[:, 2:], 0.7))  # the last pass ends on what the generator says
+    assert not history.requires_grad
+
+    echo = lambda noisy, previous, condition, t, text, rope: batch.clean * t[..., None, None, None].sign()
+    own = resample_history(echo, batch, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    assert torch.allclose(own[:, 2:], batch.clean[:, 1:-1])  # block i stands in for the history of block i + 1
+
+
+def test_resampling_denoises_from_a_random_time_in_one_or_two_passes() -> None:
+    batch, passes, times = batch_of(blocks=5, batch=16), [], []
+    for seed in range(12):
+        fake = Fake(0.0)
+        resample_history(fake, batch, torch.Generator().manual_seed(seed))
+        (first, history, _, t, _, _), *rest = fake.calls
+        assert history is batch.previous
+        assert (t == t[:, :1]).all()
+        noise = (first - (1 - t[..., None, None, None]) * batch.clean) / t[..., None, None, None]
+        assert float(noise.std()) == pytest.approx(1, abs=0.05)
+        for second, again, _, later, _, _ in rest:
+            assert again is history
+            assert torch.allclose(second / later[..., None, None, None], first / t[..., None, None, None], atol=1e-5)  # Euler steps towards 0
+            assert (later < t).all()
+        passes.append(len(fake.calls))
+        times.append(t)
+    assert set(passes) == {1, 2}
+    assert 0.3 < float(torch.stack(times).min()) < 0.5
+    assert 0.9 < float(torch.stack(times).max()) <= 1
+
+
+def test_a_resampled_history_carries_no_gradient() -> None:
+    batch, calls = batch_of(), []
+    torch.manual_seed(0)
+    generator = Generator(TINY)
+    nn.init.normal_(generator.skip.weight, std=0.1)
+    generator.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
+    flow_loss(generator, batch, dataclasses.replace(STAGE, resampled=1.0), torch.Generator().manual_seed(0)).backward()  # type: ignore[no-untyped-call]
+    assert len(calls) > 1  # passes for the history, one to learn from
+    assert not any(value.requires_grad for value in calls[-1])
+    assert not torch.allclose(calls[-1][1][:, 2:], batch.previous[:, 2:], atol=STAGE.previous_noise * 8)
+    given = generator.skip.weight.grad
+    assert given is not None
+
+    generator.zero_grad()
+    weight = calls[-1][3].clamp_min(SMALLEST_T)[..., None, None, None] ** -2
+    (weight * (generator(*calls[-1]) - batch.clean) ** 2).mean().backward()  # the same pass over the same history, given as data
+    assert generator.skip.weight.grad is not None
+    assert torch.allclose(given, generator.skip.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_resampling_leaves_every_gradient_alive_under_autocast() -> None:
+    """Autocast caches cast weights; one cached without a gradient must not serve the pass that needs it."""
+    torch.manual_seed(0)
+    generator = Generator(TINY)
+    with torch.no_grad():
+        for p in generator.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = flow_loss(generator, batch_of(), dataclasses.replace(STAGE, resampled=1.0), torch.Generator().manual_seed(0))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert [name for name, p in generator.named_parameters() if p.grad is None] == ["text.1.norm_q"]  # which nothing reads
+
+
+# --- batches ---
+
+
+def test_a_batch_is_a_sink_and_consecutive_blocks() -> None:
+    clips, blocks = 5, 9
+    index = torch.arange(clips * (1 + blocks)).reshape(clips, 1 + blocks, 1, 1, 1)
+    z = index.expand(-1, -1, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width).float()
+    conditions = index[:, 1:].expand(-1, -1, CONDITION_CHANNELS, TINY.latent_height, TINY.latent_width).float()
+    latents = Latents(z, conditions, torch.arange(clips)[:, None].expand(-1, 4))
+    stage = dataclasses.replace(STAGE, optimiser=dataclasses.replace(STAGE.optimiser, batch=200), far_sink=0.5)
+    batch = latents.draw(TINY, stage, torch.Generator().manual_seed(0))
+    made = batch.clean[:, :, 0, 0, 0].long()
+    assert made.shape == (200, 1 + stage.blocks)
+    clip, block = made // (1 + blocks), made % (1 + blocks) - 1  # latent 1 + i is what block i makes
+    assert (clip == batch.text[:, :1]).all()
+    assert (block[:, 0] == 0).all()
+    assert (block[:, 1:] - block[:, 1:2] == torch.arange(stage.blocks)).all()
+    assert set(block[:, 1].tolist()) == set(range(1, blocks - stage.blocks + 1))  # every start, none past the end
+    assert (batch.previous[:, :, 0, 0, 0] == made - 1).all()
+    assert (batch.condition[:, :, 0, 0, 0] == made).all()
+    near = torch.from_numpy(temporal_rope(TINY, block.numpy()))
+    assert torch.equal(batch.rope_time[:, 0], near[:, 0])
+    moved = (batch.rope_time[:, 1:] != near[:, 1:]).flatten(1).any(dim=1)
+    assert 0.35 < float(moved.float().mean()) < 0.65
+    steps = batch.rope_time[:, 2:, 0] * batch.rope_time[:, 1:-1, 0] + batch.rope_time[:, 2:, 1] * batch.rope_time[:, 1:-1, 1]
+    assert torch.allclose(steps, torch.from_numpy(temporal_rope(TINY, 1))[0].expand_as(steps), atol=1e-5)  # one block apart, wherever they lie
+
+
+def test_a_short_clip_gives_fewer_blocks() -> None:
+    batch = toy_latents(blocks=2).draw(TINY, STAGE, torch.Generator().manual_seed(0))
+    assert batch.clean.shape[:2] == (STAGE.optimiser.batch, 2)  # the sink and the only other block
+
+
+# --- the loop ---
+
+
+def test_learning_rate_in_closed_form() -> None:
+    optimiser = Optimiser(steps=500, batch=1, learning_rate=2e-3, warmup=100)
+    assert learning_rate(optimiser, 0) == pytest.approx(2e-5)
+    assert learning_rate(optimiser, 49) == pytest.approx(1e-3)
+    assert learning_rate(optimiser, 99) == learning_rate(optimiser, 100) == pytest.approx(2e-3)
+    assert learning_rate(optimiser, 300) == pytest.approx(2e-3 * (0.01 + 0.99 / 2))
+    assert learning_rate(optimiser, 500) == learning_rate(optimiser, 900) == pytest.approx(2e-5)
+    rates = [learning_rate(optimiser, step) for step in range(500)]
+    assert all(a < b for a, b in pairwise(rates[:100]))
+    assert all(a > b for a, b in pairwise(rates[100:]))
+    assert learning_rate(Optimiser(steps=5, batch=1, learning_rate=1.0, warmup=100), 4) == pytest.approx(0.05)  # ends inside the warm-up
+
+
+def trainee() -> tuple[Generator, Callable[[torch.Generator], Tensor]]:
+    torch.manual_seed(0)
+    generator, latents = Generator(TINY), toy_latents()
+    return generator, lambda rng: flow_loss(generator, latents.draw(TINY, STAGE, rng), dataclasses.replace(STAGE, resampled=0.5), rng)
+
+
+def quiet(step: int, loss: float) -> None:
+    """Progress for nobody."""
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1:3]
+import test_training as t
+from aapt_deploy.train import loop
+loop.SAVE_EVERY_S = 0.0  # after every update
+generator, loss = t.trainee()
+calls = []
+def fatal(rng):
+    calls.append(rng)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(rng)
+t.fit(generator, fatal, t.STAGE.optimiser, t.Path(sys.argv[3]), 7, t.quiet)
+"""
+
+
+def test_a_killed_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    arguments = [sys.executable, "-c", KILLED, str(here.parent), str(here), str(tmp_path / "killed.state")]
+    killed = subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, stderr=subprocess.PIPE, text=True)
+
+    straight, loss = trainee()
+    average = fit(straight, loss, STAGE.optimiser, tmp_path / "straight.state", 7, quiet)
+
+    assert (killed.communicate(timeout=120)[1], killed.returncode) == ("", -signal.SIGKILL)
+    assert not (tmp_path / "killed.jsonl").exists()  # it did not come to its end
+    resumed, loss = trainee()
+    with torch.no_grad():
+        for p in resumed.parameters():
+            p.fill_(9.0)  # whatever was there is replaced
+    steps: list[int] = []
+
+    def counted(rng: torch.Generator) -> Tensor:
+        steps.append(1)
+        return loss(rng)
+
+    resumed_average = fit(resumed, counted, STAGE.optimiser, tmp_path / "killed.state", 7, quiet)
+    assert len(steps) == 3
+    for name, p in straight.named_parameters():
+        assert torch.equal(p, dict(resumed.named_parameters())[name]), name
+        assert torch.equal(average[name], resumed_average[name]), name
+    states = [load_file(tmp_path / f"{name}.state") for name in ("straight", "killed")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # Adam's moments too
+    assert any(not torch.equal(average[name], p) for name, p in straight.named_parameters())  # the average is not the last weights
+
+
+def test_another_seed_takes_another_path(tmp_path: Path) -> None:
+    runs = []
+    for seed in (1, 2, 1):
+        generator, loss = trainee()
+        fit(generator, loss, STAGE.optimiser, tmp_path / f"{len(runs)}.state", seed, quiet)
+        runs.append(generator.visual_out.weight.detach())
+    assert torch.equal(runs[0], runs[2])
+    assert not torch.equal(runs[0], runs[1])
+
+
+def test_every_update_draws_its_own_numbers(tmp_path: Path) -> None:
+    module, drawn = nn.Linear(1, 1), []
+
+    def loss(rng: torch.Generator) -> Tensor:
+        drawn.append(torch.rand(3, generator=rng).tolist())
+        return module.weight.square().sum()
+
+    fit(module, loss, Optimiser(30, 1, 1e-3), tmp_path / "a.state", 5, quiet)
+    fit(module, loss, Optimiser(30, 1, 1e-3), tmp_path / "b.state", 6, quiet)
+    assert len({tuple(row) for row in drawn}) == 60
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path: Path) -> None:
+    generator, loss = trainee()
+    average = fit(generator, loss, STAGE.optimiser, tmp_path / "x.state", 0, quiet)
+
+    def never(rng: torch.Generator) -> Tensor:
+        raise AssertionError("trained again")
+
+    again = fit(Generator(TINY), never, STAGE.optimiser, tmp_path / "x.state", 0, quiet)
+    assert all(torch.equal(average[name], again[name]) for name in average)
+
+
+def test_the_log_and_the_progress_hold_the_mean_loss(tmp_path: Path) -> None:
+    weight = nn.Linear(1, 1, bias=False)
+    seen: list[tuple[int, float]] = []
+    values = iter(range(1, 51))
+    optimiser = Optimiser(steps=50, batch=1, learning_rate=1e-3, warmup=10)
+    fit(weight, lambda rng: weight.weight.sum() * 0 + next(values), optimiser, tmp_path / "x.state", 0, lambda step, loss: seen.append((step, loss)))
+    assert seen == [(20, 10.5), (40, 30.5), (50, 45.5)]
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == seen
+    assert lines[0]["lr"] == learning_rate(optimiser, 19)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl", "x.state"]  # nothing temporary is left
+
+
+def test_gradients_are_clipped_and_frozen_weights_stay(tmp_path: Path) -> None:
+    module = nn.Linear(4, 4)
+    module.bias.requires_grad_(False)
+    before = module.bias.clone()
+    huge: list[float] = []
+    optimiser = Optimiser(steps=1, batch=1, learning_rate=1e-3, warmup=1, weight_decay=0.0)
+    weight = module.weight.detach().clone()
+    average = fit(module, lambda rng: module.weight.sum() * 1e6, optimiser, tmp_path / "x.state", 0, lambda step, loss: huge.append(loss))
+    assert average.keys() == {"weight"}
+    assert torch.equal(module.bias, before)
+    assert torch.allclose(module.weight, weight - 1e-3, atol=1e-6)  # Adam's first step is the learning rate
+    moments = load_file(tmp_path / "x.state")["exp_avg.weight"]
+    assert float(moments.norm()) == pytest.approx(0.1 * optimiser.clip_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "no-step", "nameless", "other", "misshapen", "folder"])
+def test_a_damaged_state_is_refused(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.state"
+    module = nn.Linear(4, 3)
+    fit(module, lambda rng: module.weight.square().sum(), Optimiser(1, 1, 1e-3), path, 0, quiet)
+    tensors, step = load_file(path), {"step": "1"}
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage in ("empty", "garbage"):
+        path.write_bytes(b"" if damage == "empty" else os.urandom(500))
+    elif damage == "no-step":
+        save_file(tensors, path, {"step": "soon"})
+    elif damage == "nameless":
+        save_file({name: t for name, t in tensors.items() if name != "average.weight"}, path, step)
+    elif damage == "other":
+        save_file({**tensors, "weights.more": torch.zeros(3)}, path, step)
+    elif damage == "misshapen":
+        save_file({**tensors, "weights.weight": torch.zeros(1, 4)}, path, step)  # would broadcast
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be resumed") as caught:
+        fit(module, lambda rng: module.weight.sum(), Optimiser(2, 1, 1e-3), path, 0, quiet)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 4
+    assert "delete it" in caught.value.hint
+
+
+def test_sixty_updates_lower_the_loss(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    generator, latents = Generator(TINY), toy_latents()
+    stage = FlowStage(Optimiser(steps=60, batch=8, learning_rate=1e-2, warmup=10, ema=0.9), blocks=3, previous_noise=0.05)
+
+    def measured() -> float:
+        rng = torch.Generator().manual_seed(99)
+        with torch.no_grad():
+            return sum(float(flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng)) for _ in range(8)) / 8
+
+    before = measured()
+    average = fit(
+        generator, lambda rng: flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng), stage.optimiser, tmp_path / "x.state", 0, quiet
+    )
+    assert measured() < 0.35 * before
+    generator.load_state_dict(average, strict=False)
+    assert measured() < 0.35 * before  # what ships is the average
+
+
+# --- a whole run ---
+
+RECIPE = Recipe(
+    vae=VaeStage(Optimiser(steps=3, batch=2, learning_rate=1e-3, warmup=1), blocks=1),
+    flow=(FlowStage(Optimiser(4, 2, 1e-3, 1), blocks=2), FlowStage(Optimiser(3, 2, 1e-3, 1), blocks=3, resampled=1.0)),
+)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rendered clips, one cut off, one of another size."""
+    folder = tmp_path_factory.mktemp("clips")
+    render_world(folder, TINY, 0, 4)
+    whole = (folder / "clip-00000000-0.safetensors").read_bytes()
+    (folder / "clip-cut.safetensors").write_bytes(whole[:-50])
+    save_file({"frames": torch.zeros(9, 8, 8, 3, dtype=torch.uint8), "poses": torch.zeros(3, 5), "tokens": torch.zeros(4, dtype=torch.long)},
+              folder / "clip-small.safetensors")  # fmt: skip
+    return folder
+
+
+def test_a_whole_run_ends_in_a_checkpoint_and_resumes(clips: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    path = stages.train(clips, tmp_path / "run", TINY, RECIPE, told.append)
+    first = checkpoint.load(path)
+    assert first.profile == TINY
+    assert set(first.start_frames) == set(stages.STARTS)
+    skipped = [line for line in told if line.startswith("skipped")]
+    assert len(skipped) == 2  # each once, though every part meets it
+    assert sorted(line.split()[2] for line in skipped) == ["clip-cut.safetensors:", "clip-small.safetensors:"]
+    assert skipped[1].endswith("(2 so far)")
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["skipped"] == 2
+
+    (tmp_path / "run" / "generator-2.safetensors").unlink()
+    (tmp_path / "run" / "latents.safetensors").write_bytes(b"damaged")  # a cache: made again
+    told.clear()
+    again = checkpoint.load(stages.train(clips, tmp_path / "run", TINY, RECIPE, told.append))
+    assert not any(line.startswith(("VAE", "generator stage 1")) for line in told)
+    for module, same in ((first.generator, again.generator), (first.vae, again.vae)):
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), same.parameters(), strict=True))
+
+    part = tmp_path / "run" / "generator-1.safetensors"
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"generator-1\.safetensors") as caught:
+        stages.train(clips, tmp_path / "run", TINY, RECIPE, told.append)
+    assert "delete it" in caught.value.hint
+
+
+def test_broken_clips_do_not_stop_the_vae_stage(clips: Path) -> None:
+    names: list[str] = []
+    snippets = Snippets(clip_files(clips, lambda path, reason: names.append(path.name)), TINY)
+    stage = dataclasses.replace(RECIPE.vae, optimiser=dataclasses.replace(RECIPE.vae.optimiser, batch=16))
+    frames = snippets.draw(stage, torch.Generator().manual_seed(0))
+    assert frames.shape == (16, 8, 3, TINY.video.height, TINY.video.width)
+    assert float(frames.abs().max()) <= 1
+    assert set(names) == {"clip-cut.safetensors", "clip-small.safetensors"}
+    assert torch.equal(frames, snippets.draw(stage, torch.Generator().manual_seed(0)))
+
+
+def test_clips_that_are_all_broken_are_refused(clips: Path) -> None:
+    broken = [clip for clip in clip_files(clips, lambda path, reason: None) if not clip.path.stem.startswith("clip-0")]
+    with pytest.raises(InputError, match="none can be read"):
+        Snippets(broken, TINY).draw(RECIPE.vae, torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="none of 2 clips can be read"):
+        fit_linear(Vae(TINY), broken, TINY, 0)
+
+
+def test_the_vae_loss_counts_pixels_and_gradients_after_the_first_group() -> None:
+    frames = torch.rand(2, 8, 3, TINY.video.height, TINY.video.width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    stage = dataclasses.replace(RECIPE.vae, latent_noise=0.0)
+    vae = Vae(TINY)
+    later = frames[:, 4:]
+    expected = later.abs().mean() + later.diff(dim=-1).abs().mean() + later.diff(dim=-2).abs().mean()
+    with torch.no_grad():
+        for p in vae.decoder.parameters():  # it decodes to mid-grey, which is 0
+            p.zero_()
+        assert vae_loss(vae, stage, lambda rng: frames, torch.Generator()).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert vae_loss(vae, stage, lambda rng: torch.zeros_like(frames), torch.Generator()).item() == 0
