@@ -25,16 +25,20 @@ bench: $(VENV)/dev.stamp
 wheel: $(VENV)/dev.stamp
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-# Installs are pinned: an open torch range would bring gigabytes of CUDA packages.
+# Installs are pinned. Where pip finds no CPU build of torch it takes the CUDA one, with gigabytes of packages; on a machine without a GPU, set
+# PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds first.
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11" >&2; echo "hint: make PYTHON=python3.11 ..." >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[export]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: '$(PYTHON)' is not Python 3.11 or newer" >&2; \
+	    echo "hint: name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[export]'
+	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[export,train,dev]'
-	touch $@
+	$(INSTALL) -e '.[export,train,dev]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo

@@ -8,15 +8,17 @@
     manifest.json               format version, sha256 and size of every file, where it all came from
 
 The manifest is read first, and no other byte is used before its hash fits. A bundle appears whole or not at all (built in a folder beside it,
-then renamed), an engine likewise, and one process at a time may add to a bundle.
+then renamed), an engine likewise, and one process at a time may add to a bundle. The hashes find damage; they do not say who made a bundle.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,9 +33,11 @@ from aapt_deploy.profiles import Profile
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+SEAL = "manifest_sha256"  # key of the manifest's own hash, over everything else in it
 LOCK = ".lock"
+REPLACED = "replaced"  # the old bundle, for the moment between two renames
 LARGEST_MANIFEST_BYTES = 16 << 20
-EXPORT_HINT = "make it again with: aapt export CKPT -o BUNDLE"
+EXPORT_HINT = "make a whole one with: aapt export CKPT -o BUNDLE"
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,15 @@ class Bundle:
     @classmethod
     def open(cls, path: Path) -> "Bundle":
         """Read a bundle's manifest. Raises BundleError when it is missing, damaged, of a newer format, or points outside the bundle."""
-        if not path.is_dir():
-            raise BundleError(f"bundle {path} is not a directory", EXPORT_HINT)
-        if not (path / MANIFEST).is_file():
-            raise BundleError(f"bundle {path} has no {MANIFEST}: not a bundle, or only half of one", EXPORT_HINT)
+        try:
+            reason = "is not a directory" if not path.is_dir() else "" if (path / MANIFEST).is_file() else f"has no {MANIFEST}: not a bundle"
+            half = _unfinished(path)
+            if reason and half.exists():
+                reason += f"; {half} is what an export that was stopped, or still runs, has made so far"
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}"
+        if reason:
+            raise BundleError(f"bundle {path} {reason}", EXPORT_HINT)
         return cls(path, _read_manifest(path))
 
     @cached_property
@@ -70,15 +79,20 @@ class Bundle:
         """The path of file `name`, once its size and hash are found to be the manifest's. Raises BundleError."""
         entry = self.manifest["files"].get(name)
         path = self.path / name
+        hint = f"make it again with: aapt build-engine {self.path}" if name.startswith("engines/") else EXPORT_HINT
         if entry is None:
-            raise BundleError(f"bundle {self.path} does not list {name!r}", EXPORT_HINT)
+            raise BundleError(f"bundle {self.path} does not list {name!r}", hint)
         if name in self._seen:
             return path
-        if not path.resolve().is_relative_to(self.path.resolve()) or not path.is_file():
-            raise BundleError(f"bundle file {path} is missing or leads out of the bundle", EXPORT_HINT)
-        found = _describe(path)
+        try:
+            inside = path.is_file() and path.resolve().is_relative_to(self.path.resolve())
+            found = _describe(path) if inside else None
+        except OSError as error:
+            raise BundleError(f"bundle file {path} cannot be read: {error.strerror}", hint) from None
+        if found is None:
+            raise BundleError(f"bundle file {path} is missing or leads out of the bundle", hint)
         if found != entry:
-            raise BundleError(f"bundle file {path} does not match the manifest ({_difference(found, entry)})", EXPORT_HINT)
+            raise BundleError(f"bundle file {path} does not match the manifest ({_difference(found, entry)})", hint)
         self._seen.add(name)
         return path
 
@@ -94,19 +108,28 @@ class Bundle:
         Raises BusyError when another process is building, BundleError when the bundle changed in the meantime, OutputError when it cannot be
         written.
         """
-        with _writing(self.path), _locked(self.path), tempfile.TemporaryDirectory(prefix=".stage-", dir=self.path) as folder:
+        with _writing(self.path), _locked(self.path, self.path):
+            for left in self.path.glob(".stage-*"):  # of a process that was killed: we hold the lock, so nobody uses it
+                shutil.rmtree(left, ignore_errors=True)
             manifest = _read_manifest(self.path)  # another process may have added an engine before we held the lock
             home = self.path / "engines" / key
-            home.mkdir(parents=True, exist_ok=True)
-            older = sorted(home.iterdir())
+            if not home.resolve().is_relative_to(self.path.resolve()):
+                raise BundleError(f"bundle folder {home} leads out of the bundle", "do not use this bundle; get it from a source you trust")
+            older = sorted(home.iterdir()) if home.is_dir() else []
             number = 1 + max((int(p.name) for p in older if p.name.isdigit()), default=0)  # a new folder: the old engine stays whole until the end
-            stage = Stage(Path(folder), f"engines/{key}/{number}")
-            yield stage
-            files = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"engines/{key}/")}
-            files |= {f"{stage.relative}/{p.relative_to(stage.path)}": _describe(p) for p in sorted(stage.path.rglob("*")) if p.is_file()}
-            stage.path.rename(self.path / stage.relative)
+            with tempfile.TemporaryDirectory(prefix=".stage-", dir=self.path) as folder:
+                stage = Stage(Path(folder), f"engines/{key}/{number}")
+                yield stage
+                files = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"engines/{key}/")}
+                files |= _inventory(stage.path, f"{stage.relative}/")
+                home.mkdir(parents=True, exist_ok=True)
+                stage.path.rename(self.path / stage.relative)
             manifest["files"], manifest["engines"] = files, manifest["engines"] | {key: stage.entry}
-            _write_manifest(self.path, manifest)  # from here on the new engine is the engine
+            try:
+                _write_manifest(self.path, manifest)  # from here on the new engine is the engine
+            except OSError:
+                shutil.rmtree(self.path / stage.relative, ignore_errors=True)
+                raise
             for left in older:
                 shutil.rmtree(left, ignore_errors=True)
         self.manifest.clear()
@@ -138,26 +161,69 @@ class Draft:
 def create(path: Path, profile: Profile, overwrite: bool = False) -> Iterator[Draft]:
     """Make a bundle at `path`. It appears when the block ends without an error; an existing bundle is replaced only then.
 
-    Raises OutputError when `path` exists and is no bundle, or exists and `overwrite` is off, or cannot be written.
+    Raises OutputError when `path` exists and is no bundle, or exists and `overwrite` is off, or cannot be written; BusyError when another
+    process is making the same bundle, or building engines in the one to be replaced.
     """
+    target = Path(os.path.realpath(path))
+    folder = _unfinished(target)
+    with _writing(path):
+        _refuse_existing(path, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, path):
+            try:
+                _clear(folder, target)  # what a killed process left: we hold the lock, so nobody uses it
+                with _locked(target, path) if target.exists() else contextlib.nullcontext():
+                    draft = Draft(folder / "new", {"format_version": FORMAT_VERSION, "profile": profile.name, "engines": {}})
+                    draft.path.mkdir()
+                    (draft.path / "profile.toml").write_text(profile.dumps(), encoding="utf-8")
+                    yield draft
+                    draft.manifest["files"] = _inventory(draft.path, "")
+                    _write_manifest(draft.path, draft.manifest)
+                    _refuse_existing(path, overwrite)  # it may have appeared in the meantime
+                    _move_into_place(draft.path, target, folder / REPLACED)
+            finally:
+                _clear(folder, target)
+                (folder / LOCK).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # something of somebody else's is in it
+                    folder.rmdir()
+
+
+def _unfinished(path: Path) -> Path:
+    """Where the bundle `path` is made before it is renamed."""
+    target = Path(os.path.realpath(path))
+    return target.parent / f".{target.name}.unfinished"
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
     if path.exists():
         if not (path / MANIFEST).is_file():
             raise OutputError(f"{path} exists and is not a bundle; it is left as it is", "choose another output path")
         if not overwrite:
             raise OutputError(f"bundle {path} exists", "add --force to replace it")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder, _locked_if(path):
-            draft = Draft(Path(folder) / "new", {"format_version": FORMAT_VERSION, "profile": profile.name, "engines": {}})
-            draft.path.mkdir()
-            (draft.path / "profile.toml").write_text(profile.dumps(), encoding="utf-8")
-            yield draft
-            names = sorted(p for p in draft.path.rglob("*") if p.is_file())
-            draft.manifest["files"] = {p.relative_to(draft.path).as_posix(): _describe(p) for p in names}
-            _write_manifest(draft.path, draft.manifest)
-            if path.exists():
-                path.rename(Path(folder) / "replaced")
-            draft.path.rename(path)
+
+
+def _move_into_place(new: Path, target: Path, aside: Path) -> None:
+    """Rename `new` to `target`. An older bundle there changes places with it in one step, so that there is no moment without a bundle."""
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        target.rename(aside)
+        new.rename(target)
+
+
+def _exchange(new: Path, old: Path) -> bool:
+    """Swap two directories in one step. False where the C library or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0
+
+
+def _clear(folder: Path, target: Path) -> None:
+    """Remove what was being made in `folder`. A bundle that was moved aside and not yet replaced goes back to its place."""
+    if (folder / REPLACED).is_dir() and not target.exists():
+        (folder / REPLACED).rename(target)
+    for name in ("new", REPLACED):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -167,17 +233,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"{file.stat().st_size} bytes long")
         manifest: dict[str, Any] = json.loads(file.read_bytes())
         version = manifest["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if type(version) is int and version > FORMAT_VERSION:
             raise BundleError(f"bundle {path} has format {version}, this aapt knows {FORMAT_VERSION}", "upgrade aapt_deploy, or export again")
-        shapes = {"format_version": int, "profile": str, "files": dict, "engines": dict}
-        wrong = [key for key, kind in shapes.items() if not isinstance(manifest[key], kind)]
-        wrong += [name for name, entry in manifest["files"].items() if set(entry) != {"sha256", "bytes"}]
-        if wrong:
+        if manifest.pop(SEAL) != _seal(manifest):
+            raise ValueError("it was changed after it was written")
+        if wrong := _mistyped(manifest):
             raise ValueError(f"wrong type of {', '.join(map(repr, wrong))}")
     except OSError as error:
         raise BundleError(f"bundle manifest {file} cannot be read: {error.strerror}", EXPORT_HINT) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BundleError(f"bundle manifest {file} is damaged: {error}", EXPORT_HINT) from None
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise BundleError(f"bundle manifest {file} is damaged: {reason}", EXPORT_HINT) from None
     for name in manifest["files"]:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
@@ -185,13 +251,48 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _mistyped(manifest: dict[str, Any]) -> list[str]:
+    """Keys and names whose values have not the type that the rest of the package counts on."""
+    shapes: dict[str, type] = {"format_version": int, "profile": str, "files": dict, "engines": dict, "start_frames": dict}
+    if wrong := [key for key, kind in shapes.items() if not isinstance(manifest.get(key, {}), kind)]:
+        return wrong
+    for name, entry in manifest["files"].items():
+        if not (isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} and type(entry["bytes"]) is int and _is_sha256(entry["sha256"])):
+            wrong.append(name)
+    wrong += [key for key, entry in manifest["engines"].items() if not isinstance(entry, dict)]
+    return wrong + [name for name, prompt in manifest.get("start_frames", {}).items() if not isinstance(prompt, str)]
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    temporary = path / f"{MANIFEST}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path / MANIFEST)
+    temporary = path / f".{MANIFEST}.new"
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            json.dump(manifest | {SEAL: _seal(manifest)}, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path / MANIFEST)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _inventory(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
+    """Manifest entries of all files below `folder`, which are on the disk when this returns."""
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entries[prefix + path.relative_to(folder).as_posix()] = _describe(path)
+    return entries
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -204,34 +305,42 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return f"{key} {found[key]} instead of {wanted[key]}"
 
 
+REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Turn the system's refusals into OutputError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno not in REFUSALS:
             raise
         raise OutputError(f"bundle {path} cannot be written: {error.strerror}", "free some space or choose another output path") from None
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the bundle's lock. The kernel lets go of it when the process ends, however it ends."""
-    with (path / LOCK).open("a+") as file:
+def _locked(folder: Path, bundle: Path) -> Iterator[None]:
+    """Hold the lock file in `folder` for work on `bundle`. The kernel lets go of it when the process ends, however it ends."""
+    lock = folder / LOCK
+    # A bundle may come from a stranger: a link in this place must not lead to a file that is then emptied.
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())  # else its holder has just removed it
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another"
-            raise BusyError(f"bundle {path} is being built by process {holder}", "wait until it is done, or stop that process") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        for left in path.glob(".stage-*"):  # of a process that was killed: we hold the lock, so nobody uses it
-            shutil.rmtree(left, ignore_errors=True)
+            free = False
+        if not free:
+            pid = os.read(descriptor, 20)
+            holder = f"process {int(pid)}" if pid.isdigit() else "another process"
+            raise BusyError(f"bundle {bundle} is being written by {holder}", "wait until it is done, or stop that process")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         yield
-
-
-def _locked_if(path: Path) -> contextlib.AbstractContextManager[None]:
-    return _locked(path) if path.exists() else contextlib.nullcontext()
+    finally:
+        os.close(descriptor)

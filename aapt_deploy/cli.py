@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aapt_deploy import __version__
-from aapt_deploy.errors import AaptError, MachineError, VerdictError
+from aapt_deploy.errors import AaptError, MachineError, UsageError, VerdictError
 
 if TYPE_CHECKING:
     from aapt_deploy.build import Built
@@ -257,7 +257,7 @@ class _needing:
 
 def _refuse_two_uses_of_stdout(out: str, as_json: bool) -> None:
     if out == "-" and as_json:
-        raise typer.BadParameter("--json writes to stdout, and so does --out -")
+        raise UsageError("--json writes to stdout, and so does --out -", "leave one of them out")
 
 
 def _export(checkpoint: Path | None, out: Path, sha256: str | None, force: bool, report: Callable[[str], None]) -> "list[Parity]":
@@ -306,7 +306,7 @@ def _stream(bundle: Path, request: "Request", progress: Callable[[str], None]) -
 def main() -> None:
     """Run the command line; the one place where an error becomes two lines and an exit code."""
     try:
-        app()
+        sys.exit(_run())
     except AaptError as error:
         from aapt_deploy import console
 
@@ -314,3 +314,16 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _run() -> int:
+    """Run the command that sys.argv names and return its exit code. Raises UsageError for what cannot be parsed."""
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.BadParameter.__bases__[0] as error:  # the parser's own UsageError, which typer exports under no name
+        help_text = error.ctx.get_help() if error.ctx else ""
+        if error.format_message() == help_text:  # a group that was given no command
+            typer.echo(help_text, err=True)
+            return UsageError.exit_code
+        path = error.ctx.command_path if error.ctx else "aapt"
+        raise UsageError(error.format_message(), f"see: {path} --help") from None

@@ -14,6 +14,7 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.profiles import Profile
 
 SPARE = 0.85  # share of the free memory that weights may take
+UNMEASURED = 0.5  # what a checkpoint keeps of its training data are deviations; there is no data here
 
 
 def random_checkpoint(profile: Profile, path: Path, seed: int) -> int:
@@ -35,6 +36,8 @@ def random_checkpoint(profile: Profile, path: Path, seed: int) -> int:
         for owner in module.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 owner.register_parameter(name, torch.nn.Parameter(_drawn(name, parameter.shape, rng), requires_grad=False))
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                setattr(owner, name, torch.full(buffer.shape, UNMEASURED))
     try:
         checkpoint.save(path, profile, generator, vae, {"stage": "random", "seed": seed}, {})
     except OSError as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aapt_deploy.models.generator import Generator
-from aapt_deploy.models.layers import Stream, join_rope, rms_norm, rotate, spatial_rope, time_features
+from aapt_deploy.models.layers import Stream, join_rope, posterior, rms_norm, rotate, spatial_rope, time_features
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import CONDITION_CHANNELS, Profile, Text, Window, load, preset_folder
 from aapt_deploy.prompts import VOCABULARY_SIZE
@@ -199,16 +199,17 @@ def test_gradients_reach_every_parameter(text: int) -> None:
 
 @pytest.mark.parametrize("halo", [0, 1])
 def test_patches_come_out_where_they_went_in(halo: int) -> None:
-    """With the identity as its linear predictor, and nothing else, the generator returns the recycled latent."""
+    """With the identity as its linear predictor, and nothing else, the generator adds the recycled latent to what it knows without looking."""
     profile = TINY.replace(model=dataclasses.replace(TINY.model, halo=halo))
     generator, c, p = Generator(profile), TINY.video.latent_channels, TINY.model.patch
     with torch.no_grad():
         for channel, row, column in itertools.product(range(c), range(p), range(p)):
             generator.skip.weight[channel * p * p + row * p + column, c + channel, halo + row, halo + column] = 1
         inputs = inputs_of(profile, blocks=3, batch=2)
-        assert torch.equal(generator(**inputs), inputs["previous"])
+        _, base, spread = posterior(inputs["noisy"], inputs["previous"], inputs["t"][..., None, None, None], generator.step_spread)
+        assert torch.allclose(generator(**inputs), base + spread * inputs["previous"], atol=1e-6)
         first = {name: value[:1] for name, value in inputs.items()}
-        assert torch.equal(streamed(generator, first), first["previous"])
+        assert torch.allclose(streamed(generator, first), (base + spread * inputs["previous"])[:1], atol=1e-6)
 
 
 @pytest.mark.parametrize("halo", [0, 1])
@@ -223,13 +224,39 @@ def test_a_token_sees_its_patch_and_halo(halo: int) -> None:
             other = x.clone()
             other[..., row, column] += 1
             seen = [[near(row, i) and near(column, j) for j in range(columns // 2)] for i in range(rows // 2)]
-            for now, then in zip(generator._embed(other), before, strict=True):
-                moved = (now - then).abs().amax(dim=(0, 2)).reshape(rows // 2, columns // 2) > 1e-5
-                assert torch.equal(moved, torch.tensor(seen))
+            tokens, direct = (now - then for now, then in zip(generator._embed(other), before, strict=True))
+            moved_tokens = tokens.abs().amax(dim=(0, 2)).reshape(rows // 2, columns // 2) > 1e-5
+            moved_patches = torch.nn.functional.max_pool2d(direct.abs().amax(dim=1), 2)[0] > 1e-5
+            assert torch.equal(moved_tokens, torch.tensor(seen))
+            assert torch.equal(moved_patches, torch.tensor(seen))
 
 
-def test_a_fresh_generator_predicts_zero() -> None:
-    assert not Generator(TINY)(**inputs_of(TINY, 2)).any()
+def test_a_fresh_generator_knows_what_the_frame_before_and_the_noise_tell() -> None:
+    """Without a look it returns the posterior mean; from pure noise that is the frame before, a still picture."""
+    inputs = inputs_of(TINY, 2)
+    inputs["t"][:] = 1.0
+    assert torch.allclose(Generator(TINY)(**inputs), inputs["previous"], atol=1e-6)
+
+
+def test_the_posterior_is_bayes_rule() -> None:
+    """Against a grid over the clean value, and over many draws: the innovation has unit deviation, the error the posterior's."""
+    spread, grid = torch.tensor([[[0.3]], [[0.9]]]), torch.linspace(-8, 8, 160_001, dtype=torch.float64)
+    for t in (0.05, 0.4, 1.0):
+        noisy, previous = torch.tensor([[[0.7]], [[-0.2]]]), torch.tensor([[[0.1]], [[0.5]]])
+        _, mean, deviation = posterior(noisy, previous, torch.tensor(t), spread)
+        for c in range(2):
+            log = -((grid - previous[c].item()) ** 2) / (2 * spread[c].item() ** 2) - (noisy[c].item() - (1 - t) * grid) ** 2 / (2 * t**2)
+            p = torch.softmax(log, 0)
+            wanted = float((p * grid).sum())
+            assert mean[c].item() == pytest.approx(wanted, abs=1e-3)
+            assert deviation[c].item() == pytest.approx(float((p * (grid - wanted) ** 2).sum().sqrt()), rel=1e-3)
+    rng = torch.Generator().manual_seed(0)
+    previous = torch.randn(2, 200, 200, generator=rng)
+    clean = previous + spread * torch.randn(previous.shape, generator=rng)
+    noisy = 0.6 * clean + 0.4 * torch.randn(previous.shape, generator=rng)
+    innovation, mean, deviation = posterior(noisy, previous, torch.tensor(0.4), spread)
+    assert innovation.std(dim=(1, 2)).tolist() == pytest.approx([1, 1], rel=0.02)
+    assert (clean - mean).std(dim=(1, 2)).tolist() == pytest.approx(deviation.flatten().tolist(), rel=0.02)
 
 
 def test_the_velocity_of_the_single_step_is_apts() -> None:
@@ -240,7 +267,6 @@ def test_the_velocity_of_the_single_step_is_apts() -> None:
     with torch.no_grad():
         clean = generator(**inputs)
         velocity = (inputs["noisy"] - clean) / inputs["t"][..., None, None, None]
-    assert torch.equal(inputs["noisy"] - velocity, inputs["noisy"] - (inputs["noisy"] - clean))
     assert largest(streamed(generator, inputs) - (inputs["noisy"] - velocity)) < 1e-5
 
 

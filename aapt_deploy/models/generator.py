@@ -7,7 +7,8 @@ Two ways to run the same weights, equal to 1e-5 in fp32:
     forward   many blocks at once under a block-causal mask, for training
     step      one block against the KV cache, for inference; this is what gets exported
 
-The network predicts the clean latent; its velocity is (noisy - clean) / t, so at t = 1 the pass is APT's G(z) = z - v(z, 1).
+The pass returns the clean latent; its velocity is (noisy - clean) / t, so at t = 1 the pass is APT's G(z) = z - v(z, 1). What the network itself
+predicts is the rest that a still picture leaves over: `posterior` says what is known from the previous frame and the noisy latent alone.
 
 Letters: B batch, n blocks, C latent channels, h x w latent pixels, F tokens per frame, L text tokens, H heads, D head_dim.
 """
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aapt_deploy.models.layers import MODULATIONS, TIME_FEATURES, Stream, join_rope, rms_norm, rotate, spatial_rope, time_features
+from aapt_deploy.models.layers import MODULATIONS, TIME_FEATURES, Stream, join_rope, posterior, rms_norm, rotate, spatial_rope, time_features
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.ops.block_causal_attention.torch_op import block_causal_attention
 from aapt_deploy.profiles import CONDITION_CHANNELS, Profile
@@ -30,6 +31,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> at
 
 class Generator(nn.Module):
     spatial_rope: Tensor  # a buffer
+    step_spread: Tensor  # [C, 1, 1]: deviation of each latent channel around the frame before; measured on the data, kept with the weights
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
@@ -46,10 +48,11 @@ class Generator(nn.Module):
         self.time_out = nn.Linear(m.dim, 2 * m.dim)
         self.text = _streams(Stream(profile, ends_at_attention=i == m.depth - 1) for i in range(m.depth))
         self.visual = _streams(Stream(profile) for _ in range(m.depth))
-        self.visual_out = nn.Linear(m.dim, channels * patch)
+        self.visual_out = nn.ConvTranspose2d(m.dim, channels, size, stride=m.patch, padding=m.halo)  # with a halo, patches overlap and blend
         # What a linear predictor can do need not be learned by the blocks.
         self.skip = nn.Conv2d(2 * channels + CONDITION_CHANNELS, channels * patch, size, stride=m.patch, padding=m.halo, bias=False)
         self.register_buffer("spatial_rope", spatial_rope(profile), persistent=False)
+        self.register_buffer("step_spread", torch.full((channels, 1, 1), 0.5))
         self._start()
 
     def _start(self) -> None:
@@ -82,16 +85,15 @@ class Generator(nn.Module):
     # Visual: patches in, patches out.
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Input [N, channels, h, w] -> tokens [N, F, dim] and the linear predictor's patches [N, F, C * patch * patch]."""
-        return self.visual_in(x).flatten(2).transpose(1, 2), self.skip(x).flatten(2).transpose(1, 2)
+        """Input [N, channels, h, w] -> tokens [N, F, dim] and the linear predictor's latent [N, C, h, w]."""
+        tokens = self.visual_in(x).flatten(2).transpose(1, 2)
+        return tokens, F.pixel_shuffle(self.skip(x), self.profile.model.patch)
 
-    def _unpatches(self, x: Tensor) -> Tensor:
-        """[..., F, C * patch * patch] -> [..., C, h, w]."""
-        p, profile = self.profile.model.patch, self.profile
-        x = x.unflatten(-1, (-1, p, p)).unflatten(-4, (profile.latent_height // p, -1))  # [..., h/p, w/p, C, p, p]
-        dims = list(range(x.dim() - 5))
-        i, j, c, a, b = range(x.dim() - 5, x.dim())
-        return x.permute(*dims, c, i, a, j, b).flatten(-4, -3).flatten(-2)
+    def _latent(self, tokens: Tensor) -> Tensor:
+        """Tokens [N, F, dim] -> latent [N, C, h, w]."""
+        rows = self.profile.latent_height // self.profile.model.patch
+        latent: Tensor = self.visual_out(tokens.transpose(1, 2).unflatten(2, (rows, -1)))
+        return latent
 
     def _times(self, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """t [...] -> the shared modulation, six of [..., dim], and the head's shift and scale [..., dim]."""
@@ -115,9 +117,12 @@ class Generator(nn.Module):
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2).to(q.dtype), v.transpose(1, 2), attn_mask=mask)
             return out.transpose(1, 2)
 
-        x, direct = (part.unflatten(0, (b, n)).flatten(1, 2) for part in self._embed(torch.cat([noisy, previous, condition], dim=2).flatten(0, 1)))
+        innovation, base, spread = posterior(noisy, previous, t[..., None, None, None], self.step_spread)
+        x, direct = self._embed(torch.cat([innovation, previous, condition], dim=2).flatten(0, 1))  # [B*n, F, dim], [B*n, C, h, w]
+        x = x.unflatten(0, (b, n)).flatten(1, 2)  # [B, n*F, dim]
         shared, head = ([m.repeat_interleave(f, dim=1) for m in group] for group in self._times(t))  # [B, n, dim] -> [B, n*F, dim]
-        return self._unpatches((self._run(x, shared, head, rope, attend) + direct).unflatten(1, (n, f)))
+        x = self._run(x, shared, head, rope, attend).unflatten(1, (n, f)).flatten(0, 1)  # [B*n, F, dim]
+        return base + spread * (self._latent(x) + direct).unflatten(0, (b, n))
 
     def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor, k_cache: list[Tensor],
              v_cache: list[Tensor], cache_len: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
@@ -136,19 +141,19 @@ class Generator(nn.Module):
             v_blocks.append(v_block)
             return out
 
-        x, direct = self._embed(torch.cat([noisy, previous, condition], dim=1))  # [1, F, dim], [1, F, C * patch * patch]
+        innovation, base, spread = posterior(noisy, previous, t[:, None, None, None], self.step_spread)
+        x, direct = self._embed(torch.cat([innovation, previous, condition], dim=1))  # [1, F, dim], [1, C, h, w]
         shared, head = ([m[:, None] for m in group] for group in self._times(t))  # [1, 1, dim] each
-        return self._unpatches(self._run(x, shared, head, rope, attend) + direct), k_blocks, v_blocks
+        return base + spread * (self._latent(self._run(x, shared, head, rope, attend)) + direct), k_blocks, v_blocks
 
     def _run(self, x: Tensor, shared: list[Tensor], head: list[Tensor], rope: Tensor, attend: Attend) -> Tensor:
-        """tokens [B, N, dim] -> patches [B, N, C * patch * patch], to be added to the linear predictor's."""
+        """The blocks and the head's norm: tokens [B, N, dim] -> tokens [B, N, dim]."""
         for i, layer in enumerate(self.visual):
             modulation = [m + own for m, own in zip(shared, layer.modulation.unbind(0), strict=True)]
             q, k, v = layer.project(x, *modulation[:2])
             x = layer.finish(x, attend(i, rotate(q, rope), rotate(k, rope), v), modulation[2:])
         shift, scale = head
-        patches: Tensor = self.visual_out(rms_norm(x) * (1 + scale) + shift)
-        return patches
+        return rms_norm(x) * (1 + scale) + shift
 
     def _mask(self, n: int, device: torch.device) -> Tensor:
         """Block-causal mask with window and sink, True where a query may look: bool [n*F, L + n*F]."""

@@ -1,7 +1,7 @@
 """Flow matching for a block-causal generator (AAPT App. B, stage 1), with histories that look like the generator's own.
 
-x_t = (1 - t) x0 + t eps. The network predicts x0; the loss is the squared error of the velocity (x_t - x0) / t, as in the paper, with 1 / t
-bounded. Times differ from block to block, because at inference a block's neighbours in the cache were written at the sampler's last time.
+x_t = (1 - t) x0 + t eps. The network predicts x0; the loss is its squared error in units of the posterior deviation given the previous frame
+(`layers.posterior`): at small t that is the squared error of the velocity, as in the paper; at t = 1 it does not vanish against it. Times differ from block to block, because at inference a block's neighbours in the cache were written at the sampler's last time.
 
 A generator trained on true histories alone drifts within seconds when it feeds on its own frames. Self-resampling shows it its own errors
 without a rollout: a true frame is noised part of the way, finished by the generator, and used as the history of the next block.
@@ -10,13 +10,15 @@ without a rollout: a true frame is noised part of the way, finished by the gener
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from aapt_deploy.models.generator import Generator
+from aapt_deploy.models.layers import posterior
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train.recipe import FlowStage
 
-SMALLEST_T = 0.1  # below it the velocity's weight stops growing; the sampler's last time is about there
+SMALLEST_T = 0.05  # the sampler stops above it
 FAR = 20_000  # blocks by which a sink may lie in the past: 55 minutes at 24 fps
 
 
@@ -39,6 +41,10 @@ class Latents:
     conditions: Tensor
     tokens: Tensor
 
+    def step_spread(self) -> Tensor:
+        """Deviation of each channel around the latent before it: [C, 1, 1]."""
+        return (self.z[:, 1:].float() - self.z[:, :-1].float()).std(dim=(0, 1, 3, 4))[:, None, None]
+
     def draw(self, profile: Profile, stage: FlowStage, rng: torch.Generator) -> Batch:
         """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips."""
         clips, m = self.z.shape[0], self.conditions.shape[1]
@@ -58,20 +64,20 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def flow_loss(generator: nn.Module, batch: Batch, stage: FlowStage, rng: torch.Generator) -> Tensor:
-    """Mean squared velocity error over the blocks of a batch, a scalar."""
+def flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: torch.Generator) -> Tensor:
+    """Mean squared error, in posterior deviations, over the blocks of a batch, a scalar."""
     clean, previous = batch.clean, batch.previous
     b, n = clean.shape[:2]
     if float(torch.rand((), generator=rng)) < stage.resampled:
         previous = resample_history(generator, batch, rng)
     previous = previous + stage.previous_noise * _blemishes(previous.shape, rng)
-    t = shifted(torch.rand(b, n, generator=rng), stage.shift).clamp_min(0.05)
+    t = shifted(torch.rand(b, n, generator=rng), stage.shift).clamp_min(SMALLEST_T)
     noise = torch.randn(clean.shape, generator=rng)
     t_ = t[..., None, None, None]  # [B, n, 1, 1, 1]
     noisy = (1 - t_) * clean + t_ * noise
     predicted: Tensor = generator(noisy, previous, batch.condition, t, batch.text, batch.rope_time).float()
-    weight = t_.clamp_min(SMALLEST_T) ** -2
-    return (weight * (predicted - clean) ** 2).mean()
+    _, _, spread = posterior(noisy, previous, t_, generator.step_spread)
+    return (((predicted - clean) / spread) ** 2).mean()
 
 
 def _blemishes(shape: torch.Size, rng: torch.Generator) -> Tensor:
@@ -83,7 +89,7 @@ def _blemishes(shape: torch.Size, rng: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def resample_history(generator: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
+def resample_history(generator: Generator, batch: Batch, rng: torch.Generator) -> Tensor:
     """Recycled latents as the generator itself would have made them: [B, n, C, h, w].
 
     Each block's true latent is noised to a random time and denoised by the generator in one or two passes. Block i's result stands in for the

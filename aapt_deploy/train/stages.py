@@ -154,6 +154,7 @@ def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe
 
 
 def _train_generator(generator: Generator, latents: Latents, stage: FlowStage, seed: int, run: Path, number: int, report: Report) -> None:
+    generator.step_spread.copy_(latents.step_spread())
     average = fit(
         generator, lambda rng: flow_loss(generator, latents.draw(generator.profile, stage, rng), stage, rng), stage.optimiser,
         run / f"generator-{number}.state", seed,
