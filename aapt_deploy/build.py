@@ -6,6 +6,7 @@
 Each engine is run and compared with the fp32 engine before it joins the bundle.
 """
 
+import contextlib
 import itertools
 import logging
 import shutil
@@ -119,7 +120,7 @@ def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], re
         if name == "generator":
             save_model(onnx_function.lower_in_place(onnx.load(source), Ring.of(profile, in_place=True)), graphs[name])
         else:
-            shutil.copyfile(source, graphs[name])
+            save_model(onnx.load(source), graphs[name])  # not a copy of the file: its weights may lie beside it
     if precision == "int8":
         report("onnxruntime-int8: quantising the linear layers")
         _quantise_linears(graphs["generator"])
@@ -132,12 +133,9 @@ def _quantise_linears(path: Path) -> None:
     """int8 weights, activations quantised as they come: no calibration, and attention stays fp32."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    temporary = path.with_name("float.onnx")
-    path.rename(temporary)
-    with _quiet():
+    with _quiet(), _in_float(path) as source:
         options = {"MatMulConstBOnly": True}
-        quantize_dynamic(temporary, path, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, extra_options=options)
-    temporary.unlink()
+        quantize_dynamic(source, path, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, extra_options=options)
 
 
 def _quantise_decoder(bundle: Bundle, path: Path, starts: list[Start]) -> None:
@@ -145,14 +143,23 @@ def _quantise_decoder(bundle: Bundle, path: Path, starts: list[Start]) -> None:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     reader = Samples(list(_decoder_inputs(bundle, starts)))
-    temporary = path.with_name("float.onnx")
-    path.rename(temporary)
-    with _quiet():
+    with _quiet(), _in_float(path) as source:
         quantize_static(
-            temporary, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+            source, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], extra_options={"CalibMovingAverage": True},
         )  # fmt: skip
-    temporary.unlink()
+
+
+@contextlib.contextmanager
+def _in_float(path: Path) -> Iterator[Path]:
+    """The graph at `path`, moved out of its quantised version's way, with the weights beside it if it has any; gone at the end."""
+    folder = path.with_suffix("")
+    folder.mkdir()
+    for file in (path, path.with_name(f"{path.name}.data")):
+        if file.exists():
+            file.rename(folder / file.name)
+    yield folder / path.name
+    shutil.rmtree(folder)
 
 
 class Samples:

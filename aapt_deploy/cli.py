@@ -42,6 +42,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle
 ProfileName = Annotated[str, typer.Option("--profile", help="Shipped preset or TOML file.")]
 
 
+_BadUsage: type[typer.BadParameter] = typer.BadParameter.__bases__[0]  # the parser's UsageError, which has no public name
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"aapt {__version__}")
@@ -320,7 +323,7 @@ def _run() -> int:
     """Run the command that sys.argv names and return its exit code. Raises UsageError for what cannot be parsed."""
     try:
         return app(standalone_mode=False) or 0
-    except typer.BadParameter.__bases__[0] as error:  # the parser's own UsageError, which typer exports under no name
+    except _BadUsage as error:
         help_text = error.ctx.get_help() if error.ctx else ""
         if error.format_message() == help_text:  # a group that was given no command
             typer.echo(help_text, err=True)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aapt_deploy import assets
-from aapt_deploy.errors import AaptError
 from aapt_deploy.machine import cores
 
 
@@ -66,7 +65,7 @@ def _package(module: str, distribution: str, purpose: str, needed: bool, extra: 
     try:
         importlib.import_module(module)
         return Check(module, True, needed, f"{importlib.metadata.version(distribution)}, for {purpose}")
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
         wanted = f"'aapt_deploy[{extra}]'" if extra else "aapt_deploy"
         return Check(module, False, needed, f"{error}; for {purpose}", f"pip install {wanted}")
 
@@ -74,7 +73,7 @@ def _package(module: str, distribution: str, purpose: str, needed: bool, extra: 
 def _attempt(name: str, needed: bool, look: Callable[[], str], fix: str) -> Check:
     try:
         return Check(name, True, needed, look())
-    except (AaptError, OSError, ImportError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever it is, it is the finding; ONNX Runtime's own exception types are private
         return Check(name, False, needed, str(error), fix)
 
 

@@ -113,6 +113,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _describe(model: onnx.ModelProto, checkpoint: Checkpoint) -> None:
+    """Replace the exporter's notes, stack traces with this machine's paths among them, by ours."""
+    for graph in (model.graph, *model.functions):
+        values = (*graph.input, *graph.output) if isinstance(graph, onnx.GraphProto) else ()
+        for item in (graph, *graph.node, *graph.value_info, *values):
+            item.ClearField("metadata_props")
     facts = {"aapt.version": __version__, "aapt.profile": checkpoint.profile.name, "aapt.checkpoint_sha256": checkpoint.sha256}
     model.producer_name, model.producer_version = "aapt_deploy", __version__
     for key, value in facts.items():

@@ -33,9 +33,11 @@ def random_checkpoint(profile: Profile, path: Path, seed: int) -> int:
         )
     rng = torch.Generator().manual_seed(seed)
     for module in (generator, vae):
-        for owner in module.modules():
+        for path_inside, owner in module.named_modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
-                owner.register_parameter(name, torch.nn.Parameter(_drawn(name, parameter.shape, rng), requires_grad=False))
+                # The linear predictor feeds a latent back into itself: random, it would double it block by block. Training starts it at zero.
+                drawn = torch.zeros(parameter.shape, dtype=torch.float16) if path_inside == "skip" else _drawn(name, parameter.shape, rng)
+                owner.register_parameter(name, torch.nn.Parameter(drawn, requires_grad=False))
             for name, buffer in list(owner.named_buffers(recurse=False)):
                 setattr(owner, name, torch.full(buffer.shape, UNMEASURED))
     try:

@@ -66,6 +66,7 @@ class Sampler:
     """Generator passes per block, from pure noise down; `[1.0]` is the one-step AAPT generator."""
 
     timesteps: tuple[float, ...]
+    temperature: float = 1.0  # deviation of the noise that a block starts from; less is calmer and softer
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Profile:
         steps = self.sampler.timesteps
         if not (steps and steps[0] == 1.0 and all(b < a for a, b in pairwise(steps)) and steps[-1] > 0):  # a nan fails too
             problems.append(f"sampler.timesteps = {list(steps)} must start at 1.0 and fall, staying above 0")
+        if not 0 <= self.sampler.temperature <= 1:  # a nan fails too
+            problems.append(f"sampler.temperature = {self.sampler.temperature} is not between 0 and 1")
         scales = int(math.log2(v.spatial_stride))
         if not scales or 2**scales != v.spatial_stride or v.temporal_stride != 4:
             problems.append(f"video strides {v.spatial_stride} / {v.temporal_stride}: the VAE knows 2, 4, 8, … in space and 4 in time")

@@ -41,7 +41,7 @@ def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer,
             generator.reset(**engines["prompt"].run(text=text))  # replaces the text in the cache, keeps the past
         before, pose = pose, pose.moved(velocity, seconds)
         fixed = {"previous": previous, "condition": condition_map(profile, before, pose), "rope_time": temporal_rope(profile, block)[None]}
-        x = rng.standard_normal(previous.shape, np.float32)
+        x = np.float32(profile.sampler.temperature) * rng.standard_normal(previous.shape, np.float32)
         for t, t_next in pairwise((*profile.sampler.timesteps, 0.0)):
             clean = generator.run(noisy=x, time=np.array([t], np.float32), block=block, **fixed)["clean"]
             x = clean + (x - clean) * np.float32(t_next / t)  # Euler step along the straight path; the last one lands on `clean`

@@ -94,7 +94,7 @@ def frame_count(profile: Profile, seconds: float | None) -> int | None:
     """Frames in `seconds` of video, at least one. Raises UsageError for a length that is no positive number."""
     if seconds is None:
         return None
-    if not 0 < seconds < float("inf"):
+    if not 0 < seconds * profile.video.fps < float("inf"):
         raise UsageError(f"--seconds {seconds} is not a positive length", "give for example --seconds 10")
     return max(1, round(seconds * profile.video.fps))
 

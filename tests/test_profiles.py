@@ -148,6 +148,8 @@ def test_what_is_not_toml_is_refused(text: str) -> None:
         ({"sampler__timesteps": "timesteps = [1.0, 1.0]"}, "sampler.timesteps = [1.0, 1.0]"),
         ({"sampler__timesteps": "timesteps = [1.0, 0.0]"}, "sampler.timesteps = [1.0, 0.0]"),
         ({"sampler__timesteps": "timesteps = [1.0, nan, 0.5]"}, "sampler.timesteps = [1.0, nan, 0.5]"),
+        ({"sampler__timesteps": "timesteps = [1.0]\ntemperature = 1.5"}, "sampler.temperature = 1.5"),
+        ({"sampler__timesteps": "timesteps = [1.0]\ntemperature = nan"}, "sampler.temperature = nan"),
         ({"vae__decoder_channels": "decoder_channels = []"}, "vae.decoder_channels = [] has 0 scales, 3 or 4 fit a stride of 8"),
         ({"vae__encoder_channels": "encoder_channels = [8, 8]"}, "vae.encoder_channels = [8, 8] has 2 scales"),
         ({"vae__decoder_channels": "decoder_channels = [16, -8, 8]"}, "vae.decoder_channels = -8 is below 1"),

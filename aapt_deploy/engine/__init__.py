@@ -15,6 +15,7 @@ BACKENDS = {  # name -> module that opens all graphs of a bundle
     "onnxruntime": "aapt_deploy.engine.ort",
     "torch": "aapt_deploy.engine.eager",
 }
+MOST_THREADS = 1024  # that a manifest may ask for
 
 
 class Engine(Protocol):
@@ -54,7 +55,7 @@ class Engines(Protocol):
 def open_engines(bundle: Bundle, backend: str, precision: str | None = None) -> Engines:
     """Open every graph of `bundle` with `backend`; see `precision_of` for a precision of None.
 
-    Raises UsageError for an unknown backend and BundleError when the bundle has no engine of that backend or precision.
+    Raises UsageError for an unknown backend and BundleError when the bundle has no whole engine of that backend or precision.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} does not exist", f"backends: {', '.join(BACKENDS)}")
@@ -64,7 +65,7 @@ def open_engines(bundle: Bundle, backend: str, precision: str | None = None) -> 
 
 def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
     """The precision to open: the one asked for, else the profile's own, else the fastest that was built."""
-    built: dict[str, dict[str, Any]] = {entry["precision"]: entry for entry in bundle.engines.values() if entry["backend"] == backend}
+    built = _built(bundle, backend)
     if not built:
         raise BundleError(f"bundle {bundle.path} has no {backend} engine", f"build one with: aapt build-engine {bundle.path} --backend {backend}")
     if precision is None and bundle.profile.precision.weights in built:
@@ -77,3 +78,17 @@ def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
             f"built: {', '.join(sorted(built))}; build it with: aapt build-engine {bundle.path} --precision {precision}",
         )
     return precision
+
+
+def _built(bundle: Bundle, backend: str) -> dict[str, dict[str, Any]]:
+    """What the manifest says of the engines of `backend`, by precision. A hash does not make it sensible: somebody may have written it by hand."""
+    shape = {"precision": (str,), "threads": (int,), "spinning": (bool,), "step_ms": (int, float)}
+    built = {}
+    for key, entry in bundle.engines.items():
+        if entry.get("backend") != backend:
+            continue
+        sound = all(type(entry.get(name)) in kinds for name, kinds in shape.items()) and 1 <= entry["threads"] <= MOST_THREADS
+        if not sound or key != f"{backend}-{entry['precision']}":
+            raise BundleError(f"bundle {bundle.path}: what its manifest says of engine {key} makes no sense", f"aapt build-engine {bundle.path}")
+        built[entry["precision"]] = entry
+    return built

@@ -153,5 +153,10 @@ class OrtEngines:
 def open_bundle(bundle: Bundle, precision: str) -> OrtEngines:
     """The engines of `bundle` in `precision`, with the threads that the build found best."""
     entry = bundle.engines[f"{BACKEND}-{precision}"]
-    graphs = {name: bundle.checked(file) for name, file in entry["graphs"].items()}
+    files = entry.get("graphs")
+    if not isinstance(files, dict) or files.keys() != signatures(bundle.profile).keys() or not all(isinstance(file, str) for file in files.values()):
+        raise BundleError(f"bundle {bundle.path}: its {BACKEND} engine in {precision} lacks graphs", f"build it: aapt build-engine {bundle.path}")
+    graphs = {name: bundle.checked(file) for name, file in files.items()}
+    for weights in {f"{file}.data" for file in files.values()} & bundle.manifest["files"].keys():
+        bundle.checked(weights)
     return OrtEngines(bundle.profile, graphs, Threads(int(entry["threads"]), bool(entry["spinning"])), precision)

@@ -61,10 +61,9 @@ class Generator(nn.Module):
             for name in ("out", "w2"):
                 if hasattr(layer, name):
                     nn.init.normal_(getattr(layer, name).weight, std=0.02 / (2 * self.profile.model.depth) ** 0.5)
-        for linear in (self.time_modulation, self.time_out, self.visual_out):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.skip.weight)
+        for head in (self.time_modulation, self.time_out, self.visual_out, self.skip):
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
 
     # Text: computed once per prompt, then part of the cache.
 
@@ -122,7 +121,8 @@ class Generator(nn.Module):
         x = x.unflatten(0, (b, n)).flatten(1, 2)  # [B, n*F, dim]
         shared, head = ([m.repeat_interleave(f, dim=1) for m in group] for group in self._times(t))  # [B, n, dim] -> [B, n*F, dim]
         x = self._run(x, shared, head, rope, attend).unflatten(1, (n, f)).flatten(0, 1)  # [B*n, F, dim]
-        return base + spread * (self._latent(x) + direct).unflatten(0, (b, n))
+        clean: Tensor = base + spread * (self._latent(x) + direct).unflatten(0, (b, n))
+        return clean
 
     def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor, k_cache: list[Tensor],
              v_cache: list[Tensor], cache_len: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip

@@ -21,9 +21,10 @@ TIME_FEATURES = 256
 def posterior(noisy: Tensor, previous: Tensor, t: Tensor, step_spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is known of a clean latent before the network looks: clean ~ N(previous, step_spread^2), noisy = (1 - t) clean + t noise.
 
-    noisy, previous [..., C, h, w], t broadcastable, in (0, 1], step_spread [C, 1, 1]. Returns the innovation (what `noisy` adds, at unit deviation), the posterior mean
-    and the posterior deviation. A network that predicts the remaining error in units of that deviation starts as a still picture, and its
-    targets are of unit size at every t (the preconditioning of EDM, arXiv 2206.00364, around the previous frame instead of zero).
+    noisy, previous [..., C, h, w], t broadcastable, in (0, 1], step_spread [C, 1, 1]. Returns the innovation (what `noisy`
+    adds, at unit deviation), the posterior mean and the posterior deviation. A network that predicts the remaining error in units of that
+    deviation starts as a still picture, and its targets are of unit size at every t (the preconditioning of EDM, arXiv 2206.00364, around the
+    previous frame instead of zero).
     """
     variance = ((1 - t) * step_spread) ** 2 + t**2  # of noisy around (1 - t) previous
     innovation = (noisy - (1 - t) * previous) * variance.rsqrt()

@@ -1,7 +1,8 @@
 """Flow matching for a block-causal generator (AAPT App. B, stage 1), with histories that look like the generator's own.
 
 x_t = (1 - t) x0 + t eps. The network predicts x0; the loss is its squared error in units of the posterior deviation given the previous frame
-(`layers.posterior`): at small t that is the squared error of the velocity, as in the paper; at t = 1 it does not vanish against it. Times differ from block to block, because at inference a block's neighbours in the cache were written at the sampler's last time.
+(`layers.posterior`): at small t that is the squared error of the velocity, as in the paper; at t = 1 it does not vanish against it.
+Times differ from block to block, because at inference a block's neighbours in the cache were written at the sampler's last time.
 
 A generator trained on true histories alone drifts within seconds when it feeds on its own frames. Self-resampling shows it its own errors
 without a rollout: a true frame is noised part of the way, finished by the generator, and used as the history of the next block.

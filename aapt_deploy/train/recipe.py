@@ -51,7 +51,7 @@ class Recipe:
 DEMO = Recipe(
     vae=VaeStage(Optimiser(steps=900, batch=2, learning_rate=6e-4, weight_decay=0.0)),
     flow=(
-        FlowStage(Optimiser(steps=6000, batch=8, learning_rate=1.5e-3), blocks=2),
-        FlowStage(Optimiser(steps=4000, batch=4, learning_rate=7e-4), blocks=6, resampled=0.7),
+        FlowStage(Optimiser(steps=6000, batch=6, learning_rate=1.2e-3), blocks=2, previous_noise=0.08),
+        FlowStage(Optimiser(steps=8000, batch=5, learning_rate=1e-3), blocks=3, previous_noise=0.12, resampled=0.9),
     ),
 )

@@ -1,0 +1,231 @@
+"""build-engine: what is built, how it is chosen, what is refused, and that a build which dies leaves the bundle as it was."""
+
+import math
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import COMMAND, ENVIRONMENT, Made
+from test_bundle import rewrite_manifest, tree
+
+from aapt_deploy import build
+from aapt_deploy.build import build_engine
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.engine import open_engines
+from aapt_deploy.engine.ort import Threads
+from aapt_deploy.errors import BundleError, BusyError, MachineError, UsageError
+from aapt_deploy.ops.block_causal_attention import DOMAIN
+from aapt_deploy.profiles import Profile, Target
+from aapt_deploy.starts import all_starts
+
+silent = lambda text: None
+
+
+def graph(opened: Bundle, key: str, name: str) -> onnx.ModelProto:
+    return onnx.load(opened.checked(opened.engines[key]["graphs"][name]))
+
+
+# --- what is built ---
+
+
+def test_engines_are_measured_and_recorded(made: Made) -> None:
+    opened = Bundle.open(made.path)
+    assert [engine.key for engine in made.built] == ["onnxruntime-fp32", "onnxruntime-int8", "torch-fp32"]
+    for engine in made.built:
+        entry = opened.engines[engine.key]
+        assert asdict(engine).items() <= entry.items()
+        assert engine.key == f"{entry['backend']}-{entry['precision']}"
+        assert 0 < engine.step_ms < 5000
+        assert (engine.threads, engine.spinning) == (1, False)
+    fp32, int8, torch = made.built
+    assert fp32.psnr_db is None is torch.psnr_db
+    assert int8.psnr_db is not None
+    assert 15 < int8.psnr_db < 70
+    assert int8.bytes < fp32.bytes
+    assert torch.bytes == 0
+    files = opened.manifest["files"]
+    assert fp32.bytes == sum(entry["bytes"] for name, entry in files.items() if name.startswith("engines/onnxruntime-fp32/"))
+
+
+def test_graphs_are_lowered_to_what_onnx_runtime_runs_best(bundle: Path, tiny: Profile) -> None:
+    opened = Bundle.open(bundle)
+    kinds = {key: [node.op_type for node in graph(opened, key, "generator").graph.node] for key in ("onnxruntime-fp32", "onnxruntime-int8")}
+    for key, operators in kinds.items():
+        assert operators.count("TensorScatter") == 2 * tiny.model.depth, key
+        assert operators.count("Attention") == tiny.model.depth, key
+        assert not [f for f in graph(opened, key, "generator").functions if f.domain == DOMAIN]
+    assert "MatMulInteger" in kinds["onnxruntime-int8"]
+    assert "MatMulInteger" not in kinds["onnxruntime-fp32"]
+    decoder = graph(opened, "onnxruntime-int8", "decoder")
+    types = {w.name: w.data_type for w in decoder.graph.initializer}
+    quantised = [w for w, kind in types.items() if kind == onnx.TensorProto.INT8]
+    assert len(quantised) >= len(tiny.vae.decoder_channels)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in decoder.graph.node}
+
+
+def test_nothing_of_the_way_to_an_engine_stays_in_it(bundle: Path) -> None:
+    for key in ("onnxruntime-fp32", "onnxruntime-int8"):
+        assert tree(bundle / "engines" / key) == {"1", *(f"1/{name}.onnx" for name in ("encoder", "prompt", "generator", "decoder"))}
+
+
+def test_the_calibrator_saw_the_decoder_at_work(bundle: Path, tiny: Profile) -> None:
+    """Every start frame, the start image and some blocks each, with the memory that the decoder had at that moment."""
+    opened = Bundle.open(bundle)
+    samples = list(build._decoder_inputs(opened, all_starts(opened)))
+    assert len(samples) == 2 * (1 + build.CALIBRATION_BLOCKS)
+    first, second = samples[0], samples[1]
+    assert all(not first[name].any() for name in first if name.startswith("memory"))
+    assert any(second[name].any() for name in second if name.startswith("memory"))
+    assert not np.array_equal(samples[1]["latent"], samples[2]["latent"])
+    reader = build.Samples(samples[:1])
+    assert reader.get_next() is samples[0]
+    assert reader.get_next() is None
+
+
+def test_psnr_is_that_of_the_frames(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    begin = all_starts(opened)[0]
+    fp32, int8 = (open_engines(opened, "onnxruntime", precision) for precision in ("fp32", "int8"))
+    pairs = [frames(engines, opened) for engines in (fp32, int8)]
+    error = np.mean([np.square(a.astype(float) - b).mean() for a, b in zip(*pairs, strict=True)])
+    assert math.isclose(build.psnr_db(fp32, int8, opened.profile, begin), 10 * math.log10(255**2 / error), abs_tol=1e-6)
+    assert build.psnr_db(fp32, open_engines(opened, "onnxruntime", "fp32"), opened.profile, begin) > 100
+
+
+def frames(engines: Any, opened: Bundle) -> list[np.ndarray]:
+    source = build._rollout(engines, opened.profile, all_starts(opened)[0])
+    next(source)
+    return [next(source) for _ in range(build.QUALITY_BLOCKS)]
+
+
+def test_the_fastest_threads_win(bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing is replaced: which setting is fast is the machine's business, that the fastest is taken is ours."""
+    tried: list[Threads] = []
+
+    class Counted:
+        def __init__(self, profile: Profile, graphs: dict[str, Path], threads: Threads, precision: str) -> None:
+            tried.append(threads)
+
+        def close(self) -> None:
+            pass
+
+    speeds = {Threads(1, False): 9.0, Threads(2, False): 7.0, Threads(2, True): 3.0, Threads(8, False): 4.0, Threads(8, True): 5.0}
+    monkeypatch.setattr(build, "OrtEngines", Counted)
+    monkeypatch.setattr(build, "cores", lambda: 8)
+    monkeypatch.setattr(build, "median_step_ms", lambda engines, profile, start: speeds[tried[-1]])
+    said: list[str] = []
+    best = build._tune(tiny, {}, "fp32", all_starts(Bundle.open(bundle))[0], said.append)
+    assert best == (Threads(2, True), 3.0)
+    assert set(tried) == set(speeds)
+    assert "2 threads, spinning: 3.0 ms a step" in said
+
+
+# --- what is chosen, and what is refused ---
+
+
+@pytest.mark.usefixtures("one_core")
+def test_int8_alone_brings_the_fp32_that_it_is_compared_with(bare: Path) -> None:
+    opened = Bundle.open(bare)
+    assert [engine.key for engine in build_engine(opened, "onnxruntime", "int8", silent)] == ["onnxruntime-fp32", "onnxruntime-int8"]
+    assert [engine.key for engine in build_engine(opened, "onnxruntime", "int8", silent)] == ["onnxruntime-int8"]
+    again = Bundle.open(bare)
+    again.verify()
+    assert set(again.engines) == {"onnxruntime-fp32", "onnxruntime-int8"}
+    assert tree(bare / "engines" / "onnxruntime-int8") >= {"2/decoder.onnx"}
+
+
+@pytest.mark.usefixtures("one_core")
+def test_a_bundle_without_start_frames_is_built_all_the_same(bare: Path) -> None:
+    rewrite_manifest(bare, lambda manifest: manifest.update(start_frames={}))
+    opened = Bundle.open(bare)
+    build_engine(opened, "onnxruntime", "int8", silent)
+    opened.verify()
+    assert len(frames(open_engines(opened, "onnxruntime", "int8"), opened)) == build.QUALITY_BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "message"),
+    [
+        ("tensorrt", None, "backend 'tensorrt' cannot be built"), ("onnxruntime", "fp8", "precision 'fp8' does not exist for onnxruntime"),
+        ("torch", "int8", "precision 'int8' does not exist for torch"), ("", None, "backend '' cannot be built"),
+    ],
+)  # fmt: skip
+def test_unknown_names_are_refused_with_the_known_ones(bundle: Path, backend: str, precision: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        build_engine(Bundle.open(bundle), backend, precision, silent)
+    assert caught.value.exit_code == 2
+    assert "onnxruntime" in caught.value.hint or "fp32" in caught.value.hint
+
+
+def test_a_profile_for_a_gpu_is_refused(bundle: Path, tiny: Profile) -> None:
+    opened = Bundle.open(bundle)
+    opened.__dict__["profile"] = tiny.replace(target=Target("cuda", "H100", 90, 80))
+    with pytest.raises(MachineError, match="profile tiny-cpu is for H100; onnxruntime runs on the CPU only") as caught:
+        build_engine(opened, "onnxruntime", None, silent)
+    assert caught.value.exit_code == 5
+    assert caught.value.hint
+
+
+def test_a_damaged_graph_is_found_before_it_is_lowered(bare: Path) -> None:
+    content = bytearray((bare / "generator.onnx").read_bytes())
+    content[-50] ^= 1
+    (bare / "generator.onnx").write_bytes(content)
+    before = tree(bare)
+    with pytest.raises(BundleError, match=r"generator\.onnx does not match the manifest") as caught:
+        build_engine(Bundle.open(bare), "onnxruntime", None, silent)
+    assert "aapt export" in caught.value.hint
+    assert tree(bare) - {".lock"} == before - {".lock"}
+
+
+def test_two_builds_at_once_are_one_too_many(bare: Path) -> None:
+    with Bundle.open(bare).add_engine("somebody-elses"), pytest.raises(BusyError, match="is being written by process"):
+        build_engine(Bundle.open(bare), "onnxruntime", "fp32", silent)
+
+
+# --- builds that die ---
+
+
+@pytest.mark.usefixtures("one_core")
+@pytest.mark.parametrize("where", ["median_step_ms", "_quantise_linears", "_quantise_decoder", "psnr_db", "save_model"])
+@pytest.mark.parametrize("error", [RuntimeError("crash"), KeyboardInterrupt()], ids=["crash", "ctrl-c"])
+def test_a_build_that_breaks_off_leaves_the_engines_that_were(
+    bundle: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    before, opened = tree(copied), Bundle.open(copied)
+    monkeypatch.setattr(build, where, fail)
+    with pytest.raises(type(error)):
+        build_engine(opened, "onnxruntime", "int8", silent)
+    assert tree(copied) == before
+    again = Bundle.open(copied)
+    again.verify()
+    assert again.manifest == Bundle.open(bundle).manifest
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_build_leaves_a_valid_bundle(copied: Path, number: signal.Signals, code: int) -> None:
+    before = Bundle.open(copied).manifest
+    with subprocess.Popen([*COMMAND, "build-engine", str(copied)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        assert process.stderr is not None
+        said = [next(line for line in process.stderr if "lowering" in line)]
+        time.sleep(0.05)
+        process.send_signal(number)
+        said += process.stderr.read().splitlines()
+    assert process.returncode == code
+    assert not [line for line in said if "Traceback" in line or "Error" in line]
+    again = Bundle.open(copied)
+    again.verify()
+    assert again.manifest == before
+    if number == signal.SIGINT:
+        assert not list(copied.glob(".stage-*"))
+    with again.add_engine("next"):
+        pass
+    assert not list(copied.glob(".stage-*"))

@@ -1,0 +1,306 @@
+"""Engines: every backend gives the frames of the torch modules, over a ring that wraps, with prompts that change; caches stay where they are."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import frames_of, turning
+
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.camera import Pose, condition_map
+from aapt_deploy.engine import Engines, open_engines, ort, precision_of
+from aapt_deploy.engine.eager import EagerGenerator
+from aapt_deploy.engine.ort import OrtEngine, OrtEngines, OrtGenerator, Threads
+from aapt_deploy.errors import BundleError, UsageError
+from aapt_deploy.models.checkpoint import Checkpoint
+from aapt_deploy.models.vae import from_pixels, to_pixels
+from aapt_deploy.ops.block_causal_attention import Ring
+from aapt_deploy.profiles import Profile
+from aapt_deploy.prompts import parse, token_ids
+from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.rope import temporal_rope
+from aapt_deploy.signature import layer_names, signatures
+from aapt_deploy.starts import start
+
+BLOCKS = 14  # the window holds 3, the ring wraps at 4 and 5
+DAY, NIGHT = (token_ids(parse(text)) for text in ("desert at noon", "islands at night, foggy"))
+BACKENDS = ("onnxruntime", "torch")
+
+
+@pytest.fixture(scope="module")
+def opened(bundle: Path) -> Bundle:
+    return Bundle.open(bundle)
+
+
+@pytest.fixture(scope="module")
+def fp32(opened: Bundle) -> Iterator[OrtEngines]:
+    engines = open_engines(opened, "onnxruntime", "fp32")
+    assert isinstance(engines, OrtEngines)
+    yield engines
+    engines.close()
+
+
+@pytest.fixture(scope="module")
+def eager(opened: Bundle) -> Engines:
+    return open_engines(opened, "torch", "fp32")
+
+
+def of(backend: str, fp32: Engines, eager: Engines) -> Engines:
+    return {"onnxruntime": fp32, "torch": eager}[backend]
+
+
+def worst(a: list[np.ndarray], b: list[np.ndarray]) -> tuple[int, float]:
+    """Largest difference in grey levels, and the share of values that differ at all."""
+    one, two = (np.concatenate(frames).astype(np.int16) for frames in (a, b))
+    return int(np.abs(one - two).max()), float((one != two).mean())
+
+
+def by_forward(loaded: Checkpoint, opened: Bundle, blocks: int, seed: int) -> list[np.ndarray]:
+    """The same rollout without any cache: `Generator.forward` over the whole history under its block-causal mask, for every pass of every block."""
+    profile, generator, vae = loaded.profile, loaded.generator, loaded.vae
+    begin, rng, pose = start(opened, "dunes", None), np.random.default_rng(seed), Pose()
+    assert begin.text is not None
+    text, seconds = torch.from_numpy(begin.text), profile.video.temporal_stride / profile.video.fps
+    with torch.inference_mode():
+        latents = [vae.encode(from_pixels(torch.from_numpy(begin.image))[None, None])[:, 0]]  # [1, C, h, w] each
+        noisy, conditions, times = [], [], []  # as the last pass over each block saw them
+        for block in range(blocks):
+            before, pose = pose, pose.moved(turning(block), seconds)
+            conditions.append(torch.from_numpy(condition_map(profile, before, pose)))
+            x = torch.from_numpy(rng.standard_normal(latents[0].shape, np.float32))
+            for t, t_next in itertools.pairwise((*profile.sampler.timesteps, 0.0)):
+                stacked = [torch.stack(parts, dim=1) for parts in ([*noisy, x], latents[: block + 1], conditions)]  # [1, n, C, h, w]
+                rope = torch.from_numpy(np.stack([temporal_rope(profile, b) for b in range(block + 1)]))[None]  # [1, n, 2, pairs]
+                clean = generator(*stacked, torch.tensor([[*times, t]]), text, rope)[:, -1]
+                last, x = x, clean + (x - clean) * (t_next / t)
+            noisy.append(last)
+            times.append(t)
+            latents.append(x)
+        video = [vae.decode(torch.stack(latents, dim=1))]
+    frames = to_pixels(video[0][0]).numpy()  # [1 + 4 n, H, W, 3]
+    return [frames[:1], *np.split(frames[1:], blocks)]
+
+
+def test_rollouts_are_those_of_the_training_forward(loaded: Checkpoint, opened: Bundle, fp32: Engines, eager: Engines) -> None:
+    """Largest difference: one grey level, where a value lies on the edge of two; that is at most one value in 500."""
+    wanted = by_forward(loaded, opened, BLOCKS, seed=3)
+    assert np.concatenate(wanted[1:]).std() > 10, "a flat picture proves nothing"
+    for engines in (fp32, eager):
+        highest, share = worst(frames_of(engines, opened, BLOCKS, seed=3), wanted)
+        assert highest <= 1
+        assert share < 1 / 500
+
+
+def test_onnxruntime_equals_torch(opened: Bundle, fp32: Engines, eager: Engines) -> None:
+    highest, share = worst(frames_of(fp32, opened, BLOCKS), frames_of(eager, opened, BLOCKS))
+    assert highest <= 1
+    assert share < 1 / 500
+    assert len(opened.profile.sampler.timesteps) > 1, "the profile must take several passes per block"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(opened: Bundle, precision: str) -> None:
+    runs = []
+    for seed in (5, 5, 6):
+        engines = open_engines(opened, "onnxruntime", precision)
+        runs.append(frames_of(engines, opened, 6, seed))
+        engines.close()
+    assert worst(runs[0], runs[1]) == (0, 0.0)
+    assert worst(runs[0][1:], runs[2][1:])[1] > 0.1
+
+
+def test_int8_is_close_to_fp32_but_not_fp32(opened: Bundle, fp32: Engines) -> None:
+    frames = frames_of(open_engines(opened, "onnxruntime", "int8"), opened, 6)
+    exact = frames_of(fp32, opened, 6)
+    assert worst(frames, exact)[1] > 0
+    assert np.abs(np.concatenate(frames).astype(float) - np.concatenate(exact)).mean() < 16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rollout_begins_anew_on_used_engines(opened: Bundle, fp32: Engines, eager: Engines, backend: str) -> None:
+    engines = of(backend, fp32, eager)
+    first = frames_of(engines, opened, 7)
+    frames_of(engines, opened, 3, seed=9, text=lambda block: NIGHT)
+    assert worst(frames_of(engines, opened, 7), first) == (0, 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_new_prompt_changes_later_frames_only(opened: Bundle, fp32: Engines, eager: Engines, backend: str) -> None:
+    engines = of(backend, fp32, eager)
+    stay = frames_of(engines, opened, 8, text=lambda block: DAY)
+    turn = frames_of(engines, opened, 8, text=lambda block: NIGHT if block >= 5 else DAY)
+    for index, (a, b) in enumerate(zip(stay, turn, strict=True)):  # 0 is the start image, block n is at n + 1
+        assert np.array_equal(a, b) is (index < 6), index
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_new_prompt_keeps_the_past(opened: Bundle, fp32: Engines, eager: Engines, backend: str) -> None:
+    """Only the text rows of the caches change; with the old prompt back, the next pass is as if nothing had been."""
+    engines, profile = of(backend, fp32, eager), opened.profile
+    frames_of(engines, opened, 6, text=lambda block: DAY)
+    generator = engines["generator"]
+    inputs = pass_inputs(profile, 6)
+    before = generator.run(block=6, **inputs)["clean"].copy()
+    generator.reset(**engines["prompt"].run(text=NIGHT))
+    night = generator.run(block=6, **inputs)["clean"].copy()
+    generator.reset(**engines["prompt"].run(text=DAY))
+    assert not np.array_equal(night, before)
+    assert np.array_equal(generator.run(block=6, **inputs)["clean"], before)
+
+
+def pass_inputs(profile: Profile, block: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    latent = (1, profile.video.latent_channels, profile.latent_height, profile.latent_width)
+    condition = condition_map(profile, Pose(), Pose().moved(turning(block), 1 / 6))
+    noisy, previous = (rng.standard_normal(latent, np.float32) for _ in range(2))
+    return {
+        "noisy": noisy, "previous": previous, "condition": condition, "time": np.ones(1, np.float32),
+        "rope_time": temporal_rope(profile, block)[None],
+    }  # fmt: skip
+
+
+# --- caches ---
+
+
+def caches(generator: object) -> dict[str, np.ndarray]:
+    assert isinstance(generator, OrtGenerator | EagerGenerator)
+    return {name: np.asarray(cache) for name, cache in generator.caches.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_caches_stay_in_place_and_only_the_blocks_own_rows_change(opened: Bundle, fp32: Engines, eager: Engines, backend: str) -> None:
+    engines, profile = of(backend, fp32, eager), opened.profile
+    generator = engines["generator"]
+    generator.reset()
+    generator.reset(**engines["prompt"].run(text=DAY))
+    ring = Ring.of(profile, in_place=backend == "onnxruntime")
+    held = caches(generator)
+    assert set(held) == {*layer_names("k_cache", profile), *layer_names("v_cache", profile)}
+    addresses = {name: array.__array_interface__["data"] for name, array in held.items()}
+    for block in range(2 * ring.ring_frames + 3):
+        before = {name: array.copy() for name, array in held.items()}
+        for seed in (2 * block, 2 * block + 1):
+            generator.run(block=block, **pass_inputs(profile, block, seed))
+        generator.commit(block)
+        slot = ring.place(block).slot
+        own = range(slot, slot + profile.frame_tokens)
+        for name, array in caches(generator).items():
+            assert array.__array_interface__["data"] == addresses[name]
+            changed = np.flatnonzero((array != before[name]).any(axis=(0, 2, 3)))
+            assert set(changed) == set(own), f"{name}, {block=}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pass_sees_what_the_ring_says_and_nothing_else(opened: Bundle, fp32: Engines, eager: Engines, backend: str) -> None:
+    """Whatever lies outside a block's sight may be anything; what lies inside changes its output."""
+    engines, profile = of(backend, fp32, eager), opened.profile
+    generator, ring = engines["generator"], Ring.of(profile, in_place=backend == "onnxruntime")
+    tokens = profile.frame_tokens
+    for block in (0, 1, 2, 5, 9):
+        inputs = pass_inputs(profile, block)
+        held = {ring.place(past).slot: past for past in range(block)}  # the newest block of each slot
+        if ring.in_place:
+            held.pop(ring.place(block).slot, None)  # overwritten before it is read
+        generator.reset()
+        calm = generator.run(block=block, **inputs)["clean"].copy()
+        for slot in range(profile.text.tokens, ring.tokens, tokens):
+            generator.reset()
+            for cache in generator.caches.values():  # type: ignore[attr-defined]
+                cache[:, slot : slot + tokens] = 1e6
+            disturbed = not np.array_equal(generator.run(block=block, **inputs)["clean"], calm)
+            assert disturbed is (held.get(slot) in ring.visible(block)), f"{block=} {slot=}"
+    generator.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_generators_commit(opened: Bundle, fp32: Engines, eager: Engines, backend: str) -> None:
+    for name in ("encoder", "prompt", "decoder"):
+        with pytest.raises(TypeError, match="only a generator has blocks"):
+            of(backend, fp32, eager)[name].commit(0)
+
+
+def test_decoder_memory_alternates_between_two_fixed_sets(opened: Bundle, fp32: OrtEngines, eager: Engines) -> None:
+    decoder, profile = fp32["decoder"], opened.profile
+    assert isinstance(decoder, OrtEngine)
+    addresses = [[a.ctypes.data for a in held.values()] for held in decoder.state]
+    assert not set(addresses[0]) & set(addresses[1])
+    decoder.reset()
+    eager["decoder"].reset()
+    rng, shape = np.random.default_rng(0), signatures(profile)["decoder"].inputs[0].shape
+    for _ in range(5):
+        latent = rng.standard_normal(shape, np.float32)
+        got, wanted = (engine.run(latent=latent)["frames"] for engine in (decoder, eager["decoder"]))
+        assert np.abs(got.astype(int) - wanted).max() <= 1
+    assert [[a.ctypes.data for a in held.values()] for held in decoder.state] == addresses
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts memory through /proc")
+def test_memory_does_not_grow_with_the_stream(opened: Bundle, fp32: Engines) -> None:
+    begin = start(opened, "dunes", None)
+    frames = rollout(fp32, opened.profile, begin.image, lambda block: Steering(turning(block), DAY if block % 50 else NIGHT), 0)
+    for _ in range(60):
+        next(frames)
+    before, began = rss_bytes(), time.perf_counter()
+    for _ in range(500):
+        last = next(frames)
+    assert rss_bytes() - before < 8_000_000
+    assert last.std() > 5
+    assert time.perf_counter() - began < 60
+
+
+# --- choosing one ---
+
+
+def test_the_precision_is_the_one_asked_for_else_the_profiles_else_the_fastest(opened: Bundle, copied: Path) -> None:
+    assert precision_of(opened, "onnxruntime", "int8") == "int8"
+    assert precision_of(opened, "onnxruntime", None) == opened.profile.precision.weights == "fp32"
+    other = Bundle.open(copied)
+    other.engines["onnxruntime-bf16"] = other.engines.pop("onnxruntime-fp32") | {"precision": "bf16", "step_ms": 2.0}
+    other.engines["onnxruntime-int8"]["step_ms"] = 1.0
+    assert precision_of(other, "onnxruntime", None) == "int8"
+
+
+def test_what_was_not_built_is_named_with_the_command_that_builds_it(opened: Bundle, copied: Path) -> None:
+    with pytest.raises(UsageError, match="backend 'tensorflow' does not exist"):
+        open_engines(opened, "tensorflow")
+    with pytest.raises(BundleError, match="no onnxruntime engine in fp16") as caught:
+        open_engines(opened, "onnxruntime", "fp16")
+    assert "built: fp32, int8" in caught.value.hint
+    other = Bundle.open(copied)
+    del other.engines["torch-fp32"]
+    with pytest.raises(BundleError, match="no torch engine") as caught:
+        open_engines(other, "torch")
+    assert f"aapt build-engine {copied} --backend torch" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"graphs": {}}, {"graphs": {"generator": "profile.toml"}}, {"graphs": None}, {"threads": None}, {"threads": "many"}, {"threads": -1},
+        {"precision": None}, {"backend": 3}, {"graphs": dict.fromkeys(("encoder", "prompt", "generator", "decoder"), "../secret")},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("asked", ["fp32", None])
+def test_an_engines_entry_that_makes_no_sense_is_a_bundle_error(copied: Path, damage: dict[str, object], asked: str | None) -> None:
+    """As in a bundle that somebody wrote by hand and sealed."""
+    opened = Bundle.open(copied)
+    opened.engines["onnxruntime-fp32"] |= damage
+    del opened.engines["onnxruntime-int8"]
+    with pytest.raises(BundleError) as caught:
+        open_engines(opened, "onnxruntime", asked)
+    assert caught.value.hint
+
+
+def test_a_graph_that_onnx_runtime_refuses_is_a_bundle_error(opened: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=r"cannot load .*bad\.onnx") as caught:
+        ort.open_session(tmp_path / "bad.onnx", Threads(1, False))
+    assert "build-engine" in caught.value.hint
