@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aapt_deploy import __version__
-from aapt_deploy.errors import AaptError, MachineError, UsageError, VerdictError
+from aapt_deploy.errors import AaptError, MachineError, OutputError, UsageError, VerdictError
 
 if TYPE_CHECKING:
     from aapt_deploy.build import Built
@@ -155,7 +155,10 @@ def demo(
     from aapt_deploy.stream import Request
 
     bundle, video = out / "bundle", out / "demo.mp4"
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}", "name another folder with --out") from None
     with console.steps("1/4 export") as step:
         reports.parity(_export(None, bundle, None, (bundle / "manifest.json").exists(), step), bundle)
     with console.steps("2/4 build-engine") as step:
@@ -322,7 +325,7 @@ def main() -> None:
 def _run() -> int:
     """Run the command that sys.argv names and return its exit code. Raises UsageError for what cannot be parsed."""
     try:
-        return app(standalone_mode=False) or 0
+        return app(prog_name="aapt", standalone_mode=False) or 0
     except _BadUsage as error:
         help_text = error.ctx.get_help() if error.ctx else ""
         if error.format_message() == help_text:  # a group that was given no command

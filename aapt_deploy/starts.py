@@ -1,6 +1,6 @@
 """Where a rollout starts: a picture and a prompt, from the user or from the start frames that a bundle brings."""
 
-from pathlib import Path
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ def start(bundle: Bundle, image: str | None, prompt: str | None) -> Start:
     if prompt and not bundle.profile.text.tokens:
         raise UsageError(f"profile {bundle.profile.name} takes no prompt", "leave --prompt out")
     if image is not None and image not in frames:
-        if not Path(image).exists() and frames and "." not in image and "/" not in image:
+        if not os.path.exists(image) and frames and "." not in image and "/" not in image:
             raise UsageError(f"start frame {image!r} does not exist", f"start frames: {', '.join(frames)}; or give a picture file")
         return _start(bundle, read_image(image, video.width, video.height), prompt or "")
     if image is None:

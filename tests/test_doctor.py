@@ -47,7 +47,9 @@ def test_every_failed_check_has_a_fix() -> None:
     ("package", "fix", "needed"),
     [("av", "pip install aapt_deploy", True), ("torch", "pip install 'aapt_deploy[export]'", False), ("tensorrt", "[tensorrt]'", False)],
 )
-@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'x'"), OSError("libx.so: cannot open shared object file")], ids=["gone", "broken"])
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'x'"), OSError("libx.so: cannot open shared object file")], ids=["gone", "broken"]
+)
 def test_a_missing_or_broken_package_comes_with_its_install_command(
     monkeypatch: pytest.MonkeyPatch, package: str, fix: str, needed: bool, error: Exception
 ) -> None:

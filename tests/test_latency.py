@@ -79,9 +79,7 @@ def test_frames_per_second_are_those_of_the_steps(slow: Latency) -> None:
     assert not slow.within_budget
 
 
-@pytest.mark.parametrize(
-    ("p95_ms", "misses", "good"), [(166.7, 0, True), (166.8, 0, False), (20.0, 1, True), (20.0, 2, False), (500.0, 9, False)]
-)
+@pytest.mark.parametrize(("p95_ms", "misses", "good"), [(166.7, 0, True), (166.8, 0, False), (20.0, 1, True), (20.0, 2, False), (500.0, 9, False)])
 def test_the_verdict(real: Latency, p95_ms: float, misses: int, good: bool) -> None:
     """p95 of the step inside the budget, and at most one block in a hundred late."""
     steady = {**real.steady, "step": replace(real.steady["step"], p95_ms=p95_ms)}

@@ -160,7 +160,8 @@ def test_pictures_and_prompts_that_cannot_be_used(bundle: Path, tmp_path: Path) 
     for kind, image, message in (
         (InputError, tmp_path / "text.png", "not a PNG, JPEG or WebP picture"), (InputError, tmp_path / "square.png", "is 64x64, which is not the shape"),
         (InputError, tmp_path / "none.png", "No such file"), (InputError, tmp_path, "Is a directory"),
-        (UsageError, "wodos", "start frame 'wodos' does not exist"), (InputError, "x" * 300, "File name too long"),
+        (UsageError, "wodos", "start frame 'wodos' does not exist"), (UsageError, "x" * 300, "does not exist"),
+        (InputError, tmp_path / ("x" * 300), "File name too long"),
     ):  # fmt: skip
         assert message in refusal(kind, bundle, out, image=str(image))
     assert "prompt word 'klingon' is outside the vocabulary" in refusal(UsageError, bundle, out, prompt="klingon desert")
@@ -188,15 +189,15 @@ def test_a_length_that_is_no_length(tiny: Profile, seconds: float) -> None:
 
 def test_outputs_that_cannot_work(bundle: Path, tmp_path: Path) -> None:
     assert "there is no folder" in refusal(OutputError, bundle, tmp_path / "none" / "x.mp4")
-    assert "is a folder" in refusal(OutputError, bundle, tmp_path)
-    assert "File name too long" in refusal(OutputError, bundle, tmp_path / f"{'x' * 300}.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    assert "is a folder" in refusal(OutputError, bundle, tmp_path / "folder.mp4")
     assert "names no video format" in refusal(UsageError, bundle, tmp_path / "x.txt")
     assert "No space left on device" in refusal(OutputError, bundle, "/dev/full", format="y4m")
     assert "is an address" in refusal(UsageError, bundle, "rtmp://host/live")
     with pytest.raises(UsageError, match="mp4 cannot go to stdout") as caught:
         run(bundle, "-", format="mp4")
     assert all(name in caught.value.hint for name in PIPE_FORMATS)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["folder.mp4"]
 
 
 def test_an_engine_that_was_not_built_is_named_before_the_output_is_touched(bare: Path, tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_an_engine_that_was_not_built_is_named_before_the_output_is_touched(bare
 
 def test_an_existing_file_survives_a_stream_that_fails_in_the_middle(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Dies:
-        """The real engines, until the fifth block."""
+        """The real engines, until the second block."""
 
         def __init__(self, *arguments: Any) -> None:
             self.engines = open_engines(*arguments)
@@ -223,7 +224,7 @@ def test_an_existing_file_survives_a_stream_that_fails_in_the_middle(bundle: Pat
 
         def run(self, **inputs: Any) -> Any:
             self.decoded += 1
-            if self.decoded == 5:
+            if self.decoded == 3:
                 raise BundleError("the engine broke", "build it again")
             return self.engines["decoder"].run(**inputs)
 
@@ -254,15 +255,11 @@ def test_controls_from_a_file_steer_and_a_bad_line_is_survived(bundle: Path, tmp
     warnings: list[str] = []
     done = run(bundle, tmp_path / "a.rgb", 1.5, warnings, controls=str(flight))
     assert done.frames == 36
-    assert [w.split(";")[0] for w in warnings] == [
+    assert sorted(w.split(";")[0] for w in warnings) == [
         f"{flight} line 2: not valid JSON: Expecting value at column 9",
         f"{flight} line 6: unknown key 'sideways', known are forward, strafe, yaw, pitch, prompt, at",
         "prompt word 'klingon' is outside the vocabulary",
-    ] or {w.split(";")[0] for w in warnings} == {
-        f"{flight} line 2: not valid JSON: Expecting value at column 9",
-        f"{flight} line 6: unknown key 'sideways', known are forward, strafe, yaw, pitch, prompt, at",
-        "prompt word 'klingon' is outside the vocabulary",
-    }
+    ]
     run(bundle, tmp_path / "b.rgb", 1.5)
     a, b = pixels(tmp_path / "a.rgb"), pixels(tmp_path / "b.rgb")
     assert np.array_equal(a[0], b[0])
@@ -355,7 +352,9 @@ def test_a_terminal_gets_no_binary(bundle: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("suffix", ["mp4", "y4m"])
-def test_a_signal_in_mid_stream_leaves_a_file_that_plays(ffmpeg: str, bundle: Path, tmp_path: Path, number: signal.Signals, code: int, suffix: str) -> None:
+def test_a_signal_in_mid_stream_leaves_a_file_that_plays(
+    ffmpeg: str, bundle: Path, tmp_path: Path, number: signal.Signals, code: int, suffix: str
+) -> None:
     out = tmp_path / f"x.{suffix}"
     with process(bundle, "-o", out, "--realtime", stdout=subprocess.PIPE) as running:
         until = time.monotonic() + 30
