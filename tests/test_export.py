@@ -1,6 +1,9 @@
 """Export: graphs that say what they are, agree with PyTorch, and never reach a bundle when they do not."""
 
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Made, frames_of
+from conftest import COMMAND, ENVIRONMENT, Made, frames_of
 
 from aapt_deploy import __version__, build, export, graph_file
 from aapt_deploy.bundle import Bundle
@@ -150,6 +153,22 @@ def test_what_counts_as_a_difference() -> None:
     assert (many.error, many.ok) == (1.0, False)
     with pytest.raises(ValueError, match="zip"):
         compare("g", "c", [want, want], [exact])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_export_that_is_stopped_leaves_no_half_bundle(loaded: Checkpoint, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    path = tmp_path / "bundle"
+    with subprocess.Popen([*COMMAND, "export", str(loaded.path), "-o", str(path)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        assert process.stderr is not None
+        said = [next(line for line in process.stderr if "exporting prompt" in line)]
+        time.sleep(0.1)
+        process.send_signal(number)
+        said += process.stderr.read().splitlines()
+    assert process.returncode == code
+    assert not [line for line in said if "Traceback" in line or "Error" in line]
+    assert not path.exists()
+    if number == signal.SIGINT:
+        assert os.listdir(tmp_path) == []
 
 
 # --- places ---

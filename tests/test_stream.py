@@ -158,7 +158,8 @@ def test_pictures_and_prompts_that_cannot_be_used(bundle: Path, tmp_path: Path) 
     (tmp_path / "text.png").write_text("no picture")
     write_image(tmp_path / "square.png", picture(64, 64, 0))
     for kind, image, message in (
-        (InputError, tmp_path / "text.png", "not a PNG, JPEG or WebP picture"), (InputError, tmp_path / "square.png", "is 64x64, which is not the shape"),
+        (InputError, tmp_path / "text.png", "not a PNG, JPEG or WebP picture"),
+        (InputError, tmp_path / "square.png", "is 64x64, which is not the shape"),
         (InputError, tmp_path / "none.png", "No such file"), (InputError, tmp_path, "Is a directory"),
         (UsageError, "wodos", "start frame 'wodos' does not exist"), (UsageError, "x" * 300, "does not exist"),
         (InputError, tmp_path / ("x" * 300), "File name too long"),
