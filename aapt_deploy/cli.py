@@ -152,8 +152,10 @@ def demo(
     from aapt_deploy import console, reports
     from aapt_deploy.assets import demo_controls
     from aapt_deploy.bundle import Bundle
-    from aapt_deploy.stream import Request
+    from aapt_deploy.profiles import load
+    from aapt_deploy.stream import Request, frame_count
 
+    frame_count(load("demo-cpu"), seconds)  # refuse it now, not after a minute's work
     bundle, video = out / "bundle", out / "demo.mp4"
     try:
         out.mkdir(parents=True, exist_ok=True)

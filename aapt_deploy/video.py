@@ -258,9 +258,9 @@ def open_sink(output: str, format: str | None, width: int, height: int, fps: int
     if chosen.pixels == "yuv420p" and (width % 2 or height % 2):
         raise UsageError(f"{key} cannot hold {width}x{height}: its colours need even sizes", "take nut or rawvideo, or a profile of even size")
     path = Path(os.path.realpath(output))  # a symbolic link stays one: what it points to is replaced
-    if output != "-" and path.is_dir():
+    if output != "-" and os.path.isdir(path):  # os.path, because pathlib raises for a name that is too long
         raise OutputError(f"{output} is a folder", f"name a file in it: -o {shlex.quote(str(Path(output) / 'stream.mkv'))}")
-    is_file = output != "-" and (path.is_file() or not path.exists())
+    is_file = output != "-" and (os.path.isfile(path) or not os.path.exists(path))
     if not is_file and not chosen.to_pipe:
         raise UsageError(
             f"{key} cannot go to {'stdout' if output == '-' else output}: it is finished by seeking back to its start",
@@ -273,7 +273,7 @@ def open_sink(output: str, format: str | None, width: int, height: int, fps: int
             return Sink(_Target(_stdout(), "stdout", seekable=False), chosen, (width, height), fps)
         if not is_file:
             return Sink(_Target(os.open(path, os.O_WRONLY), output, seekable=False), chosen, (width, height), fps)
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise OutputError(f"{output}: there is no folder {path.parent}", f"make it first: mkdir -p {shlex.quote(str(path.parent))}")
         fd, part = _open_part(path)
     except OSError as error:

@@ -138,6 +138,7 @@ def test_a_group_without_a_command_shows_its_help(aapt: Aapt, arguments: tuple[s
         ("init none", 4, "profile 'none' is neither a file nor a shipped preset"),
         ("init tiny-cpu -o no/such/folder/r.safetensors", 6, "cannot be written"),
         ("demo -o CKPT", 6, "cannot be written"),
+        ("demo --seconds nan", 2, "--seconds nan"),
     ],
 )
 def test_mistakes(

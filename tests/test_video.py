@@ -298,6 +298,11 @@ def test_a_terminal_gets_no_bytes() -> None:
 # --- places that cannot be written
 
 
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="name too long"):
+        open_sink(str(tmp_path / f"{'x' * 300}.mkv"), None, 64, 32, 24)
+
+
 def test_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="there is no folder") as missing:
         open_sink(str(tmp_path / "no" / "a.mp4"), None, WIDTH, HEIGHT, FPS)
