@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import toy_latents
 
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import posterior
@@ -29,17 +30,6 @@ def batch_of(blocks: int = 4, batch: int = 2, seed: int = 0) -> Batch:
         torch.randn(*shape[:2], CONDITION_CHANNELS, *shape[3:], generator=rng),
         torch.randint(VOCABULARY_SIZE, (batch, TINY.text.tokens), generator=rng),
         torch.from_numpy(temporal_rope(TINY, np.tile(np.arange(blocks), (batch, 1)))),
-    )
-
-
-def toy_latents(clips: int = 3, blocks: int = 6) -> Latents:
-    """Clips whose latents hold still: the next frame is the recycled one."""
-    rng = torch.Generator().manual_seed(1)
-    still = torch.randn(clips, 1, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width, generator=rng)
-    return Latents(
-        still.repeat(1, 1 + blocks, 1, 1, 1).half(),
-        torch.zeros(clips, blocks, CONDITION_CHANNELS, TINY.latent_height, TINY.latent_width),
-        torch.zeros(clips, TINY.text.tokens, dtype=torch.long),
     )
 
 

@@ -14,32 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from toys import toy_latents
 
 from aapt_deploy.errors import CheckpointError, InputError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.vae import Vae
-from aapt_deploy.profiles import CONDITION_CHANNELS, load
+from aapt_deploy.profiles import load
 from aapt_deploy.train import stages
 from aapt_deploy.train.data import clip_files, render_world
-from aapt_deploy.train.flow import Latents, flow_loss
+from aapt_deploy.train.flow import flow_loss
 from aapt_deploy.train.loop import fit, learning_rate
 from aapt_deploy.train.recipe import FlowStage, Optimiser, Recipe, VaeStage
 from aapt_deploy.train.vae_stage import Snippets, fit_linear, vae_loss
 
 TINY = load("tiny-cpu")
 STAGE = FlowStage(Optimiser(steps=6, batch=4, learning_rate=1e-2, warmup=2), blocks=3)
-
-
-def toy_latents(clips: int = 3, blocks: int = 6) -> Latents:
-    """Clips whose latents hold still: the next frame is the recycled one."""
-    rng = torch.Generator().manual_seed(1)
-    still = torch.randn(clips, 1, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width, generator=rng)
-    return Latents(
-        still.repeat(1, 1 + blocks, 1, 1, 1).half(),
-        torch.zeros(clips, blocks, CONDITION_CHANNELS, TINY.latent_height, TINY.latent_width),
-        torch.zeros(clips, TINY.text.tokens, dtype=torch.long),
-    )
 
 
 # --- the loop ---
