@@ -218,7 +218,7 @@ def test_sixty_updates_lower_the_loss(tmp_path: Path) -> None:
 
 RECIPE = Recipe(
     vae=VaeStage(Optimiser(steps=3, batch=2, learning_rate=1e-3, warmup=1), blocks=1),
-    flow=(FlowStage(Optimiser(4, 2, 1e-3, 1), blocks=2), FlowStage(Optimiser(3, 2, 1e-3, 1), blocks=3, resampled=1.0)),
+    flow=(FlowStage(Optimiser(4, 2, 1e-3, 1), blocks=2), FlowStage(Optimiser(3, 2, 1e-3, 1), blocks=3, resampled=1.0, forced=0.5)),
 )
 
 

@@ -129,7 +129,8 @@ class Generator(nn.Module):
         """The clean latent of one block, and the keys and values to commit to its slot.
 
         noisy, previous [1, C, h, w]; condition [1, 6, h, w]; t [1]; rope_time [1, 2, P_time]; per-layer caches [1, S, H, D], read only;
-        cache_len int32 [1], valid cache tokens. Returns clean [1, C, h, w] and per-layer k, v [1, F, H, D].
+        cache_len int32 [1], valid cache tokens. Returns clean [1, C, h, w] and per-layer k, v [1, F, H, D]. Training runs B streams in lockstep
+        through it: B in the place of every 1 but that of cache_len.
         """
         rope = join_rope(rope_time, self.spatial_rope)  # [1, 2, F, P]
         k_blocks: list[Tensor] = []

@@ -37,7 +37,8 @@ class FlowStage:
     blocks: int  # blocks per sample after the sink
     shift: float = 1.5  # t -> shift t / (1 + (shift - 1) t)
     previous_noise: float = 0.15  # largest deviation of noise on the recycled latent
-    resampled: float = 0.0  # share of updates whose history is the generator's own (self-resampling)
+    resampled: float = 0.0  # share of the other updates whose history the generator made from noised truth (self-resampling)
+    forced: float = 0.0  # share of updates along a rollout of the generator's own (student forcing)
     far_sink: float = 0.3  # share of samples whose sink is moved far into the past, for streams longer than a clip
 
 

@@ -30,6 +30,7 @@ from aapt_deploy.train.data import VALIDATION_SEED, ClipFile, clip_files, condit
 from aapt_deploy.train.flow import Latents, flow_loss
 from aapt_deploy.train.loop import fit
 from aapt_deploy.train.recipe import FlowStage, Recipe
+from aapt_deploy.train.student_forcing import forced_flow_loss
 from aapt_deploy.train.vae_stage import Snippets, fit_linear, vae_loss
 from aapt_deploy.train.worlds import World, fly
 
@@ -153,10 +154,17 @@ def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe
     vae.load_state_dict(average, strict=False)
 
 
+def generator_loss(generator: Generator, latents: Latents, stage: FlowStage, rng: torch.Generator) -> Tensor:
+    """One update's loss: along the generator's own rollout in a share `stage.forced` of the updates, else under teacher forcing."""
+    forced = float(torch.rand((), generator=rng)) < stage.forced
+    batch = latents.draw(generator.profile, stage, rng)
+    return forced_flow_loss(generator, batch, stage, rng) if forced else flow_loss(generator, batch, stage, rng)
+
+
 def _train_generator(generator: Generator, latents: Latents, stage: FlowStage, seed: int, run: Path, number: int, report: Report) -> None:
     generator.step_spread.copy_(latents.step_spread())
     average = fit(
-        generator, lambda rng: flow_loss(generator, latents.draw(generator.profile, stage, rng), stage, rng), stage.optimiser,
+        generator, lambda rng: generator_loss(generator, latents, stage, rng), stage.optimiser,
         run / f"generator-{number}.state", seed,
         lambda step, loss: report(f"generator stage {number}: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),
     )  # fmt: skip

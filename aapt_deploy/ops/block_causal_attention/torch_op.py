@@ -1,9 +1,11 @@
 """BlockCausalAttention in torch: an operator that runs, and a node in an exported ONNX graph.
 
 The operator is functional. A variant that writes its caches does not survive `torch.onnx.export`, and committing is the runtime's job anyway. The
-body here is for CPU tensors; a GPU kernel adds itself with `operator.register_kernel("cuda")`. There is no gradient on purpose: training attends
-with a dense mask over whole clips (`Ring.visible`) and never runs through a cache.
+body here is for CPU tensors; a GPU kernel adds itself with `operator.register_kernel("cuda")`. It has a gradient, into the caches as well: student
+forcing trains through the same rollout that inference runs.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,17 +40,40 @@ def operator(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, 
     """`torch.ops.aapt.block_causal_attention` for CPU tensors."""
     n = int(cache_len)
     assert 0 <= n <= k_cache.shape[1], f"{cache_len=} {k_cache.shape=}"
-    keys = torch.cat((k_cache[:, :n].to(k.dtype), k), dim=1)  # [1, n + T, H, D]
-    values = torch.cat((v_cache[:, :n].to(v.dtype), v), dim=1)
-    out = F.scaled_dot_product_attention(  # [1, H, T, D]
-        q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scale=softmax_scale(q.shape[-1])
-    )
-    return out.transpose(1, 2).contiguous(), _block(k, k_cache), _block(v, v_cache)
+    return _attend(q, k, v, k_cache[:, :n], v_cache[:, :n]).contiguous(), _block(k, k_cache), _block(v, v_cache)
 
 
 @operator.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape, dtype=k_cache.dtype), v.new_empty(v.shape, dtype=v_cache.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor, v_past: Tensor) -> Tensor:
+    """q, k, v [B, T, H, D], the valid past [B, n, H, D] -> [B, T, H, D]."""
+    keys = torch.cat((k_past.to(k.dtype), k), dim=1)  # [B, n + T, H, D]
+    values = torch.cat((v_past.to(q.dtype), v.to(q.dtype)), dim=1)  # under autocast v is narrower than q and k, which were normalised and rotated
+    out = F.scaled_dot_product_attention(  # [B, H, T, D]
+        q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scale=softmax_scale(q.shape[-1])
+    )
+    return out.transpose(1, 2)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_k_block: Tensor, grad_v_block: Tensor) -> tuple[Tensor | None, ...]:
+    """Computed from scratch, so that a rollout under training keeps no attention weights. Tokens that were not read get a zero gradient."""
+    q, k, v, k_cache, v_cache, cache_len = ctx.saved_tensors
+    n = int(cache_len)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, k_cache[:, :n], v_cache[:, :n])]
+    with torch.enable_grad():
+        dq, dk, dv, dk_past, dv_past = torch.autograd.grad(_attend(*leaves), leaves, grad_out)
+    rest = (0, 0, 0, 0, 0, k_cache.shape[1] - n)  # pad the token dimension
+    return dq, dk + grad_k_block.to(dk), dv + grad_v_block.to(dv), F.pad(dk_past, rest), F.pad(dv_past, rest), None
+
+
+operator.register_autograd(_backward, setup_context=_keep)
 
 
 def _block(new: Tensor, cache: Tensor) -> Tensor:
