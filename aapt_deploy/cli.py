@@ -6,6 +6,7 @@ stdout carries data: frames, or one line of JSON with --json. stderr is for peop
     2  wrong option, prompt or control             6  the output cannot be written
     3  measured, and the verdict is bad            7  the bundle is being built by another process
     4  a file that was given is broken             8  an exported graph disagrees with its reference
+    9  training diverged
     130 / 143  stopped by Ctrl-C / SIGTERM; what was streamed until then is kept
 """
 

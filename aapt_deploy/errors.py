@@ -10,7 +10,8 @@
     ├── MachineError            5   a package, a driver or the hardware is missing here
     ├── OutputError             6   the output cannot be written
     ├── BusyError               7   another process is working on the same bundle
-    └── ParityError             8   an exported graph or an engine disagrees with its reference
+    ├── ParityError             8   an exported graph or an engine disagrees with its reference
+    └── TrainingError           9   training diverged
 
 An `AaptError` reaches the user as one `error:` line and one `hint:` line; the command line does that in one place. Everything else that
 escapes is a bug and keeps its traceback.
@@ -68,3 +69,7 @@ class BusyError(AaptError):
 
 class ParityError(AaptError):
     exit_code = 8
+
+
+class TrainingError(AaptError):
+    exit_code = 9

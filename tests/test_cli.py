@@ -13,12 +13,27 @@ import pytest
 from conftest import COMMAND, ENVIRONMENT, ROOT, Ran
 
 import aapt_deploy
+from aapt_deploy import __main__ as entry
 from aapt_deploy import cli, initialise
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.models.checkpoint import Checkpoint
 
 Aapt = Callable[..., Ran]
 HEAVY = {"torch", "onnx", "onnxscript", "onnxruntime", "av", "numpy", "tensorrt", "safetensors"}
+
+
+def test_ctrl_c_while_the_command_line_is_being_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "aapt_deploy.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "aapt_deploy.cli")
+    monkeypatch.delattr(aapt_deploy, "cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as left:
+        entry.main()
+    assert left.value.code == 130
 
 
 def test_the_whole_path(aapt: Aapt, tmp_path: Path, image: Path, one_core: None) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import toy_latents
 
-from aapt_deploy.errors import CheckpointError, InputError
+from aapt_deploy.errors import CheckpointError, InputError, TrainingError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.vae import Vae
@@ -150,6 +150,20 @@ def test_the_log_and_the_progress_hold_the_mean_loss(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines] == seen
     assert lines[0]["lr"] == learning_rate(optimiser, 19)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl", "x.state"]  # nothing temporary is left
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    generator, loss = trainee()
+    fit(generator, loss, dataclasses.replace(STAGE.optimiser, steps=2), tmp_path / "x.state", 0, quiet)
+    good = (tmp_path / "x.state").read_bytes()
+
+    def diverging(rng: torch.Generator) -> Tensor:
+        return loss(rng) * float("nan")
+
+    with pytest.raises(TrainingError, match=r"the loss of update 3 is nan \(x\)") as caught:
+        fit(generator, diverging, STAGE.optimiser, tmp_path / "x.state", 0, quiet)
+    assert (caught.value.exit_code, "learning rate" in caught.value.hint) == (9, True)
+    assert (tmp_path / "x.state").read_bytes() == good
 
 
 def test_gradients_are_clipped_and_frozen_weights_stay(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aapt_deploy.errors import CheckpointError
+from aapt_deploy.errors import CheckpointError, TrainingError
 from aapt_deploy.train.recipe import Optimiser
 
 SAVE_EVERY_S = 180.0
@@ -37,7 +37,8 @@ def learning_rate(optimiser: Optimiser, step: int) -> float:
 def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: int, progress: Progress) -> dict[str, Tensor]:
     """Train `module` on `loss` until `optimiser.steps` updates are done, resuming from `state` if it exists.
 
-    Returns the averaged (EMA) weights by name. Raises CheckpointError when `state` is damaged or belongs to another module.
+    Returns the averaged (EMA) weights by name. Raises CheckpointError when `state` is damaged or belongs to another module, and TrainingError
+    when the loss is no longer finite; the state on disk then is the last good one.
     """
     weights: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in weights.items()}
@@ -51,6 +52,11 @@ def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: 
         rng = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = loss(rng)
+        if not value.isfinite():
+            raise TrainingError(
+                f"the loss of update {step + 1} is {value.item()} ({state.stem})",
+                "the last saved state is kept: lower the learning rate in the recipe, or look for broken clips, then run the command again",
+            )
         value.backward()
         norm = nn.utils.clip_grad_norm_(weights.values(), optimiser.clip_norm)
         adam.step()
