@@ -250,6 +250,28 @@ def train_run(
     console.say(f"checkpoint: {path}")
 
 
+@train_app.command("evaluate")
+def train_evaluate(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles with engines, side by side.", metavar="BUNDLE...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for evaluation.json, curves.png and sheets of frames.")] = Path("evaluation"),
+    flights: Annotated[int, typer.Option(min=1, help="Held-out worlds, one flight each.")] = 32,
+    seconds: Annotated[int, typer.Option(min=5, help="Length of a flight, a multiple of 5.")] = 60,
+    backend: Backend = "onnxruntime",
+    precision: Precision = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how long a checkpoint's world holds: picture, motion, camera and prompt, against the renderer."""
+    from aapt_deploy import console, reports
+
+    with _needing("train"), console.progress(f"evaluating {len(bundles)} bundles") as progress:
+        from aapt_deploy.train import evaluate
+
+        record = evaluate.evaluate(bundles, out, flights, seconds, backend, precision, progress)
+    reports.evaluation(record, out)
+    if as_json:
+        typer.echo(json.dumps(record))
+
+
 class _needing:
     """Turn a missing package into the command that installs it."""
 

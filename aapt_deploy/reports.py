@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aapt_deploy.console import say, table
 
@@ -61,6 +61,22 @@ def doctor(checks: "Sequence[Check]") -> None:
         say(f"{name:<{width}}  {state:<7}  {found}")
         if check.fix and not check.ok:
             say(f"{'':<{width}}           fix: {check.fix}")
+
+
+def evaluation(record: dict[str, Any], out: Path) -> None:
+    columns = ("seconds", "sharpness", "colour", "distance", "dynamics", "yaw", "strafe", "pitch", "forward", "prompt")
+
+    def row(when: str, window: dict[str, Any]) -> tuple[str, ...]:
+        figures = [*(window[name] for name in columns[1:5]), *window["gains"].values(), sum(window["prompt"].values()) / len(window["prompt"])]
+        return (when, *(f"{figure:.2f}" for figure in figures))
+
+    for name, result in record["made"].items():
+        rows = [row(f"{w['from_s']}-{w['from_s'] + record['window_s']}", w) for w in result["windows"]]
+        table(f"{name}: {record['flights']} flights", columns, [*rows, row("true", record["true"]["window"])])
+        last = result["seconds"][-1]
+        say(f"after {len(result['seconds']) - 1} s: terrain {last['terrain']:.2f} (start frame kept: {last['still']:.2f}), "
+            f"recognised {last['recognised']:.0%}")  # fmt: skip
+    say(f"record, curves and frames: {out}")
 
 
 def demo(result: "Latency", video: Path, bundle: "Bundle") -> None:

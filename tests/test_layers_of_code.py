@@ -37,8 +37,8 @@ AT_MODULE_LEVEL = {
     "onnxruntime": ("export", "engine/ort"),
     "av": ("video",),
 }
-IN_FUNCTIONS = {"onnxruntime": ("build", "doctor")}
-HEAVY = ("torch", "tensorrt", "onnx", "onnxscript", "onnxruntime", "av", "cuda", "modelopt")
+IN_FUNCTIONS = {"onnxruntime": ("build", "doctor"), "matplotlib": ("train/evaluate",)}
+HEAVY = ("torch", "tensorrt", "onnx", "onnxscript", "onnxruntime", "av", "cuda", "modelopt", "matplotlib")
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
 WITHOUT_NUMPY = ("cli", "__main__", "__init__", "profiles", "errors", "bundle")
 

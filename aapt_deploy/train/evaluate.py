@@ -1,0 +1,234 @@
+"""`aapt train evaluate`: how long a generator's world holds, over minutes, against a renderer that knows the truth.
+
+By windows of five seconds, over all flights (figures.py measures, flights.py flies):
+
+    sharpness    mean gradient over that of the true flights' first seconds; 1 is right, a blur is less
+    colour       distance of a picture's channel means from its own start frame's, in levels of 255
+    distance     Frechet distance of the pictures, as a crowd, from true ones
+    dynamics     change between neighbouring frames over that of true flights; 0 has frozen
+    gains        answer to yaw, strafe, pitch and forward over that of true flights; 1 obeys, 0 ignores
+    correlation  of the motion that a true flight would show with what is seen
+    prompt       share of pictures in which each attribute is read as prompted
+
+and by second for the first five, against the true picture of the same moment: `terrain`, correlation in blocks of 8 pixels; `still`, what the start
+frame scores if it is simply kept; `recognised`, share of flights whose picture is closer to its own truth than to any other flight's.
+"""
+
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.engine import open_engines
+from aapt_deploy.errors import UsageError
+from aapt_deploy.machine import machine
+from aapt_deploy.profiles import Profile
+from aapt_deploy.prompts import Look
+from aapt_deploy.train.figures import Classifier, Crowd, Response, Track, joined, measure
+from aapt_deploy.train.flights import FIRST_WORLD, TRUE_SECONDS, Plan, fly, plans
+from aapt_deploy.train.worlds import World, start_pose
+from aapt_deploy.video import write_image
+
+WINDOW_S = 5
+CHUNK = 32  # blocks measured at a time
+SHEET_ROWS = 6
+SHEET_COLUMNS = 7
+TEACHING_WORLDS = 160  # training worlds that the prompt classifier is fitted on
+TEACHING_VIEWS = 4  # pictures of each
+
+Report = Callable[[str], None]
+
+
+class Flown(NamedTuple):
+    """One generated flight."""
+
+    track: Track  # row 0 is the start frame, as decoded
+    shown: np.ndarray  # uint8 [columns, H, W, 3]
+
+
+class Truth(NamedTuple):
+    """What the generated flights are held against."""
+
+    plans: list[Plan]
+    tracks: list[Track]  # of plan.true
+    crowd: Crowd
+    response: Response
+    classifier: Classifier
+    commands: list[np.ndarray]  # per plan [n, 4]
+
+
+def evaluate(bundles: Sequence[Path], out: Path, flights: int, seconds: int, backend: str, precision: str | None, report: Report) -> dict[str, Any]:
+    """Fly every bundle through the same plans; write evaluation.json, curves.png and one sheet per bundle into `out`. Returns the record.
+
+    Raises UsageError when bundles differ in picture size or frame rate, or when `seconds` is no multiple of the window.
+    """
+    opened = [Bundle.open(path) for path in bundles]
+    profile = opened[0].profile
+    for bundle in opened[1:]:
+        if bundle.profile.video != profile.video:
+            raise UsageError(
+                f"bundles {opened[0].path} and {bundle.path} differ in their video", "evaluate bundles of one picture size and rate together"
+            )
+    if seconds % WINDOW_S:
+        raise UsageError(f"{seconds} seconds are no multiple of the {WINDOW_S} s window", f"take {seconds // WINDOW_S * WINDOW_S + WINDOW_S}")
+    per_second = profile.video.fps // profile.video.temporal_stride
+    truth = _truth(profile, flights, seconds * per_second, report)
+    out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for bundle in opened:
+        name = bundle.path.resolve().name
+        flown = _fly_all(bundle, truth, backend, precision, partial(_under, name, report))
+        results[name] = {"checkpoint": bundle.manifest["source"]["sha256"]} | _judge(flown, truth, per_second)
+        _sheet(out / f"sheet-{name}.png", flown)
+    record = {
+        "what": "generated flights against the renderer", "date": datetime.date.today().isoformat(), "machine": machine(), "profile": profile.name,
+        "backend": backend, "precision": precision or "default", "flights": flights, "seconds": seconds, "window_s": WINDOW_S,
+        "first_world": FIRST_WORLD, "true": _judge_true(truth, per_second), "made": results,
+    }  # fmt: skip
+    (out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+    _curves(out / "curves.png", record)
+    return record
+
+
+def _truth(profile: Profile, flights: int, blocks: int, report: Report) -> Truth:
+    planned: list[Plan] = []
+    for plan in plans(profile, flights, blocks):
+        planned.append(plan)
+        report(f"{len(planned)} of {flights} true flights")
+    tracks = [measure(plan.true) for plan in planned]
+    commands = [plan.commands(profile) for plan in planned]
+    seen = joined([track.rows(slice(1, None)) for track in tracks])
+    response = Response.fit(np.concatenate([c[: len(t.motion) - 1] for c, t in zip(commands, tracks, strict=True)]), seen.motion)
+    return Truth(planned, tracks, Crowd(seen.features), response, _classifier(profile, report), commands)
+
+
+def _classifier(profile: Profile, report: Report) -> Classifier:
+    """Fitted on pictures of training worlds."""
+    features, looks = [], []
+    for seed in range(TEACHING_WORLDS):
+        world, rng = World(seed, Look(), profile.video.width, profile.video.height), np.random.default_rng((seed, 3))
+        views = np.stack([world.render(start_pose(world, rng)) for _ in range(TEACHING_VIEWS)])
+        features.append(measure(views[:, None].repeat(2, axis=1)).features)
+        looks += [world.look] * TEACHING_VIEWS
+        report(f"{seed + 1} of {TEACHING_WORLDS} worlds to learn prompts from")
+    return Classifier(np.concatenate(features), looks)
+
+
+def _under(name: str, report: Report, text: str) -> None:
+    report(f"{name}: {text}")
+
+
+def _fly_all(bundle: Bundle, truth: Truth, backend: str, precision: str | None, report: Report) -> list[Flown]:
+    engines = open_engines(bundle, backend, precision)
+    blocks = len(truth.plans[0].velocities)
+    columns = np.linspace(0, blocks, SHEET_COLUMNS).round().astype(int)
+    flown: list[Flown] = []
+    try:
+        for plan in truth.plans:
+            tracks, held, shown = [], [], []
+            for block, pair in enumerate(fly(engines, bundle.profile, plan)):
+                held.append(pair)
+                shown += [pair[1]] * int((columns == block).sum())
+                if len(held) == CHUNK or block == blocks:
+                    tracks.append(measure(np.stack(held)))
+                    held = []
+            flown.append(Flown(joined(tracks), np.stack(shown)))
+            report(f"{len(flown)} of {len(truth.plans)} flights")
+    finally:
+        engines.close()
+    return flown
+
+
+def _judge(flown: list[Flown], truth: Truth, per_second: int) -> dict[str, Any]:
+    """All figures of one bundle."""
+    size, blocks = WINDOW_S * per_second, len(truth.plans[0].velocities)
+    tracks = [f.track for f in flown]
+    windows = [_window(tracks, truth, slice(1 + first, 1 + first + size)) for first in range(0, blocks, size)]
+    seconds = [_moment(tracks, truth, second * per_second) for second in range(min(TRUE_SECONDS, blocks // per_second) + 1)]
+    result: dict[str, Any] = {"windows": windows, "seconds": seconds}
+    if len(windows) > 1:
+        minutes = np.arange(len(windows)) * WINDOW_S / 60
+        result["drift_per_minute"] = {
+            name: _rounded(np.polyfit(minutes, [window[name] for window in windows], 1)[0])
+            for name in ("sharpness", "colour", "distance", "dynamics")
+        }
+    return result
+
+
+def _window(tracks: list[Track], truth: Truth, chosen: slice) -> dict[str, Any]:
+    made = joined([track.rows(chosen) for track in tracks])
+    true = joined([track.rows(slice(1, None)) for track in truth.tracks])
+    commands = np.concatenate([c[chosen.start - 1 : chosen.stop - 1] for c in truth.commands])
+    each = len(made.gradient) // len(tracks)
+    starts = np.stack([track.colour[0] for track in truth.tracks]).repeat(each, axis=0)
+    looks = [plan.look for plan in truth.plans for _ in range(each)]
+    return {
+        "from_s": round((chosen.start - 1) / (chosen.stop - chosen.start) * WINDOW_S),
+        "sharpness": _rounded(made.gradient.mean() / true.gradient.mean()), "colour": _rounded(np.abs(made.colour - starts).mean()),
+        "distance": _rounded(truth.crowd.distance(made.features)), "dynamics": _rounded(made.change.mean() / true.change.mean()),
+        "gains": _rounded(Response.fit(commands, made.motion).against(truth.response)),
+        "correlation": _rounded(truth.response.correlation(commands, made.motion)),
+        "prompt": _rounded(truth.classifier.obedience(made.features, looks)),
+    }  # fmt: skip
+
+
+def _moment(tracks: list[Track], truth: Truth, block: int) -> dict[str, float]:
+    """The paired figures of one block."""
+    made, true = (np.stack([track.coarse[block] for track in group]) for group in (tracks, truth.tracks))
+    starts = np.stack([track.coarse[0] for track in truth.tracks])
+    likeness = made @ true.T  # [flights, flights]
+    sharp = sum(t.gradient[block] for t in tracks) / sum(t.gradient[block] for t in truth.tracks)
+    return {
+        "terrain": _rounded(likeness.diagonal().mean()), "still": _rounded((starts * true).sum(1).mean()),
+        "recognised": _rounded((likeness.argmax(1) == np.arange(len(tracks))).mean()), "sharpness": _rounded(sharp),
+    }  # fmt: skip
+
+
+def _judge_true(truth: Truth, per_second: int) -> dict[str, Any]:
+    """The same figures for the true flights: what a perfect generator would score over its first seconds. Two halves give the distance."""
+    size = len(truth.tracks[0].gradient) - 1
+    features = [track.features[1:] for track in truth.tracks]
+    window = _window(truth.tracks, truth, slice(1, 1 + size))
+    if len(features) > 1:
+        halves = [np.concatenate(features[i::2]) for i in (0, 1)]
+        window["distance"] = _rounded(Crowd(halves[0]).distance(halves[1]))
+    return {"window": window, "seconds": size / per_second}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return round(float(value), 3)
+
+
+def _sheet(path: Path, flown: list[Flown]) -> None:
+    """A row per flight, a column per moment from the start to the end."""
+    rows = [np.concatenate(list(f.shown), axis=1) for f in flown[:SHEET_ROWS]]
+    write_image(path, np.ascontiguousarray(np.concatenate(rows)))
+
+
+def _curves(path: Path, record: dict[str, Any]) -> None:
+    """The figures over time, a line per bundle, the true flights dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    reads: dict[str, Callable[[dict[str, Any]], float]] = {
+        "sharpness": lambda w: w["sharpness"], "colour, levels from the start frame": lambda w: w["colour"],
+        "Frechet distance": lambda w: w["distance"], "dynamics": lambda w: w["dynamics"],
+        "gain: yaw": lambda w: w["gains"]["yaw"], "prompt obedience": lambda w: float(np.mean(list(w["prompt"].values()))),
+    }  # fmt: skip
+    for axes, (title, read) in zip(figure.subplots(2, 3).ravel(), reads.items(), strict=True):
+        for name, result in record["made"].items():
+            axes.plot([w["from_s"] + WINDOW_S / 2 for w in result["windows"]], [read(w) for w in result["windows"]], marker=".", label=name)
+        axes.axhline(read(record["true"]["window"]), color="grey", linestyle="--", linewidth=1, label="true flights")
+        axes.set(title=title, xlabel="seconds")
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    figure.axes[0].legend()
+    figure.savefig(path)

@@ -1,0 +1,178 @@
+"""What can be measured in a picture, and in how it moves, without a network that would have to be downloaded.
+
+Everything works on pairs of neighbouring frames and is deterministic. `Features` is a convolution net with fixed random weights: too simple to name
+what it sees, enough to tell two crowds of pictures apart (Frechet distance) and, with a linear layer fitted on renders, to tell dusk from noon.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aapt_deploy.prompts import ATTRIBUTES, Look
+
+COARSE = 8  # pixels
+CHANNELS = (3, 24, 32, 48)  # of the feature net, by level
+COMPONENTS = 48  # principal components that the Frechet distance sees
+RIDGE = 0.03  # of the classifier, relative to a feature's variance
+LEVELS = ((4, 6), (2, 4))  # of the motion estimate: reduction, iterations
+
+
+class Track(NamedTuple):
+    """A flight, measured block by block; n rows each."""
+
+    gradient: np.ndarray  # [n] mean absolute luma difference of neighbouring pixels
+    colour: np.ndarray  # [n, 3] channel means, 0..255
+    change: np.ndarray  # [n] mean absolute luma difference of the two frames
+    motion: np.ndarray  # [n, 3] right and down in pixels, zoom; from the first frame of a pair to the second
+    features: np.ndarray  # [n, F]
+    coarse: np.ndarray  # [n, C] luma in blocks of 8 pixels, zero mean, unit length
+
+    def rows(self, chosen: slice) -> "Track":
+        return Track(*(part[chosen] for part in self))
+
+
+def joined(tracks: list[Track]) -> Track:
+    """The rows of several tracks one below the other."""
+    return Track(*(np.concatenate(parts) for parts in zip(*tracks, strict=True)))
+
+
+def measure(pairs: np.ndarray) -> Track:
+    """Measure pairs of frames, uint8 [n, 2, H, W, 3]."""
+    frames = torch.from_numpy(pairs).float()  # [n, 2, H, W, 3]
+    luma = frames @ torch.tensor([0.299, 0.587, 0.114])  # [n, 2, H, W]
+    last = luma[:, 1]
+    gradient = last.diff(dim=1).abs().mean((1, 2)) + last.diff(dim=2).abs().mean((1, 2))
+    coarse = F.avg_pool2d(last[:, None], COARSE).flatten(1)
+    coarse = coarse - coarse.mean(1, keepdim=True)
+    parts = (
+        gradient, frames[:, 1].mean((1, 2)), (luma[:, 1] - luma[:, 0]).abs().mean((1, 2)), motion(luma[:, 0], luma[:, 1]),
+        features(frames[:, 1].permute(0, 3, 1, 2)), coarse / coarse.norm(dim=1, keepdim=True).clamp_min(1e-6),
+    )  # fmt: skip
+    return Track(*(part.numpy().astype(np.float64) for part in parts))
+
+
+def motion(before: Tensor, after: Tensor) -> Tensor:
+    """How pictures move as a whole, [n, H, W] twice -> [n, 3]: the point at u (from the centre) goes to u + (right, down) + zoom u.
+
+    Least squares on brightness by Gauss-Newton, coarse to fine. A picture without texture does not move.
+    """
+    found = torch.zeros(len(before), 3)
+    for reduction, iterations in LEVELS:
+        a, b = (F.avg_pool2d(x[:, None], reduction) for x in (before, after))
+        h, w = a.shape[2:]
+        y, x = (torch.arange(n) - (n - 1) / 2 for n in (h, w))
+        y, x = torch.meshgrid(y, x, indexing="ij")  # [h, w], reduced pixels from the centre
+        for _ in range(iterations):
+            right, down, zoom = (p[:, None, None] for p in (found / torch.tensor([reduction, reduction, 1.0])).unbind(1))
+            grid = torch.stack([(x + right + zoom * x) * 2 / w, (y + down + zoom * y) * 2 / h], dim=-1)
+            warped = F.grid_sample(b, grid, align_corners=False, padding_mode="border")[:, 0]
+            inside = (grid.abs().amax(-1) < 1).float()
+            gy, gx = torch.gradient(warped, dim=(1, 2))
+            slopes = torch.stack([gx, gy, gx * x + gy * y], dim=-1) * inside[..., None]  # [n, h, w, 3]
+            normal = torch.einsum("nhwi,nhwj->nij", slopes, slopes) + 1e-3 * torch.eye(3)
+            toward = torch.einsum("nhwi,nhw->ni", slopes, a[:, 0] - warped)
+            found = found + torch.linalg.solve(normal, toward) * torch.tensor([reduction, reduction, 1.0])
+    return found
+
+
+def features(images: Tensor) -> Tensor:
+    """[n, 3, H, W] in 0..255 -> [n, F]: mean response of each channel of each level, upper and lower half of the picture apart."""
+    rng = np.random.default_rng(0)
+    x, found = images / 127.5 - 1, []
+    for inputs, outputs in pairwise(CHANNELS):
+        weights = rng.standard_normal((outputs, inputs, 5, 5)) / np.sqrt(25 * inputs / 2)
+        bias = rng.uniform(-0.5, 0.5, outputs)
+        x = F.relu(F.conv2d(x, torch.from_numpy(weights).float(), torch.from_numpy(bias).float(), stride=2, padding=2))
+        half = x.shape[2] // 2
+        found += [x[:, :, :half].mean((2, 3)), x[:, :, half:].mean((2, 3))]
+    return torch.cat(found, dim=1)
+
+
+class Crowd:
+    """True pictures, and how far from them other pictures are as a crowd."""
+
+    def __init__(self, true: np.ndarray) -> None:
+        """true [n, F]: features of renders."""
+        self.mean = true.mean(0)
+        _, spread, axes = np.linalg.svd((true - self.mean) / np.sqrt(len(true)), full_matrices=False)
+        # Whitened, so that brightness, which every random filter sees, does not drown the rest; the floor keeps noise small.
+        self.axes = axes[:COMPONENTS].T / np.maximum(spread[:COMPONENTS], 1e-3 * spread[0])
+        self.true = (true - self.mean) @ self.axes
+
+    def distance(self, made: np.ndarray) -> float:
+        """Frechet distance of made [m, F] to the true crowd, per component; 0 for the crowd itself."""
+        distance: float = frechet(self.true, (made - self.mean) @ self.axes) / self.true.shape[1]
+        return distance
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """|mean a - mean b|^2 + tr(A + B - 2 (A B)^1/2) of two Gaussians fitted to a [n, C] and b [m, C]."""
+    root = _root(np.cov(a, rowvar=False))
+    other = np.cov(b, rowvar=False)
+    cross = np.trace(_root(root @ other @ root))
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(root @ root) + np.trace(other) - 2 * cross)
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+    """Square root of a symmetric positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    root: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    return root
+
+
+class Classifier:
+    """Reads a prompt's attributes off a picture's features: one ridge regression onto all words, fitted on renders."""
+
+    def __init__(self, true: np.ndarray, looks: list[Look]) -> None:
+        """true [n, F]: features of renders; looks: what each shows."""
+        self.mean, self.deviation = true.mean(0), true.std(0) + 1e-6
+        x = self._design(true)
+        gram = x.T @ x / len(x) + RIDGE * np.eye(x.shape[1])
+        self.weights = np.linalg.solve(gram, x.T @ np.concatenate([_one_hot(looks, name) for name in ATTRIBUTES], axis=1) / len(x))
+
+    def _design(self, features: np.ndarray) -> np.ndarray:
+        z = (features - self.mean) / self.deviation
+        return np.concatenate([np.ones((len(z), 1)), z, z**2 / 2], axis=1)
+
+    def obedience(self, features: np.ndarray, looks: list[Look]) -> dict[str, float]:
+        """Share of pictures, features [n, F], in which each attribute is read as prompted."""
+        scores, first, shares = self._design(features) @ self.weights, 0, {}
+        for name, words in ATTRIBUTES.items():
+            read = scores[:, first : first + len(words)].argmax(1)
+            shares[name] = float((read == [words.index(getattr(look, name)) for look in looks]).mean())
+            first += len(words)
+        return shares
+
+
+def _one_hot(looks: list[Look], name: str) -> np.ndarray:
+    words = ATTRIBUTES[name]
+    hot: np.ndarray = np.array([[getattr(look, name) == word for word in words] for look in looks], np.float64)
+    return hot
+
+
+class Response(NamedTuple):
+    """How pictures answer the camera."""
+
+    gains: np.ndarray  # [4, 3]: motion per unit of yaw, strafe, pitch, forward
+
+    @classmethod
+    def fit(cls, commands: np.ndarray, moved: np.ndarray) -> "Response":
+        """Least squares of motion [n, 3] on commands [n, 4], with an offset."""
+        design = np.concatenate([commands, np.ones((len(commands), 1))], axis=1)
+        return cls(np.linalg.lstsq(design, moved, rcond=None)[0][:4])
+
+    def against(self, true: "Response") -> dict[str, float]:
+        """Gain of each command on what it moves most, relative to the true pictures' gain: 1 obeys, 0 ignores."""
+        return {name: float(self.gains[i, j] / true.gains[i, j]) for i, (name, j) in enumerate(MOVES.items())}
+
+    def correlation(self, commands: np.ndarray, moved: np.ndarray) -> dict[str, float]:
+        """Of the motion that this response expects with the motion that is seen."""
+        expected = commands @ self.gains
+        return {name: float(np.corrcoef(expected[:, j], moved[:, j])[0, 1]) for j, name in enumerate(("right", "down", "zoom"))}
+
+
+MOVES = {"yaw": 0, "strafe": 0, "pitch": 1, "forward": 2}  # command -> column of a motion

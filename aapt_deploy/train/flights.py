@@ -1,0 +1,85 @@
+"""Flights to judge a generator by: held-out worlds, random cameras, flown by the renderer and by a bundle's engines from the same first frame.
+
+Every block is looked at through its last two frames: a picture, and how it moves. The renderer flies the first five seconds only: later the
+two have left each other's sight, and a generated minute is compared with true flights as a crowd.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from aapt_deploy.camera import Pose, Velocity
+from aapt_deploy.engine import Engines
+from aapt_deploy.profiles import Profile
+from aapt_deploy.prompts import Look, token_ids
+from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.train.data import VALIDATION_SEED
+from aapt_deploy.train.worlds import CLEARANCE, World, headroom, random_velocities, start_pose
+
+FIRST_WORLD = VALIDATION_SEED + 5000
+TRUE_SECONDS = 5
+PLANS = 400  # flights to try in a world before it is passed over
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One flight: the world's seed and prompt, a start, and what the camera is told in every block."""
+
+    seed: int
+    look: Look
+    start: Pose
+    velocities: tuple[Velocity, ...]
+    true: np.ndarray  # uint8 [1 + m, 2, H, W, 3]: the start frame twice, then the last two frames of each of the first m blocks
+
+    def commands(self, profile: Profile) -> np.ndarray:
+        """Camera motion between the last two frames of each block, float64 [n, 4]: yaw (rad), strafe, pitch (rad), forward (world units)."""
+        seconds, fps = profile.video.temporal_stride / profile.video.fps, profile.video.fps
+        pose, rows = Pose(), []
+        for v in self.velocities:
+            after = pose.moved(v, seconds)
+            # A pitch at its stop does not move, whatever it is told.
+            rows.append((v.yaw / fps, v.strafe / fps, (after.pitch - pose.pitch) / profile.video.temporal_stride, v.forward / fps))
+            pose = after
+        return np.array(rows)
+
+
+def plans(profile: Profile, flights: int, blocks: int) -> Iterator[Plan]:
+    """`flights` plans of `blocks` blocks, one per world, whose first TRUE_SECONDS stay above the ground. Deterministic."""
+    found, seed = 0, FIRST_WORLD
+    while found < flights:
+        plan = _plan(profile, seed, blocks)
+        seed += 1
+        if plan is not None:
+            found += 1
+            yield plan
+
+
+def _plan(profile: Profile, seed: int, blocks: int) -> Plan | None:
+    """The flight over world `seed`, or None where none of PLANS has the room."""
+    video, rng = profile.video, np.random.default_rng((seed, 2))
+    world = World(seed, Look(), video.width, video.height)
+    block_s, paired = video.temporal_stride / video.fps, min(blocks, TRUE_SECONDS * video.fps // video.temporal_stride)
+    for _ in range(PLANS):
+        start, velocities = start_pose(world, rng), random_velocities(rng, blocks)
+        poses = [start]
+        for velocity in velocities[:paired]:
+            poses += [poses[-1].moved(velocity, block_s - 1 / video.fps), poses[-1].moved(velocity, block_s)]
+        if headroom(world, poses) > CLEARANCE:
+            break
+    else:
+        return None
+    frames = np.stack([world.render(pose) for pose in [start, *poses]])  # [2 + 2m, H, W, 3]
+    return Plan(seed, world.look, start, tuple(velocities), frames.reshape(-1, 2, *frames.shape[1:]))
+
+
+def fly(engines: Engines, profile: Profile, plan: Plan) -> Iterator[np.ndarray]:
+    """The generator's flight: for the start and each block its last two frames, uint8 [2, H, W, 3]."""
+    text = token_ids(plan.look) if profile.text.tokens else None
+
+    def steer(block: int) -> Steering:
+        return Steering(plan.velocities[block], text)
+
+    for frames in islice(rollout(engines, profile, plan.true[0, 0], steer, plan.seed), 1 + len(plan.velocities)):
+        yield frames[[-1, -1]] if len(frames) == 1 else frames[-2:]

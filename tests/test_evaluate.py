@@ -1,0 +1,209 @@
+"""The evaluation: each figure against a case whose answer is known, then the whole command on the tiny bundle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.camera import Pose, Velocity
+from aapt_deploy.engine import open_engines
+from aapt_deploy.errors import UsageError
+from aapt_deploy.profiles import Profile, load
+from aapt_deploy.prompts import Look
+from aapt_deploy.train import evaluate, figures
+from aapt_deploy.train.figures import Classifier, Crowd, Response, Track, frechet, joined, measure
+from aapt_deploy.train.flights import Plan, fly, plans
+from aapt_deploy.train.worlds import CLEARANCE, World, headroom
+from tests.conftest import Ran
+
+DEMO = load("demo-cpu")
+
+
+@pytest.fixture(scope="module")
+def planned() -> list[Plan]:
+    """Eight true flights of one second at demo size."""
+    return list(plans(DEMO, 8, 6))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "TEACHING_WORLDS", 6)
+
+
+# --- motion ---
+
+
+def landscape(scale: float, right: float, down: float, size: tuple[int, int] = (112, 192)) -> torch.Tensor:
+    """A smooth random picture [1, H, W], magnified by `scale` about its centre and then moved."""
+    h, w = size
+    rng = np.random.default_rng(0)
+    y, x = np.meshgrid(np.arange(h) - (h - 1) / 2, np.arange(w) - (w - 1) / 2, indexing="ij")
+    u, v = (x - right) / scale, (y - down) / scale
+    waves = sum(a * np.sin(i * u + j * v + c) for a, i, j, c in rng.uniform([5, -0.25, -0.25, 0], [20, 0.25, 0.25, 6], (24, 4)))
+    return torch.from_numpy(128 + np.asarray(waves)[None]).float()
+
+
+@pytest.mark.parametrize("moved", [(0, 0, 0), (3.0, 0, 0), (-1.25, 2.5, 0), (0, 0, 0.03), (1.0, -1.0, -0.02)])
+def test_motion_is_found_to_hundredths_of_a_pixel(moved: tuple[float, float, float]) -> None:
+    right, down, zoom = moved
+    found = figures.motion(landscape(1, 0, 0), landscape(1 + zoom, right, down))[0].numpy()
+    np.testing.assert_allclose(found[:2], (right, down), atol=0.02)
+    np.testing.assert_allclose(found[2], zoom, atol=5e-4)
+
+
+def test_a_picture_without_texture_does_not_move() -> None:
+    assert figures.motion(torch.full((2, 32, 64), 90.0), torch.full((2, 32, 64), 91.0)).abs().max() == 0
+
+
+def test_a_turn_moves_the_true_picture_against_it() -> None:
+    """One rad is a focal length of pixels, 125 at 192 pixels and 75 degrees, in the middle, and 1.6 times that at the edges."""
+    world, pose = World(3, Look(weather="clear")), Pose(z=90.0)
+    turned = [world.render(pose), world.render(pose.moved(Velocity(yaw=0.25), 1 / 24))]
+    right, down, zoom = measure(np.stack(turned)[None]).motion[0]
+    assert 1.0 < right / (-0.25 / 24 * 125) < 1.25 and abs(down) < 0.1 and abs(zoom) < 2e-3
+
+
+# --- crowds, prompts, cameras ---
+
+
+def test_frechet_of_gaussians_in_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((200_000, 3))
+    a, b = z * [1, 2, 3], z[::-1] * [2, 2, 1] + [1, 0, -2]
+    expected = (1 + 4) + (1 - 2) ** 2 + 0 + (3 - 1) ** 2
+    assert frechet(a, b) == pytest.approx(expected, rel=0.02)
+    assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-9)
+    assert abs(frechet(a, a)) < 1e-9
+
+
+def test_the_distance_grows_with_a_blur_and_is_zero_for_the_crowd_itself(planned: list[Plan]) -> None:
+    pictures = np.concatenate([plan.true for plan in planned])
+    crowd = Crowd(measure(pictures).features)
+    soft = [torch.nn.functional.avg_pool2d(torch.from_numpy(pictures).float().permute(0, 1, 4, 2, 3).flatten(0, 1), n, 1, n // 2) for n in (3, 7)]
+    blurred = [s[..., :112, :192].reshape(-1, 2, 3, 112, 192).permute(0, 1, 3, 4, 2).byte().numpy() for s in soft]
+    none, little, much = (crowd.distance(measure(p).features) for p in (pictures, *blurred))
+    assert none < 1e-6 and 10 * 1e-6 < little < much
+
+
+def test_features_and_measures_are_deterministic_and_do_not_depend_on_the_batch(planned: list[Plan]) -> None:
+    pairs = planned[0].true
+    once, twice = measure(pairs), joined([measure(pairs[:2]), measure(pairs[2:])])
+    for name, a, b in zip(Track._fields, once, twice, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+        assert len(a) == len(pairs) and a.dtype == np.float64
+
+
+def test_measures_of_a_picture_by_hand() -> None:
+    stripes = np.zeros((1, 2, 32, 64, 3), np.uint8)
+    stripes[:, :, ::2] = 100
+    stripes[:, 1] += 7
+    track = measure(stripes)
+    assert track.gradient[0] == pytest.approx(100, rel=1e-5) and track.change[0] == pytest.approx(7, rel=1e-5)
+    np.testing.assert_allclose(track.colour[0], 57)
+
+
+def test_a_response_is_recovered_from_commands_and_motion() -> None:
+    rng = np.random.default_rng(1)
+    commands, gains = rng.standard_normal((500, 4)), rng.standard_normal((4, 3))
+    true = Response.fit(commands, commands @ gains + [1, 2, 3])
+    np.testing.assert_allclose(true.gains, gains, atol=1e-9)
+    lazy = commands * [0.5, 1, 0, 1]
+    obeyed = Response.fit(commands, lazy @ gains).against(true)
+    assert obeyed == pytest.approx({"yaw": 0.5, "strafe": 1, "pitch": 0, "forward": 1})
+    assert true.correlation(commands, commands @ gains) == pytest.approx({"right": 1, "down": 1, "zoom": 1})
+    assert abs(true.correlation(commands, rng.standard_normal((500, 3)))["right"]) < 0.15
+
+
+def test_the_classifier_reads_the_time_of_day_and_fails_on_noise() -> None:
+    worlds = [World(seed, Look(time=time)) for seed in range(14) for time in ("noon", "night")]
+    pictures = np.stack([world.render(Pose(x=40.0 * i, z=world.altitude + 30)) for i, world in enumerate(worlds)])
+    seen, looks = measure(pictures[:, None].repeat(2, axis=1)).features, [world.look for world in worlds]
+    classifier = Classifier(seen[:20], looks[:20])
+    assert classifier.obedience(seen[20:], looks[20:])["time"] > 0.9
+    other = [Look(look.place, look.season, "dawn", look.weather) for look in looks]
+    assert classifier.obedience(seen, other)["time"] < 0.1
+
+
+# --- flights ---
+
+
+def test_plans_repeat_and_stay_above_the_ground(planned: list[Plan]) -> None:
+    again = list(plans(DEMO, 2, 6))
+    for a, b in zip(planned, again, strict=False):
+        assert (a.seed, a.start, a.velocities) == (b.seed, b.start, b.velocities)
+        np.testing.assert_array_equal(a.true, b.true)
+    assert len({plan.seed for plan in planned}) == 8
+    for plan in planned:
+        poses = [plan.start]
+        for velocity in plan.velocities:
+            poses.append(poses[-1].moved(velocity, 1 / 6))
+        world = World(plan.seed, Look())
+        assert headroom(world, poses) > CLEARANCE
+        np.testing.assert_array_equal(plan.true[-1, 1], world.render(poses[-1]))
+
+
+def test_a_pitch_at_its_stop_is_no_command() -> None:
+    plan = Plan(0, Look(), Pose(), (Velocity(pitch=0.16),) * 12, np.zeros(0))
+    pitch = plan.commands(DEMO)[:, 2]
+    assert pitch[0] == pytest.approx(0.16 / 24) and pitch[-1] == 0
+    assert pitch.sum() * 4 == pytest.approx(0.22)
+
+
+def test_a_flight_is_the_rollout_under_the_plan(bundle: Path, tiny: Profile) -> None:
+    plan = next(plans(tiny, 1, 4))
+    opened = Bundle.open(bundle)
+    engines = open_engines(opened, "onnxruntime", "fp32")
+    flown = list(fly(engines, tiny, plan))
+    engines.close()
+    assert [pair.shape for pair in flown] == [(2, tiny.video.height, tiny.video.width, 3)] * 5
+    np.testing.assert_array_equal(flown[0][0], flown[0][1])
+    assert any((a != b).any() for a, b in flown[1:])
+
+
+# --- the whole ---
+
+
+def test_a_perfect_generator_scores_one(planned: list[Plan]) -> None:
+    """The true flights, judged as if they had been generated."""
+    tracks = [measure(plan.true) for plan in planned]
+    seen = joined([track.rows(slice(1, None)) for track in tracks])
+    commands = [plan.commands(DEMO) for plan in planned]
+    truth = evaluate.Truth(
+        planned, tracks, Crowd(seen.features), Response.fit(np.concatenate(commands), seen.motion),
+        Classifier(seen.features, [plan.look for plan in planned for _ in range(6)]), commands,
+    )  # fmt: skip
+    judged = evaluate._judge([evaluate.Flown(track, np.zeros(0)) for track in tracks], truth, per_second=6)
+    (window,) = judged["windows"]
+    assert window["sharpness"] == 1 and window["dynamics"] == 1 and abs(window["distance"]) < 1e-3
+    assert window["gains"] == {"yaw": 1, "strafe": 1, "pitch": 1, "forward": 1}
+    assert [m["terrain"] for m in judged["seconds"]] == [1, 1] and judged["seconds"][1]["recognised"] == 1
+    swapped = evaluate._judge([evaluate.Flown(track, np.zeros(0)) for track in tracks[1:] + tracks[:1]], truth, per_second=6)
+    assert swapped["seconds"][1]["recognised"] == 0 and swapped["seconds"][1]["terrain"] < 0.9
+
+
+def finite(value: Any) -> bool:
+    return all(map(finite, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else np.isfinite(value)
+
+
+@pytest.mark.usefixtures("quick")
+def test_evaluate_writes_a_record_curves_and_frames(aapt: Any, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation"
+    ran: Ran = aapt("train", "evaluate", bundle, "--out", out, "--flights", 3, "--seconds", 10, "--json")
+    assert ran.code == 0, ran.err
+    record = json.loads(ran.out)
+    assert record == json.loads((out / "evaluation.json").read_text())
+    (made,) = record["made"].values()
+    assert [w["from_s"] for w in made["windows"]] == [0, 5] and len(made["seconds"]) == 6
+    assert finite(made["windows"]) and finite(made["seconds"]) and finite(made["drift_per_minute"]) and finite(record["true"])
+    assert 0 < made["windows"][0]["sharpness"] != 1
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "evaluation.json", "sheet-bundle.png"]
+    assert "after 5 s: terrain" in ran.err and "true" in ran.err
+
+
+def test_an_odd_length_is_refused_at_once(aapt: Any, bundle: Path, tmp_path: Path) -> None:
+    ran: Ran = aapt("train", "evaluate", bundle, "--out", tmp_path / "e", "--seconds", 7)
+    assert ran.code == UsageError.exit_code and "7 seconds" in ran.error and not (tmp_path / "e").exists()
