@@ -1,6 +1,5 @@
 """Engines: every backend gives the frames of the torch modules, over a ring that wraps, with prompts that change; caches stay where they are."""
 
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from aapt_deploy.models.vae import from_pixels, to_pixels
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile
 from aapt_deploy.prompts import parse, token_ids
-from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.rollout import Steering, denoise, rollout
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.signature import layer_names, signatures
 from aapt_deploy.starts import start
@@ -72,14 +71,17 @@ def by_forward(loaded: Checkpoint, opened: Bundle, blocks: int, seed: int) -> li
             before, pose = pose, pose.moved(turning(block), seconds)
             conditions.append(torch.from_numpy(condition_map(profile, before, pose)))
             x = torch.from_numpy(rng.standard_normal(latents[0].shape, np.float32))
-            for t, t_next in itertools.pairwise((*profile.sampler.timesteps, 0.0)):
-                stacked = [torch.stack(parts, dim=1) for parts in ([*noisy, x], latents[: block + 1], conditions)]  # [1, n, C, h, w]
-                rope = torch.from_numpy(np.stack([temporal_rope(profile, b) for b in range(block + 1)]))[None]  # [1, n, 2, pairs]
-                clean = generator(*stacked, torch.tensor([[*times, t]]), text, rope)[:, -1]
-                last, x = x, clean + (x - clean) * (t_next / t)
-            noisy.append(last)
-            times.append(t)
-            latents.append(x)
+            rope = torch.from_numpy(np.stack([temporal_rope(profile, b) for b in range(block + 1)]))[None]  # [1, n, 2, pairs]
+            passes: list[torch.Tensor] = []
+
+            def clean(x: torch.Tensor, t: float) -> torch.Tensor:
+                passes.append(x)  # noqa: B023
+                stacked = [torch.stack(parts, dim=1) for parts in ([*noisy, x], latents, conditions)]  # [1, n, C, h, w]
+                return generator(*stacked, torch.tensor([[*times, t]]), text, rope)[:, -1]  # noqa: B023
+
+            latents.append(denoise(clean, x, profile.sampler.timesteps))
+            noisy.append(passes[-1])
+            times.append(profile.sampler.timesteps[-1])
         video = [vae.decode(torch.stack(latents, dim=1))]
     frames = to_pixels(video[0][0]).numpy()  # [1 + 4 n, H, W, 3]
     return [frames[:1], *np.split(frames[1:], blocks)]

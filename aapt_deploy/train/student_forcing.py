@@ -6,7 +6,6 @@ shows both as they are, and the loss asks for the texture back. Not here: losses
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import posterior
 from aapt_deploy.ops.block_causal_attention import Ring
+from aapt_deploy.rollout import denoise
 from aapt_deploy.train.flow import SMALLEST_T, Batch, shifted
 from aapt_deploy.train.recipe import FlowStage
 
@@ -45,14 +45,17 @@ class Streams:
 
     def sample(self, noise: Tensor, previous: Tensor, condition: Tensor, rope_time: Tensor, timesteps: Sequence[float]) -> Tensor:
         """The next latent of every stream [B, C, h, w], committed: the loop of `aapt_deploy.rollout` on tensors."""
-        x = noise
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        for t, t_next in pairwise((*timesteps, 0.0)):
-            clean, keys, values = self.step(x, previous, condition, torch.full((len(x),), t), rope_time)
-            x = clean + (x - clean) * (t_next / t)
+
+        def clean(noisy: Tensor, t: float) -> Tensor:
+            nonlocal keys, values
+            found, keys, values = self.step(noisy, previous, condition, torch.full((len(noisy),), t), rope_time)
+            return found
+
+        latent: Tensor = denoise(clean, noise, timesteps)
         self.commit(keys, values)
-        return x
+        return latent
 
 
 def _room(text: Tensor, tokens: int) -> Tensor:
