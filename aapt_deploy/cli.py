@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aapt_deploy.build import Built
     from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
+    from aapt_deploy.quality import Loss
     from aapt_deploy.stream import Request, Streamed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
@@ -111,6 +112,32 @@ def profile(
     if as_json:
         typer.echo(latency.json())
     raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)
+
+
+@app.command()
+def quality(
+    bundle: BundleArg,
+    backend: Backend = "onnxruntime",
+    precision: Precision = None,
+    reference: Annotated[str, typer.Option(help="Engine to compare with, as BACKEND-PRECISION.")] = "onnxruntime-fp32",
+    seconds: Annotated[int, typer.Option(min=1, help="Length of each rollout, one per start frame.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG (needs matplotlib).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a precision costs: latents, frames and drift against another engine of the bundle. Exit 3 if a threshold is missed."""
+    from aapt_deploy import console, reports
+
+    with console.progress(f"comparing engines of {bundle}") as progress:
+        loss = _quality(bundle, backend, precision, reference, seconds, progress)
+    if plot is not None:
+        with _needing("train"):
+            from aapt_deploy import quality as measured
+
+            measured.plot(loss, plot)
+    reports.quality(loss)
+    if as_json:
+        typer.echo(loss.json())
+    raise typer.Exit(VerdictError.exit_code if loss.failures else 0)
 
 
 @app.command()
@@ -321,6 +348,17 @@ def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, pro
         from aapt_deploy import latency
 
         return latency.measure_bundle(opened, backend, precision, blocks, progress)
+
+
+def _quality(bundle: Path, backend: str, precision: str | None, reference: str, seconds: int, progress: Callable[[str], None]) -> "Loss":
+    from aapt_deploy.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with _needing("export"):
+        from aapt_deploy import quality
+        from aapt_deploy.engine import precision_of
+
+        return quality.compare(opened, reference, f"{backend}-{precision_of(opened, backend, precision)}", seconds, progress)
 
 
 def _stream(bundle: Path, request: "Request", progress: Callable[[str], None]) -> "Streamed":

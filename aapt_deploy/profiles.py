@@ -98,6 +98,16 @@ class Target:
     memory_gb: int = 0  # device memory the plan may use; 0: not checked
 
 
+@dataclass(frozen=True)
+class Quality:
+    """What a precision may cost, for `aapt quality`; a preset may leave the section out."""
+
+    latent_error: float = 0.10  # largest teacher-forced error of a pass, relative to the latent's own size
+    psnr_db: float = 30.0  # least, free-running, over the first second
+    ssim: float = 0.90  # least, over the same
+    drift: float = 0.15  # largest change of sharpness or brightness against the reference, over the whole rollout, as a share
+
+
 PRECISIONS = ("fp32", "bf16", "fp8_e4m3", "int8")
 
 
@@ -114,6 +124,7 @@ class Profile:
     vae: Vae
     precision: Precision
     target: Target
+    quality: Quality = Quality()
 
     def __post_init__(self) -> None:
         m, v, w = self.model, self.video, self.window
@@ -147,6 +158,9 @@ class Profile:
         for field, value in dataclasses.asdict(self.precision).items():
             if value not in PRECISIONS:
                 problems.append(f"precision.{field} = {value!r} is not one of {', '.join(PRECISIONS)}")
+        for field, value in dataclasses.asdict(self.quality).items():
+            if not 0 < value < math.inf:  # a nan fails too
+                problems.append(f"quality.{field} = {value} is not a positive number")
         if self.target.device not in ("cpu", "cuda"):
             problems.append(f"target.device = {self.target.device!r} is neither 'cpu' nor 'cuda'")
         self._refuse(problems)
@@ -238,6 +252,8 @@ def loads(text: str, source: str) -> Profile:
     problems += [f"unknown key {key!r}" for key in raw if key not in hints]
     for name, kind in hints.items():
         if name not in raw:
+            if kind is Quality:  # the one section that has a default for everything
+                continue
             problems.append(f"missing {'key' if kind is str else 'section'} {name!r}")
         elif kind is str:
             sections[name] = raw[name]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from aapt_deploy.doctor import Check
     from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
+    from aapt_deploy.quality import Loss
     from aapt_deploy.stream import Streamed
 
 
@@ -45,6 +46,15 @@ def latency(result: "Latency") -> None:
     p95 = result.steady["step"].p95_ms
     verdict = "within budget" if result.within_budget else "OVER BUDGET"
     say(f"verdict: {verdict}: step p95 {p95:.1f} ms of {result.budget_ms:.1f} ms ({p95 / result.budget_ms:.0%})")
+
+
+def quality(result: "Loss") -> None:
+    rows = [(f"{i}-{i + 1}", f"{s.psnr_db:.1f}", f"{s.ssim:.4f}", f"{s.sharpness:.3f}", f"{s.brightness:.3f}") for i, s in enumerate(result.seconds)]
+    table(f"{result.candidate} against {result.reference}, each on its own", ("second", "PSNR dB", "SSIM", "sharpness", "brightness"), rows)
+    errors = result.latent_error
+    say(f"same inputs: latent error {sum(errors) / len(errors):.4f} a pass, largest block {max(errors):.4f}; decoder {result.decoder_psnr_db:.1f} dB")
+    say(f"drift {result.drift:.3f}; {result.flat_blocks} flat and {result.still_blocks} still blocks of {result.blocks}")
+    say("verdict: " + ("; ".join(result.failures).upper() if result.failures else "within the profile's thresholds"))
 
 
 def streamed(result: "Streamed") -> None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "aapt_deploy"
 # From the top down. A module imports from lower tiers only; "name/" stands for a package and everything in it.
 TIERS = (
     ("cli", "__main__"),
-    ("export", "build", "latency", "stream", "doctor", "initialise", "train/"),
+    ("export", "build", "latency", "quality", "stream", "doctor", "initialise", "train/"),
     ("rollout", "starts"),
     ("models/", "engine/", "video", "controls", "graph_file"),
     ("ops/",),
@@ -36,8 +36,9 @@ AT_MODULE_LEVEL = {
     "onnx": ("export", "build", "graph_file", "ops/block_causal_attention/onnx_function"),
     "onnxruntime": ("export", "engine/ort"),
     "av": ("video",),
+    "tensorrt": ("engine/trt_api", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot"),
 }
-IN_FUNCTIONS = {"onnxruntime": ("build", "doctor"), "matplotlib": ("train/evaluate",)}
+IN_FUNCTIONS = {"onnxruntime": ("build", "doctor"), "matplotlib": ("train/evaluate", "quality")}
 HEAVY = ("torch", "tensorrt", "onnx", "onnxscript", "onnxruntime", "av", "cuda", "modelopt", "matplotlib")
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
 WITHOUT_NUMPY = ("cli", "__main__", "__init__", "profiles", "errors", "bundle")

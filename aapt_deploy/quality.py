@@ -1,0 +1,250 @@
+"""`aapt quality`: what one engine of a bundle loses against another, pass by pass and over a whole rollout.
+
+    teacher-forced   both get the same inputs, block by block, along the reference's rollout; each keeps its own cache. Error of the clean latent,
+                     relative to the latent's own size, and of the frames decoded from it
+    free-running     each on its own from the same start and noise: PSNR and SSIM by second, and whether sharpness and brightness leave the
+                     reference's. Two rollouts part after some seconds without either being worse, so pictures are compared for the first only
+    degenerate       blocks that are flat, or that stand still while the reference's move
+
+The profile's [quality] holds the thresholds. Whether a checkpoint is good is another question: `aapt train evaluate`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.camera import CRUISE, Velocity
+from aapt_deploy.engine import Engine, Engines, open_engines
+from aapt_deploy.errors import UsageError
+from aapt_deploy.machine import machine
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.starts import Start, all_starts
+
+SSIM_WINDOW = 8  # pixels
+FLAT = 1.0  # deviation of luma, in levels, below which a picture shows nothing
+STILL = 0.1  # share of the reference's change between blocks below which a block stands still
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Second:
+    """Free-running, over one second and all starts."""
+
+    psnr_db: float
+    ssim: float
+    sharpness: float  # mean gradient over the reference's
+    brightness: float  # mean luma over the reference's
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the candidate loses."""
+
+    profile: str
+    reference: str  # "<backend>-<precision>"
+    candidate: str
+    seconds: list[Second]
+    latent_error: list[float]  # teacher-forced, by block, over all starts
+    decoder_psnr_db: float  # teacher-forced: frames decoded from the reference's latents
+    drift: float  # largest |sharpness - 1| or |brightness - 1| of a second
+    flat_blocks: int
+    still_blocks: int
+    blocks: int
+    thresholds: dict[str, float]
+    machine: dict[str, str | int]
+
+    @property
+    def failures(self) -> list[str]:
+        """Each threshold that is missed, in words."""
+        t, first, error = self.thresholds, self.seconds[0], float(np.mean(self.latent_error))
+        found = [
+            f"latent error {error:.4f} is above {t['latent_error']}" * (not error <= t["latent_error"]),
+            f"PSNR {first.psnr_db:.1f} dB is below {t['psnr_db']}" * (not first.psnr_db >= t["psnr_db"]),
+            f"SSIM {first.ssim:.4f} is below {t['ssim']}" * (not first.ssim >= t["ssim"]),
+            f"drift {self.drift:.3f} is above {t['drift']}" * (not self.drift <= t["drift"]),
+            f"{self.flat_blocks} of {self.blocks} blocks are flat" * bool(self.flat_blocks),
+            f"{self.still_blocks} of {self.blocks} blocks stand still" * bool(self.still_blocks),
+        ]
+        return [text for text in found if text]
+
+    def json(self) -> str:
+        return json.dumps({**asdict(self), "failures": self.failures})
+
+
+class Twin:
+    """Two engines of one graph under the same inputs; answers with the reference's outputs and notes how the other's differ."""
+
+    def __init__(self, reference: Engine, candidate: Engine, differ: Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], None] | None) -> None:
+        self.reference, self.candidate, self.differ = reference, candidate, differ
+
+    def reset(self, **state: np.ndarray) -> None:
+        self.reference.reset(**state)
+        self.candidate.reset(**state)
+
+    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        expected = self.reference.run(**inputs)
+        found = self.candidate.run(**inputs)
+        if self.differ:
+            self.differ(expected, found)
+        return expected
+
+    def commit(self, block: int) -> None:
+        self.reference.commit(block)
+        self.candidate.commit(block)
+
+
+class Twins:
+    """Engines for `rollout` whose generator and decoder are twins."""
+
+    def __init__(self, reference: Engines, candidate: Engines) -> None:
+        self.reference, self.candidate = reference, candidate
+        self.backend, self.precision = reference.backend, reference.precision
+        self.errors: list[float] = []  # per pass
+        self.decoded: list[float] = []  # mean square error of a block's frames
+
+    def __getitem__(self, graph: str) -> Engine:
+        differ = {"generator": self._latents, "decoder": self._frames}.get(graph)
+        return Twin(self.reference[graph], self.candidate[graph], differ)
+
+    def _latents(self, expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+        a, b = expected["clean"].astype(np.float64), found["clean"]
+        self.errors.append(float(np.sqrt(np.square(b - a).mean() / np.square(a).mean())))
+
+    def _frames(self, expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+        self.decoded.append(float(np.square(expected["frames"].astype(np.float64) - found["frames"]).mean()))
+
+    def close(self) -> None:
+        pass  # the two are their opener's
+
+
+def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, report: Report) -> Loss:
+    """Compare two engines of `bundle`, named "<backend>-<precision>", from every start frame.
+
+    Raises UsageError for a name the bundle has no engine of, and for an engine compared with itself.
+    """
+    if reference == candidate:
+        raise UsageError(f"{candidate} is compared with itself", f"engines of {bundle.path}: {', '.join(sorted(bundle.engines))}")
+    opened = [_open(bundle, name) for name in (reference, candidate)]
+    try:
+        return _compare(bundle, (reference, candidate), opened, seconds, report)
+    finally:
+        for engines in opened:
+            engines.close()
+
+
+def _open(bundle: Bundle, name: str) -> Engines:
+    if name not in bundle.engines:
+        built = ", ".join(sorted(bundle.engines)) or "none"
+        raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; build more with: aapt build-engine {bundle.path}")
+    backend, _, precision = name.partition("-")
+    return open_engines(bundle, backend, precision)
+
+
+def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seconds: int, report: Report) -> Loss:
+    profile, starts = bundle.profile, all_starts(bundle)
+    per_second = profile.video.fps // profile.video.temporal_stride
+    blocks, passes = seconds * per_second, len(profile.sampler.timesteps)
+    forced, decoded, free = [], [], []
+    for number, begin in enumerate(starts, start=1):
+        twins = Twins(*opened)
+        for _ in islice(_frames(twins, profile, begin), 1 + blocks):
+            pass
+        forced.append(np.array(twins.errors).reshape(blocks, passes).mean(1))
+        decoded.append(np.mean(twins.decoded[1:]))
+        streams = [_frames(engines, profile, begin) for engines in opened]
+        free.append(np.array([_figures(*pair) for pair in _pairs(streams[0], streams[1], blocks)]))  # [blocks, 7]
+        report(f"{number} of {len(starts)} starts, {seconds} s each")
+    figures = np.stack(free)  # [starts, blocks, 7]
+    by_second = [_second(figures[:, i : i + per_second].reshape(-1, figures.shape[2])) for i in range(0, blocks, per_second)]
+    reference_change, change, deviation = figures[..., 4], figures[..., 5], figures[..., 6]
+    return Loss(
+        profile.name, *names, by_second, [round(float(e), 6) for e in np.mean(forced, axis=0)], _decibels(float(np.mean(decoded))),
+        round(max(abs(x - 1) for s in by_second for x in (s.sharpness, s.brightness)), 4), int((deviation < FLAT).sum()),
+        int((change < STILL * reference_change).sum()), deviation.size, asdict(profile.quality), machine(),
+    )  # fmt: skip
+
+
+def _frames(engines: Engines, profile: Profile, begin: Start) -> Iterator[np.ndarray]:
+    """A rollout that flies and turns, first left, then right."""
+    steer = lambda block: Steering(Velocity(CRUISE.forward, yaw=0.2 * (1 - 2 * (block // 4 % 2))), begin.text)  # noqa: E731
+    return rollout(engines, profile, begin.image, steer, seed=0)
+
+
+def _pairs(reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blocks: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Blocks of luma [T, H, W] of both, and the reference's luma before."""
+    before = [luma(next(stream))[-1:] for stream in (reference, candidate)]
+    for a, b in islice(zip(reference, candidate, strict=False), blocks):
+        pair = luma(a), luma(b)
+        yield np.concatenate([before[0], pair[0]]), np.concatenate([before[1], pair[1]]), np.square(a.astype(np.float64) - b).mean()
+        before = [pair[0][-1:], pair[1][-1:]]
+
+
+def _figures(a: np.ndarray, b: np.ndarray, square_error: np.ndarray) -> list[float]:
+    """[square error, SSIM, sharpness, brightness, change of a, change of b, deviation of b]; a, b luma [1 + T, H, W] with the frame before."""
+    similar = float(np.mean([ssim(x, y) for x, y in zip(a[1:], b[1:], strict=True)]))
+    changes = [float(np.abs(x[-1] - x[0]).mean()) for x in (a, b)]
+    sharp = gradient(b[1:]) / max(gradient(a[1:]), 1e-6)
+    return [float(square_error), similar, sharp, float(b[1:].mean() / max(a[1:].mean(), 1e-6)), *changes, float(b[-1].std())]
+
+
+def _second(rows: np.ndarray) -> Second:
+    return Second(_decibels(float(rows[:, 0].mean())), *(round(float(x), 4) for x in rows[:, 1:4].mean(0)))
+
+
+def _decibels(square_error: float) -> float:
+    return round(10 * float(np.log10(255**2 / max(square_error, 1e-9))), 2)
+
+
+def luma(frames: np.ndarray) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> float64 [T, H, W], 0..255 (BT.601)."""
+    y: np.ndarray = frames @ np.array([0.299, 0.587, 0.114])
+    return y
+
+
+def gradient(y: np.ndarray) -> float:
+    """Mean absolute difference of neighbouring pixels of luma [T, H, W]."""
+    return float(np.abs(np.diff(y, axis=1)).mean() + np.abs(np.diff(y, axis=2)).mean())
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of two luma pictures [H, W], 0..255, over all 8x8 windows (Wang et al. 2004)."""
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    ma, mb, aa, bb, ab = (_box(x) for x in (a, b, a * a, b * b, a * b))
+    va, vb, cov = aa - ma * ma, bb - mb * mb, ab - ma * mb
+    return float(((2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean())
+
+
+def _box(x: np.ndarray) -> np.ndarray:
+    """Mean over every window of 8x8: [H, W] -> [H - 7, W - 7]."""
+    total = np.pad(x, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    n = SSIM_WINDOW
+    mean: np.ndarray = (total[n:, n:] - total[:-n, n:] - total[n:, :-n] + total[:-n, :-n]) / n**2
+    return mean
+
+
+def plot(loss: Loss, path: Path) -> None:
+    """Errors by block and figures by second, as one picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves = {
+        "latent error, teacher-forced, by block": [("", loss.latent_error)],
+        "PSNR in dB, free-running": [("", [s.psnr_db for s in loss.seconds])],
+        "SSIM, free-running": [("", [s.ssim for s in loss.seconds])],
+        "against the reference": [("sharpness", [s.sharpness for s in loss.seconds]), ("brightness", [s.brightness for s in loss.seconds])],
+    }
+    for axes, (title, lines) in zip(figure.subplots(1, 4), curves.items(), strict=True):
+        for label, values in lines:
+            axes.plot(values, marker=".", label=label)
+        axes.set_title(title, fontsize=9)
+    figure.axes[-1].legend()
+    figure.savefig(path)

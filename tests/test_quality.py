@@ -1,0 +1,183 @@
+"""`aapt quality`: known losses are found at their size, and real engines pass or fail by the profile's thresholds."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Ran
+from test_bundle import rewrite_manifest
+
+from aapt_deploy import quality
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.engine import Engine, Engines, open_engines
+from aapt_deploy.errors import BundleError, ProfileError, UsageError, VerdictError
+from aapt_deploy.profiles import Quality, loads
+from aapt_deploy.quality import Loss, compare, ssim
+
+Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+THRESHOLDS = dataclasses.asdict(Quality())
+
+
+class Spoilt:
+    """Real engines, one of whose graphs answers with something else."""
+
+    backend, precision = "onnxruntime", "spoilt"
+
+    def __init__(self, engines: Engines, graph: str, change: Change) -> None:
+        self.engines, self.graph, self.change = engines, graph, change
+
+    def __getitem__(self, graph: str) -> Engine:
+        return SpoiltEngine(self.engines[graph], self.change) if graph == self.graph else self.engines[graph]
+
+    def close(self) -> None:
+        self.engines.close()
+
+
+class SpoiltEngine:
+    def __init__(self, engine: Engine, change: Change) -> None:
+        self.engine, self.change = engine, change
+
+    def reset(self, **state: np.ndarray) -> None:
+        self.engine.reset(**state)
+
+    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        return self.change(self.engine.run(**inputs))
+
+    def commit(self, block: int) -> None:
+        self.engine.commit(block)
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> Callable[[str, Change], Loss]:
+    """Compare fp32 with itself, one graph of the candidate spoilt."""
+
+    def run(graph: str, change: Change) -> Loss:
+        opened = iter([False, True])
+
+        def open_one(bundle: Bundle, name: str) -> Engines:
+            engines = open_engines(bundle, "onnxruntime", "fp32")
+            return Spoilt(engines, graph, change) if next(opened) else engines
+
+        monkeypatch.setattr(quality, "_open", open_one)
+        return compare(Bundle.open(bundle), "a", "b", 1, lambda text: None)
+
+    return run
+
+
+def test_an_engine_against_its_like_loses_nothing(spoil: Callable[[str, Change], Loss]) -> None:
+    loss = spoil("generator", lambda out: out)
+    assert loss.latent_error == [0.0] * 6 and loss.drift == 0 and loss.failures == []
+    assert loss.seconds[0].ssim == 1 and loss.seconds[0].psnr_db == loss.decoder_psnr_db > 100
+
+
+def test_a_known_error_of_the_latent_is_found_at_its_size(spoil: Callable[[str, Change], Loss]) -> None:
+    """Five hundredths on every pass: the error of one pass, not what a rollout makes of it."""
+    loss = spoil("generator", lambda out: out | {"clean": out["clean"] * np.float32(1.05)})
+    assert loss.latent_error == pytest.approx([0.05] * 6, rel=1e-4)
+    assert loss.seconds[0].psnr_db < 60 and loss.decoder_psnr_db > 100
+
+
+def test_a_known_error_of_the_decoder_is_found_at_its_size(spoil: Callable[[str, Change], Loss]) -> None:
+    loss = spoil("decoder", lambda out: out | {"frames": np.where(out["frames"] > 127, out["frames"] - 3, out["frames"] + 3)})
+    assert loss.decoder_psnr_db == pytest.approx(20 * np.log10(255 / 3), abs=0.01)
+    assert loss.latent_error == [0.0] * 6
+
+
+def test_flat_and_still_blocks_are_counted(spoil: Callable[[str, Change], Loss]) -> None:
+    flat = spoil("decoder", lambda out: out | {"frames": np.full_like(out["frames"], 90)})
+    assert flat.flat_blocks == flat.still_blocks == flat.blocks == 12, "six from each of two start frames"
+    assert any("are flat" in text for text in flat.failures) and any("stand still" in text for text in flat.failures)
+
+
+def test_real_engines_are_within_the_thresholds(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    eager = compare(opened, "onnxruntime-fp32", "torch-fp32", 2, lambda text: None)
+    int8 = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 2, lambda text: None)
+    assert eager.failures == int8.failures == []
+    assert max(eager.latent_error) < 1e-4 < max(int8.latent_error)
+    assert eager.decoder_psnr_db > 50 > int8.decoder_psnr_db > 25, "random weights spread their values widely"
+    assert len(int8.seconds) == 2 and int8.blocks == 24 and len(int8.latent_error) == 12
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("latent_error", [0.2, 0.3], "latent error 0.2500 is above 0.1"),
+        ("latent_error", [0.0, float("nan")], "latent error nan"),
+        ("seconds", [quality.Second(29.5, 0.95, 1, 1)], "PSNR 29.5 dB is below 30.0"),
+        ("seconds", [quality.Second(40.0, 0.85, 1, 1)], "SSIM 0.8500 is below 0.9"),
+        ("drift", 0.16, "drift 0.160 is above 0.15"),
+        ("flat_blocks", 1, "1 of 2 blocks are flat"),
+        ("still_blocks", 2, "2 of 2 blocks stand still"),
+    ],
+)
+def test_each_threshold_fails_alone(field: str, value: object, words: str) -> None:
+    good = Loss("p", "a", "b", [quality.Second(40.0, 0.95, 1.0, 1.0)], [0.01, 0.02], 50.0, 0.01, 0, 0, 2, THRESHOLDS, {})
+    assert good.failures == []
+    (failure,) = dataclasses.replace(good, **{field: value}).failures
+    assert words in failure
+
+
+def test_ssim_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(0, 255, (2, 12, 16))
+    expected = []
+    for i in range(12 - 7):
+        for j in range(16 - 7):
+            x, y = (p[i : i + 8, j : j + 8] for p in (a, b))
+            cov = ((x - x.mean()) * (y - y.mean())).mean()
+            lights = (2 * x.mean() * y.mean() + 6.5025) / (x.mean() ** 2 + y.mean() ** 2 + 6.5025)
+            expected.append(lights * (2 * cov + 58.5225) / (x.var() + y.var() + 58.5225))
+    assert ssim(a, b) == pytest.approx(np.mean(expected), abs=1e-9)
+    assert ssim(a, a) == pytest.approx(1)
+
+
+# --- the command ---
+
+
+def test_the_command_reports_plots_and_passes(aapt: Callable[..., Ran], bundle: Path, tmp_path: Path) -> None:
+    ran = aapt("quality", bundle, "--precision", "int8", "--seconds", 1, "--plot", tmp_path / "q.png", "--json")
+    assert ran.code == 0, ran.err
+    record = json.loads(ran.out)
+    assert record["failures"] == [] and record["candidate"] == "onnxruntime-int8" and len(record["latent_error"]) == 6
+    assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
+    assert "within the profile's thresholds" in ran.err
+
+
+def test_a_missed_threshold_of_the_profile_is_exit_3(aapt: Callable[..., Ran], copied: Path) -> None:
+    profile = copied / "profile.toml"
+    text = profile.read_text()
+    profile.write_text(text[: text.index("[quality]")] + "[quality]\npsnr_db = 120.0\n")
+    now = {"sha256": hashlib.sha256(profile.read_bytes()).hexdigest(), "bytes": profile.stat().st_size}
+    rewrite_manifest(copied, lambda manifest: manifest["files"].update({"profile.toml": now}))
+    ran = aapt("quality", copied, "--precision", "int8", "--seconds", 1)
+    assert ran.code == VerdictError.exit_code, ran.err
+    assert "DB IS BELOW 120.0" in ran.err and ran.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--reference", "onnxruntime-int8", "--precision", "int8"), UsageError.exit_code, "onnxruntime-int8 is compared with itself"),
+        (("--reference", "tensorrt-fp8", "--precision", "int8"), UsageError.exit_code, "no engine 'tensorrt-fp8'"),
+        (("--precision", "fp64"), BundleError.exit_code, "fp64"),
+    ],
+)
+def test_wrong_engines_are_named(aapt: Callable[..., Ran], bundle: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
+    ran = aapt("quality", bundle, *arguments)
+    assert ran.code == code and words in ran.error
+
+
+def test_the_section_is_optional_and_checked(bundle: Path) -> None:
+    text = (bundle / "profile.toml").read_text()
+    without = text[: text.index("[quality]")]
+    assert loads(without, "x").quality == Quality()
+    assert loads(without + "[quality]\nssim = 0.99\n", "x").quality == Quality(ssim=0.99)
+    with pytest.raises(ProfileError, match=r"quality.drift = nan is not a positive number"):
+        loads(without + "[quality]\ndrift = nan\n", "x")
+    with pytest.raises(ProfileError, match=r"unknown key 'quality.vmaf'"):
+        loads(without + "[quality]\nvmaf = 90.0\n", "x")
