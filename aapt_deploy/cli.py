@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aapt_deploy import __version__
-from aapt_deploy.errors import AaptError, MachineError, OutputError, UsageError, VerdictError
+from aapt_deploy.cli_train import train_app
+from aapt_deploy.errors import AaptError, OutputError, UsageError, VerdictError
+from aapt_deploy.options import Backend, BundleArg, Force, Json, Precision, needing
 
 if TYPE_CHECKING:
     from aapt_deploy.build import Built
     from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
+    from aapt_deploy.plan import Plan
     from aapt_deploy.quality import Loss
     from aapt_deploy.stream import Request, Streamed
 
@@ -33,16 +36,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
     "Take a block-causal video generator to a stream that meets its deadline.\n\n"
     "The four steps: export, build-engine, profile, stream. `aapt demo` runs them in a row on the checkpoint that ships with the package."
 ))  # fmt: skip
-train_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a checkpoint: render or import clips, then run the stages.")
 app.add_typer(train_app, name="train")
-
-BundleArg = Annotated[Path, typer.Argument(help="Bundle directory, made by `aapt export`.", metavar="BUNDLE")]
-Backend = Annotated[str, typer.Option(help="onnxruntime (CPU, no torch needed) or torch (eager, the reference).")]
-Precision = Annotated[str | None, typer.Option(help="fp32 or int8. Default: the profile's own, if it was built.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
-ProfileName = Annotated[str, typer.Option("--profile", help="Shipped preset or TOML file.")]
-
 
 _BadUsage: type[typer.BadParameter] = typer.BadParameter.__bases__[0]  # the parser's UsageError, which has no public name
 
@@ -97,15 +91,22 @@ def build_engine(
 
 @app.command()
 def profile(
-    bundle: BundleArg,
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory; with --plan also a preset's name or a TOML file.", metavar="BUNDLE")],
     backend: Backend = "onnxruntime",
     precision: Precision = None,
     blocks: Annotated[int, typer.Option(min=10, help="Blocks to measure after the cold ones.")] = 120,
+    plan: Annotated[bool, typer.Option("--plan", help="Measure nothing: memory against the target's, and the floor of each stage.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure step latency against the frame budget (4 frames at 24 fps: 166.7 ms). Exit 3 if it is missed."""
+    """Measure step latency against the frame budget (4 frames at 24 fps: 166.7 ms). Exit 3 if it is missed, or if a plan does not fit."""
     from aapt_deploy import console, reports
 
+    if plan:
+        planned = _plan(bundle)
+        reports.plan(planned)
+        if as_json:
+            typer.echo(planned.json())
+        raise typer.Exit(0 if planned.fits else VerdictError.exit_code)
     with console.progress(f"profiling {bundle}") as progress:
         latency = _profile(bundle, backend, precision, blocks, progress)
     reports.latency(latency)
@@ -130,7 +131,7 @@ def quality(
     with console.progress(f"comparing engines of {bundle}") as progress:
         loss = _quality(bundle, backend, precision, reference, seconds, progress)
     if plot is not None:
-        with _needing("train"):
+        with needing("train"):
             from aapt_deploy import quality as measured
 
             measured.plot(loss, plot)
@@ -228,89 +229,11 @@ def init(
     from aapt_deploy import console, profiles
 
     shape = profiles.load(profile)
-    with _needing("export"), console.steps(f"drawing weights for {shape.name}"):
+    with needing("export"), console.steps(f"drawing weights for {shape.name}"):
         from aapt_deploy.initialise import random_checkpoint
 
         count = random_checkpoint(shape, out, seed)
     console.say(f"{out}: {count / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
-
-
-@train_app.command("data")
-def train_data(
-    folder: Annotated[Path, typer.Argument(help="Folder for the clips; an earlier run goes on.")],
-    worlds: Annotated[int, typer.Option(min=1, help="Worlds to render, two clips each.")] = 1000,
-    first_seed: Annotated[int, typer.Option(min=0)] = 0,
-    processes: Annotated[int, typer.Option(min=1)] = 2,
-    videos: Annotated[Path | None, typer.Option(help="Cut the video files in this folder into clips instead of rendering.")] = None,
-    profile: ProfileName = "demo-cpu",
-) -> None:
-    """Make training clips: rendered flights over procedural worlds, or pieces of your own videos."""
-    from aapt_deploy import console, profiles
-    from aapt_deploy.train import data
-
-    shape = profiles.load(profile)
-    with console.progress(f"writing clips to {folder}") as progress:
-        if videos is not None:
-            written = data.import_videos(videos, folder, shape, lambda path, reason: console.warn(f"skipped {path}: {reason}"))
-        else:
-            written = 0
-            for done, clips in enumerate(data.render_worlds(folder, shape, first_seed, worlds, processes), start=1):
-                written += clips
-                progress(f"{done} of {worlds} worlds, {written} new clips")
-    console.say(f"{folder}: {written} new clips")
-
-
-@train_app.command("run")
-def train_run(
-    folder: Annotated[Path, typer.Argument(help="Folder of clips, made by `aapt train data`.")],
-    run: Annotated[Path, typer.Option("--run", help="Folder of the run; an interrupted run goes on.")] = Path("runs/demo"),
-    profile: ProfileName = "demo-cpu",
-) -> None:
-    """Train VAE and generator; ends with a checkpoint in the run's folder. Safe to stop and start at any time."""
-    from aapt_deploy import console, profiles
-
-    shape = profiles.load(profile)
-    with _needing("train"), console.progress(f"training in {run}") as progress:
-        from aapt_deploy.train import recipe, stages
-
-        path = stages.train(folder, run, shape, recipe.DEMO, progress)
-    console.say(f"checkpoint: {path}")
-
-
-@train_app.command("evaluate")
-def train_evaluate(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundles with engines, side by side.", metavar="BUNDLE...")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for evaluation.json, curves.png and sheets of frames.")] = Path("evaluation"),
-    flights: Annotated[int, typer.Option(min=1, help="Held-out worlds, one flight each.")] = 32,
-    seconds: Annotated[int, typer.Option(min=5, help="Length of a flight, a multiple of 5.")] = 60,
-    backend: Backend = "onnxruntime",
-    precision: Precision = None,
-    as_json: Json = False,
-) -> None:
-    """Measure how long a checkpoint's world holds: picture, motion, camera and prompt, against the renderer."""
-    from aapt_deploy import console, reports
-
-    with _needing("train"), console.progress(f"evaluating {len(bundles)} bundles") as progress:
-        from aapt_deploy.train import evaluate
-
-        record = evaluate.evaluate(bundles, out, flights, seconds, backend, precision, progress)
-    reports.evaluation(record, out)
-    if as_json:
-        typer.echo(json.dumps(record))
-
-
-class _needing:
-    """Turn a missing package into the command that installs it."""
-
-    def __init__(self, extra: str) -> None:
-        self.extra = extra
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("aapt_deploy"):
-            raise MachineError(f"package {error.name!r} is not installed", f"pip install 'aapt_deploy[{self.extra}]'") from None
 
 
 def _refuse_two_uses_of_stdout(out: str, as_json: bool) -> None:
@@ -321,7 +244,7 @@ def _refuse_two_uses_of_stdout(out: str, as_json: bool) -> None:
 def _export(checkpoint: Path | None, out: Path, sha256: str | None, force: bool, report: Callable[[str], None]) -> "list[Parity]":
     from aapt_deploy import assets
 
-    with _needing("export"):
+    with needing("export"):
         from aapt_deploy import export
         from aapt_deploy.models import checkpoint as checkpoints
 
@@ -334,7 +257,7 @@ def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    with _needing("export"):
+    with needing("export"):
         from aapt_deploy import build
 
         return build.build_engine(opened, backend, precision, report)
@@ -344,17 +267,28 @@ def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, pro
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    with _needing("export"):
+    with needing("export"):
         from aapt_deploy import latency
 
         return latency.measure_bundle(opened, backend, precision, blocks, progress)
+
+
+def _plan(bundle_or_preset: Path) -> "Plan":
+    from aapt_deploy import profiles
+    from aapt_deploy.bundle import Bundle
+
+    shape = Bundle.open(bundle_or_preset).profile if bundle_or_preset.is_dir() else profiles.load(str(bundle_or_preset))
+    with needing("export"):
+        from aapt_deploy import plan
+
+        return plan.plan(shape)
 
 
 def _quality(bundle: Path, backend: str, precision: str | None, reference: str, seconds: int, progress: Callable[[str], None]) -> "Loss":
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    with _needing("export"):
+    with needing("export"):
         from aapt_deploy import quality
         from aapt_deploy.engine import precision_of
 
@@ -366,7 +300,7 @@ def _stream(bundle: Path, request: "Request", progress: Callable[[str], None]) -
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    with _needing("export"):
+    with needing("export"):
         from aapt_deploy import stream
 
         return stream.stream(opened, request, console.warn, progress)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from aapt_deploy.doctor import Check
     from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
+    from aapt_deploy.plan import Plan
     from aapt_deploy.quality import Loss
     from aapt_deploy.stream import Streamed
 
@@ -46,6 +47,21 @@ def latency(result: "Latency") -> None:
     p95 = result.steady["step"].p95_ms
     verdict = "within budget" if result.within_budget else "OVER BUDGET"
     say(f"verdict: {verdict}: step p95 {p95:.1f} ms of {result.budget_ms:.1f} ms ({p95 / result.budget_ms:.0%})")
+
+
+def plan(result: "Plan") -> None:
+    rows = [
+        (s.name, f"{s.products_gflop:,.1f}", f"{s.attention_gflop:,.1f}", f"{s.weights_gb:.3f}", f"{s.activations_gb:.3f}",
+         "" if s.floor_ms is None else f"{s.floor_ms:.2f}", s.bound)
+        for s in result.stages
+    ]  # fmt: skip
+    columns = ("graph", "products GFLOP", "attention GFLOP", "weights GB", "activations GB", "floor ms", "bound by")
+    table(f"{result.profile} on {result.target}, by arithmetic alone", columns, rows)
+    parts = ", ".join(f"{name} {gb:.2f}" for name, gb in result.memory_gb.items())
+    limit = f" of {result.limit_gb} GB: {'fits' if result.fits else 'DOES NOT FIT'}" if result.limit_gb else " GB"
+    say(f"memory while streaming, GB: {parts}; together {result.total_gb:.2f}{limit}")
+    if result.floor_ms is not None:
+        say(f"floor of a step, {result.passes} pass(es) and the decoder: {result.floor_ms:.1f} ms of {result.budget_ms:.1f} ms; nothing was measured")
 
 
 def quality(result: "Loss") -> None:

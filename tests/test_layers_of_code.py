@@ -20,11 +20,12 @@ PACKAGE = ROOT / "aapt_deploy"
 # From the top down. A module imports from lower tiers only; "name/" stands for a package and everything in it.
 TIERS = (
     ("cli", "__main__"),
-    ("export", "build", "latency", "quality", "stream", "doctor", "initialise", "train/"),
+    ("cli_train",),
+    ("export", "build", "latency", "plan", "quality", "stream", "doctor", "initialise", "train/"),
     ("rollout", "starts"),
     ("models/", "engine/", "video", "controls", "graph_file"),
     ("ops/",),
-    ("profiles", "signature", "bundle", "camera", "prompts", "rope", "machine", "assets/", "console", "reports"),
+    ("profiles", "signature", "bundle", "camera", "prompts", "rope", "machine", "assets/", "console", "reports", "options"),
     ("errors", "__init__"),
 )
 GROUND = len(TIERS) - 2  # the nouns may build upon each other, as long as it is not in a circle
@@ -32,7 +33,7 @@ BRIDGES = {("__main__", "cli"), ("engine/eager", "models/")}  # inside one tier:
 
 # Heavy package -> modules that may import it while they are imported, and modules that may do so inside a function.
 AT_MODULE_LEVEL = {
-    "torch": ("export", "initialise", "engine/eager", "models/", "train/", "ops/block_causal_attention/torch_op"),
+    "torch": ("export", "initialise", "plan", "engine/eager", "models/", "train/", "ops/block_causal_attention/torch_op"),
     "onnx": ("export", "build", "graph_file", "ops/block_causal_attention/onnx_function"),
     "onnxruntime": ("export", "engine/ort"),
     "av": ("video",),
@@ -41,7 +42,7 @@ AT_MODULE_LEVEL = {
 IN_FUNCTIONS = {"onnxruntime": ("build", "doctor"), "matplotlib": ("train/evaluate", "quality")}
 HEAVY = ("torch", "tensorrt", "onnx", "onnxscript", "onnxruntime", "av", "cuda", "modelopt", "matplotlib")
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
-WITHOUT_NUMPY = ("cli", "__main__", "__init__", "profiles", "errors", "bundle")
+WITHOUT_NUMPY = ("cli", "cli_train", "options", "__main__", "__init__", "profiles", "errors", "bundle")
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

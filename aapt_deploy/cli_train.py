@@ -1,0 +1,75 @@
+"""`aapt train`: the commands that make and judge checkpoints. As in cli.py, every command parses, calls and reports."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aapt_deploy.options import Backend, Json, Precision, ProfileName, needing
+
+train_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a checkpoint: render or import clips, then run the stages.")
+
+
+@train_app.command("data")
+def train_data(
+    folder: Annotated[Path, typer.Argument(help="Folder for the clips; an earlier run goes on.")],
+    worlds: Annotated[int, typer.Option(min=1, help="Worlds to render, two clips each.")] = 1000,
+    first_seed: Annotated[int, typer.Option(min=0)] = 0,
+    processes: Annotated[int, typer.Option(min=1)] = 2,
+    videos: Annotated[Path | None, typer.Option(help="Cut the video files in this folder into clips instead of rendering.")] = None,
+    profile: ProfileName = "demo-cpu",
+) -> None:
+    """Make training clips: rendered flights over procedural worlds, or pieces of your own videos."""
+    from aapt_deploy import console, profiles
+    from aapt_deploy.train import data
+
+    shape = profiles.load(profile)
+    with console.progress(f"writing clips to {folder}") as progress:
+        if videos is not None:
+            written = data.import_videos(videos, folder, shape, lambda path, reason: console.warn(f"skipped {path}: {reason}"))
+        else:
+            written = 0
+            for done, clips in enumerate(data.render_worlds(folder, shape, first_seed, worlds, processes), start=1):
+                written += clips
+                progress(f"{done} of {worlds} worlds, {written} new clips")
+    console.say(f"{folder}: {written} new clips")
+
+
+@train_app.command("run")
+def train_run(
+    folder: Annotated[Path, typer.Argument(help="Folder of clips, made by `aapt train data`.")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the run; an interrupted run goes on.")] = Path("runs/demo"),
+    profile: ProfileName = "demo-cpu",
+) -> None:
+    """Train VAE and generator; ends with a checkpoint in the run's folder. Safe to stop and start at any time."""
+    from aapt_deploy import console, profiles
+
+    shape = profiles.load(profile)
+    with needing("train"), console.progress(f"training in {run}") as progress:
+        from aapt_deploy.train import recipe, stages
+
+        path = stages.train(folder, run, shape, recipe.DEMO, progress)
+    console.say(f"checkpoint: {path}")
+
+
+@train_app.command("evaluate")
+def train_evaluate(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles with engines, side by side.", metavar="BUNDLE...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for evaluation.json, curves.png and sheets of frames.")] = Path("evaluation"),
+    flights: Annotated[int, typer.Option(min=1, help="Held-out worlds, one flight each.")] = 32,
+    seconds: Annotated[int, typer.Option(min=5, help="Length of a flight, a multiple of 5.")] = 60,
+    backend: Backend = "onnxruntime",
+    precision: Precision = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how long a checkpoint's world holds: picture, motion, camera and prompt, against the renderer."""
+    from aapt_deploy import console, reports
+
+    with needing("train"), console.progress(f"evaluating {len(bundles)} bundles") as progress:
+        from aapt_deploy.train import evaluate
+
+        record = evaluate.evaluate(bundles, out, flights, seconds, backend, precision, progress)
+    reports.evaluation(record, out)
+    if as_json:
+        typer.echo(json.dumps(record))
