@@ -34,6 +34,7 @@ Facets, all with the argument order above:
     torch_op.py        torch.ops.aapt.block_causal_attention, and the node in an exported graph
     onnx_function.py   the node's meaning in standard ONNX operators, and its in-place lowering for ONNX Runtime
     trt_plugin.py      the TensorRT plugin around the CUDA kernel in plugins/block_causal_attention
+    trt_plugin_aot.py  the same as two ahead-of-time plugins, for a plan that needs no Python
 """
 
 from dataclasses import dataclass, replace

@@ -5,8 +5,9 @@ An exported graph holds the node alone. From there on:
     attach           adds the meaning as a model-local function: the file now runs wherever opset 24 runs; parity checks use it
     lower_in_place   replaces every node by operators that update the cache where it lies; ONNX Runtime streams with it
     strip            removes the function; TensorRT gets the bare node, so that a missing plugin is an error and never a silent slow body
+    lower_for_plugin the bare node with the types, cache layout and scales that our TensorRT plugin reads
 
-All three return a new model. Nothing here runs a graph or knows a bundle.
+All four return a new model. Nothing here runs a graph or knows a bundle.
 
 Why the in-place form looks as it does (ONNX Runtime 1.32, two threads, fp32, H = 4, D = 64, ring full, one layer, best of 400, ms):
 
@@ -21,12 +22,13 @@ Why the in-place form looks as it does (ONNX Runtime 1.32, two threads, fp32, H 
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, parser
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, parser
 
 from aapt_deploy.errors import BundleError
-from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, NEXT, SLOT, VALID, Ring
+from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, NEXT, SLOT, VALID, Ring, hopper_fp8
 
 OPSET = 24  # the first one with TensorScatter
 
@@ -113,6 +115,81 @@ def lower_in_place(model: ModelProto, ring: Ring) -> ModelProto:
     for name, values in ((_FLAT, [0, 0, -1]), (_HEADS, [0, 0, heads, head_dim])):
         graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
     return lowered
+
+
+PLUGIN_SCALES = ("q_scale", "k_scale", "v_scale", "k_mean")  # inputs of the plugin behind the op's own six, in layout hopper_fp8
+
+
+def lower_for_plugin(model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.Scales] | None, packed: bool = False) -> ModelProto:
+    """`model` with every BlockCausalAttention node as our TensorRT plugin reads it, functions removed. Needs the shape and type of every q.
+
+        scales None      token_major: caches and blocks bf16
+        scales, a layer  hopper_fp8: caches [1, S, H, D] -> e4m3 [H, tiles, 64 * D] (`packed`: int32 [H, tiles, 16 * D], the same bytes),
+                         blocks likewise; the layer's scales become constants and inputs 7 to 10 of its node
+        both             q, k, v are cast to bf16 and `out` back, where the graph computes in another type
+
+    Raises BundleError if a cache is not a float32 graph input of the ring's size, a block is not a graph output, q is not described, or the layout
+    has no such head_dim.
+    """
+    assert not ring.in_place, f"{ring} is in place; the plugin leaves a cache alone"
+    lowered = strip(model)
+    _require_opset(lowered)
+    graph = lowered.graph
+    ours = [node for node in graph.node if _is_ours(node)]
+    heads, head_dim = _check_interface(lowered, ours, ring)
+    if scales is not None and head_dim not in hopper_fp8.HEAD_DIMS:
+        _refuse(model, f"has head_dim {head_dim}; {hopper_fp8.NAME} is for {' and '.join(map(str, hopper_fp8.HEAD_DIMS))}")
+    if scales is not None and len(scales) != len(ours):
+        _refuse(model, f"has {len(ours)} attention layers and there are scales for {len(scales)}")
+    known = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
+    undescribed = [node.input[0] for node in ours if len(known[node.input[0]].shape.dim if node.input[0] in known else ()) != 4]
+    if undescribed:
+        _refuse(model, f"does not tell the shape of {undescribed[0]!r}")
+
+    tensors: dict[str, ValueInfoProto] = {}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if not _is_ours(node):
+            nodes.append(node)
+            continue
+        q = known[node.input[0]]
+        for names, tokens in ((node.input[3:5], ring.tokens), (node.output[1:3], q.shape.dim[1].dim_value)):
+            kind, shape = _plugin_cache(scales is not None, packed, tokens, heads, head_dim)
+            tensors |= {name: helper.make_tensor_value_info(name, kind, shape) for name in names}
+        layer = ours.index(node)
+        fields = {} if scales is None else {f"{DOMAIN}.{field}.{layer}": getattr(scales[layer], field) for field in PLUGIN_SCALES}
+        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in fields.items())
+        nodes += _plugin_nodes(node, q.elem_type, list(fields))
+    _replace(graph.node, nodes)
+    for field in (graph.input, graph.output):
+        _replace(field, [tensors.get(value.name, value) for value in field])
+    _replace(graph.value_info, [value for value in graph.value_info if value.name not in tensors])
+    return lowered
+
+
+def _plugin_cache(hopper: bool, packed: bool, tokens: int, heads: int, head_dim: int) -> tuple[int, list[int]]:
+    """Type and shape of a cache or block of `tokens`."""
+    if not hopper:
+        return TensorProto.BFLOAT16, [1, tokens, heads, head_dim]
+    *outer, tile_bytes = hopper_fp8.image_shape(heads, tokens, head_dim)
+    return (TensorProto.INT32, [*outer, tile_bytes // 4]) if packed else (TensorProto.FLOAT8E4M3FN, [*outer, tile_bytes])
+
+
+def _plugin_nodes(node: NodeProto, dtype: int, constants: list[str]) -> list[NodeProto]:
+    """The node with its constants, between casts where the graph computes in another type than bf16."""
+    new = NodeProto()
+    new.CopyFrom(node)
+    new.input.extend(constants)
+    if dtype == TensorProto.BFLOAT16:
+        return [new]
+    out = f"{node.output[0]}.bf16"
+    names = [f"{name}.bf16.{node.output[0]}" for name in node.input[:3]]
+    pairs = zip(node.input[:3], names, strict=True)
+    before = [helper.make_node("Cast", [name], [cast], f"{node.name}.{cast}", to=TensorProto.BFLOAT16) for name, cast in pairs]
+    for index, cast in enumerate(names):
+        new.input[index] = cast
+    new.output[0] = out
+    return [*before, new, helper.make_node("Cast", [out], [node.output[0]], f"{node.name}.{out}", to=dtype)]
 
 
 def _in_place_nodes(node: NodeProto, heads: int) -> list[NodeProto]:

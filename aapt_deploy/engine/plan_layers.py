@@ -1,0 +1,95 @@
+"""What TensorRT made of a graph: the layers of a plan as the engine inspector tells them, and an audit of what they must contain.
+
+The inspector's JSON changed between 10.x and 11.x ("Format/Datatype" was one string, then two entries); both are read. It is text that TensorRT
+wrote about a plan, so nothing here needs TensorRT.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from aapt_deploy.errors import BundleError, ParityError
+
+DTYPE_KEYS = ("DataType", "Datatype", "Format/Datatype")
+FP8_WORDS = ("FP8", "E4M3")
+SHOWN = 8  # layer names in an error
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a plan; several layers of the network may have become one."""
+
+    name: str
+    kind: str  # TensorRT's own: "PluginV3", "Reformat", "gemm", "kgen", …
+    tactic: str  # the kernel; empty where it has no choice
+    inputs: tuple[str, ...]  # data types
+    outputs: tuple[str, ...]
+
+    @property
+    def is_plugin(self) -> bool:
+        return self.kind.lower().startswith("plugin")
+
+    @property
+    def is_reformat(self) -> bool:
+        return self.kind.lower() == "reformat"
+
+    @property
+    def reads_fp8(self) -> bool:
+        return any(word in kind.upper() for kind in self.inputs for word in FP8_WORDS)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Counts that tell whether a plan is the one that was meant."""
+
+    layers: int
+    plugins: int
+    fp8: int  # layers that compute on FP8 inputs, plugins and reformats not counted
+    reformats: int
+
+
+def read_layers(text: str) -> list[Layer]:
+    """The layers in the inspector's JSON. Raises BundleError when they are not told, as in a plan built without detailed profiling."""
+    try:
+        layers = json.loads(text)["Layers"]
+        if any(isinstance(layer, str) for layer in layers):
+            raise ValueError("only names")
+        return [_layer(layer) for layer in layers]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"TensorRT does not describe the plan's layers: {error}", "build the engine again: aapt build-engine") from None
+
+
+def _layer(raw: dict[str, Any]) -> Layer:
+    inputs, outputs = (tuple(_dtype(tensor) for tensor in raw.get(side, ())) for side in ("Inputs", "Outputs"))
+    return Layer(str(raw["Name"]), str(raw["LayerType"]), str(raw.get("TacticName", "")), inputs, outputs)
+
+
+def _dtype(tensor: dict[str, Any]) -> str:
+    return next((str(tensor[key]) for key in DTYPE_KEYS if key in tensor), "")
+
+
+def audit(layers: list[Layer], plugin_layers: int, fp8_layers: int = 0) -> Audit:
+    """Count, and insist on exactly `plugin_layers` plugins and at least `fp8_layers` layers that compute in FP8.
+
+    Raises ParityError, naming layers: a plan that silently runs attention or products in another form is not the plan that was asked for.
+    """
+    plugins = [layer for layer in layers if layer.is_plugin]
+    working = [layer for layer in layers if not (layer.is_plugin or layer.is_reformat)]
+    fp8 = [layer for layer in working if layer.reads_fp8]
+    if len(plugins) != plugin_layers:
+        others = ", ".join(layer.name for layer in working if "attention" in layer.name.lower() or "softmax" in layer.name.lower())
+        raise ParityError(
+            f"the plan runs our attention kernel in {len(plugins)} layers instead of {plugin_layers}; attention elsewhere: {others or 'none found'}",
+            "build the engine again; if it stays, report it with the versions that aapt doctor shows",
+        )
+    if len(fp8) < fp8_layers:
+        names = ", ".join(layer.name for layer in working if not layer.reads_fp8 and layer.tactic)
+        raise ParityError(
+            f"the plan computes {len(fp8)} layers in FP8 instead of {fp8_layers}; not in FP8: {_first(names)}", "export again with --precision fp8"
+        )
+    return Audit(len(layers), len(plugins), len(fp8), sum(layer.is_reformat for layer in layers))
+
+
+def _first(names: str) -> str:
+    parts = names.split(", ")
+    return ", ".join(parts[:SHOWN]) + (f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else "")

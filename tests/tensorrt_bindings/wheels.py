@@ -1,0 +1,57 @@
+"""The real TensorRT Python bindings of two releases, unpacked beside each other, made importable by link stubs.
+
+Only the bindings are fetched (1.3 MB a release); TensorRT's libraries are not, they need a GPU. Two releases of one package cannot live in one
+environment, so each has a folder of its own below build/, and whoever uses one does so in a process of its own (inside.py). The first test
+that needs them fetches them; `python tests/tensorrt_bindings/wheels.py` does so ahead of time, for a machine that is about to lose its network.
+"""
+
+import fcntl
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import link_stubs
+
+RELEASES = {"10.16": "10.16.1.11", "11.4": "11.4.0.106"}
+PACKAGE = "tensorrt-cu13-bindings"
+FOLDER = Path(__file__).parents[2] / "build" / "tensorrt_bindings"
+
+
+def bindings(release: str) -> Path:
+    """The folder to put on `sys.path` for `release`; it holds the package `tensorrt_bindings`. Raises RuntimeError when it cannot be fetched."""
+    stubs = hashlib.sha256(Path(link_stubs.__file__).read_bytes()).hexdigest()  # made anew when that file changes
+    folder = FOLDER / f"{RELEASES[release]}-{sys.implementation.cache_tag}-{stubs[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as new:
+                _fetch(release, Path(new))
+                Path(new, "unpacked").rename(folder)
+    return folder
+
+
+def _fetch(release: str, folder: Path) -> None:
+    wanted = f"{PACKAGE}=={RELEASES[release]}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"{wanted} could not be downloaded for Python {sys.version_info.major}.{sys.version_info.minor}:\n{done.stderr.strip()}\n"
+            f"Without a network: put the wheel into a folder, set PIP_FIND_LINKS to it and PIP_NO_INDEX=1, and run {Path(__file__).name} again."
+        )
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "unpacked")
+    link_stubs.write_all(folder / "unpacked" / "tensorrt_bindings", int(release.split(".")[0]))
+
+
+if __name__ == "__main__":
+    if link_stubs.supported():
+        try:
+            for name in RELEASES:
+                bindings(name)
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
