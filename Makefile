@@ -37,7 +37,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(INSTALL) -e '.[export,train,dev]'
+	$(INSTALL) -e '.[export,train,cuda,dev]'
 	@touch $@
 
 clean:

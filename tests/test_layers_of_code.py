@@ -33,13 +33,23 @@ BRIDGES = {("__main__", "cli"), ("engine/eager", "models/")}  # inside one tier:
 
 # Heavy package -> modules that may import it while they are imported, and modules that may do so inside a function.
 AT_MODULE_LEVEL = {
-    "torch": ("export", "initialise", "plan", "engine/eager", "models/", "train/", "ops/block_causal_attention/torch_op"),
+    "torch": (
+        "export",
+        "initialise",
+        "plan",
+        "engine/eager",
+        "models/",
+        "train/",
+        "ops/block_causal_attention/torch_op",
+        "ops/block_causal_attention/cuda_op",
+        "ops/block_causal_attention/triton_op",
+    ),
     "onnx": ("export", "build", "graph_file", "ops/block_causal_attention/onnx_function"),
     "onnxruntime": ("export", "engine/ort"),
     "av": ("video",),
     "tensorrt": ("engine/trt_api", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot"),
 }
-IN_FUNCTIONS = {"onnxruntime": ("build", "doctor"), "matplotlib": ("train/evaluate", "quality")}
+IN_FUNCTIONS = {"onnxruntime": ("build", "doctor"), "cuda": ("ops/block_causal_attention/kernels",), "matplotlib": ("train/evaluate", "quality")}
 HEAVY = ("torch", "tensorrt", "onnx", "onnxscript", "onnxruntime", "av", "cuda", "modelopt", "matplotlib")
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
 WITHOUT_NUMPY = ("cli", "cli_train", "options", "__main__", "__init__", "profiles", "errors", "bundle")

@@ -33,7 +33,9 @@ Facets, all with the argument order above:
     reference.py       numpy, float64: the truth the others are measured against
     torch_op.py        torch.ops.aapt.block_causal_attention, and the node in an exported graph
     onnx_function.py   the node's meaning in standard ONNX operators, and its in-place lowering for ONNX Runtime
-    trt_plugin.py      the TensorRT plugin around the CUDA kernel in plugins/block_causal_attention
+    triton_op.py       the torch op on a GPU, token-major; cuda_op.py the same with FP8 caches
+    kernels.py         the CUDA kernels of plugins/block_causal_attention: compiled, cached, launched
+    trt_plugin.py      the TensorRT plugin around these kernels
     trt_plugin_aot.py  the same as two ahead-of-time plugins, for a plan that needs no Python
 """
 
