@@ -112,9 +112,10 @@ def cache_folder() -> Path:
     return Path(base) / "aapt_deploy" / "kernels"
 
 
-def compiled(head_dim: int, folder: Path | None = None) -> Compiled:
+def compiled(head_dim: int, folder: Path | None = None, defines: tuple[str, ...] = ()) -> Compiled:
     """The kernels for `head_dim` (128 or 64), from `folder` (cache_folder() by default) or freshly compiled into it.
 
+    `defines`, as NAME=VALUE, make a variant of the source: AAPT_RING_K and AAPT_RING_V, the tiles that shared memory holds.
     A damaged file in the cache is compiled again; a cache that cannot be written is done without. Raises MachineError when NVRTC is missing or too
     old, or refuses the source.
     """
@@ -122,14 +123,14 @@ def compiled(head_dim: int, folder: Path | None = None) -> Compiled:
     nvrtc = _nvrtc()
     version = _version(nvrtc)
     source = source_file().read_bytes()
-    key = hashlib.sha256(repr((source, OPTIONS, PTX_VERSION, version, head_dim)).encode()).hexdigest()
+    key = hashlib.sha256(repr((source, OPTIONS, PTX_VERSION, version, head_dim, defines)).encode()).hexdigest()
     path = (folder or cache_folder()) / f"{key}.bin"
     try:
         found = Compiled.of(path.read_bytes())
     except OSError:
         found = None
     if found is None:
-        found = _compile(nvrtc, source, head_dim, version)
+        found = _compile(nvrtc, source, head_dim, defines, version)
         _keep(path, found.to_bytes())
     return found
 
@@ -166,7 +167,7 @@ def _version(nvrtc: Any) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _compile(nvrtc: Any, source: bytes, head_dim: int, version: tuple[int, int]) -> Compiled:
+def _compile(nvrtc: Any, source: bytes, head_dim: int, defines: tuple[str, ...], version: tuple[int, int]) -> Compiled:
     def call(function: Any, *arguments: Any) -> Any:
         status, *values = function(*arguments)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -181,7 +182,7 @@ def _compile(nvrtc: Any, source: bytes, head_dim: int, version: tuple[int, int])
         return bytes(buffer)
 
     program = call(nvrtc.nvrtcCreateProgram, source, source_file().name.encode(), 0, [], [])
-    options = [option.encode() for option in (*OPTIONS, f"-DAAPT_HEAD_DIM={head_dim}")]
+    options = [option.encode() for option in (*OPTIONS, f"-DAAPT_HEAD_DIM={head_dim}", *(f"-D{define}" for define in defines))]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         report = read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode(errors="replace")
@@ -243,8 +244,8 @@ class Kernels:
 
 
 @functools.cache
-def load(head_dim: int) -> Kernels:
-    """The kernels for `head_dim` on the current device. Needs a current CUDA context, which torch and TensorRT both make.
+def load(head_dim: int, defines: tuple[str, ...] = ()) -> Kernels:
+    """The kernels for `head_dim` on the current device; see `compiled`. Needs a current CUDA context, which torch and TensorRT both make.
 
     Raises MachineError for a GPU that is no Hopper, a driver that is too old, and what `compiled` raises.
     """
@@ -264,7 +265,7 @@ def load(head_dim: int) -> Kernels:
         for key in (attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
     )
     check_device(10 * int(major) + int(minor), call(driver.cuDeviceGetName, 128, device).rstrip(b"\0").decode(), newest)
-    code = compiled(head_dim)
+    code = compiled(head_dim, None, defines)
     image = code.cubin if newest >= 1000 * code.nvrtc[0] + 10 * code.nvrtc[1] else code.ptx + b"\0"
     library = call(driver.cuLibraryLoadData, image, [], [], 0, [], [], 0)
     functions = {name: call(driver.cuKernelGetFunction, call(driver.cuLibraryGetKernel, library, name.encode())) for name in ABI}
