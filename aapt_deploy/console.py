@@ -1,5 +1,6 @@
 """What people see: everything here goes to stderr, in colour on a terminal and as plain lines anywhere else. stdout belongs to data."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,12 @@ from rich.text import Text
 
 PLAIN_EVERY_S = 5.0  # between progress lines where there is no terminal
 LIVE_EVERY_S = 0.25
+WIDE = 160  # columns where there is no terminal: a table in a log must keep its figures
 
 
 def stderr() -> Console:
     """A console on today's sys.stderr."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDE)
 
 
 def say(text: str) -> None:

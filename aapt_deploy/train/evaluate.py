@@ -196,7 +196,7 @@ def _judge_true(truth: Truth, per_second: int) -> dict[str, Any]:
     window = _window(truth.tracks, truth, slice(1, 1 + size))
     if len(features) > 1:
         halves = [np.concatenate(features[i::2]) for i in (0, 1)]
-        window["distance"] = _rounded(Crowd(halves[0]).distance(halves[1]))
+        window["distance"] = _rounded(truth.crowd.distance(halves[1], halves[0]))
     return {"window": window, "seconds": size / per_second}
 
 

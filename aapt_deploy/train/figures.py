@@ -101,12 +101,16 @@ class Crowd:
         _, spread, axes = np.linalg.svd((true - self.mean) / np.sqrt(len(true)), full_matrices=False)
         # Whitened, so that brightness, which every random filter sees, does not drown the rest; the floor keeps noise small.
         self.axes = axes[:COMPONENTS].T / np.maximum(spread[:COMPONENTS], 1e-3 * spread[0])
-        self.true = (true - self.mean) @ self.axes
+        self.true = self.project(true)
 
-    def distance(self, made: np.ndarray) -> float:
-        """Frechet distance of made [m, F] to the true crowd, per component; 0 for the crowd itself."""
-        distance: float = frechet(self.true, (made - self.mean) @ self.axes) / self.true.shape[1]
-        return distance
+    def project(self, features: np.ndarray) -> np.ndarray:
+        """[m, F] -> [m, components], in units of the true deviations."""
+        projected: np.ndarray = (features - self.mean) @ self.axes
+        return projected
+
+    def distance(self, made: np.ndarray, true: np.ndarray | None = None) -> float:
+        """Frechet distance of made [m, F] to the true crowd, or to `true` as this crowd measures, per component; 0 for the crowd itself."""
+        return frechet(self.true if true is None else self.project(true), self.project(made)) / self.true.shape[1]
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:

@@ -5,8 +5,8 @@ cache's from the last valid one down to tile 0, so that sink and text come last)
 float32; P as e4m3 with an offset; P.V from the bytes of V tiles in the order of P's columns; the accumulator of the tensor core, which keeps 13
 bits behind its largest summand and cuts off the rest; and the two levels of accumulation that make up for it.
 
-Not emulated: the last bits of `ex2.approx`, and the order of float32 additions inside a row sum. So the kernel is compared by its error against
-float64, never bit by bit.
+Not emulated: the last bits of `ex2.approx` and of its argument, fused multiply-adds, and the order of float32 additions inside a row sum. So the
+kernel is compared by its error against float64, never bit by bit.
 
 The 13-bit accumulator is a model: Hopper's was measured by others to keep about 13 bits; that it aligns to the largest exponent of the 32 products
 and the accumulator, and truncates towards zero, is the pessimistic reading. Rows are independent, so any subset of a block's queries may be run.
