@@ -2,13 +2,14 @@
 # make test    install the development tools and run the tests
 # make check   lint and types
 # make bench   measure speed and memory, one JSON record in docs/measurements/
+# make plugins compile the CUDA kernels with nvcc, where there is one, into build/plugins; not needed: they are compiled at first use
 # make wheel   build the wheel into dist/
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench wheel clean
+.PHONY: demo test check bench plugins wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/aapt demo --out demo
@@ -21,6 +22,16 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python bench/cpu.py
+
+NVCC ?= nvcc
+KERNELS := plugins/block_causal_attention/block_causal_attention.cu
+
+plugins:
+	@command -v $(NVCC) >/dev/null || { echo "error: '$(NVCC)' is not on the path" >&2; \
+	    echo "hint: name one with make plugins NVCC=/path/to/nvcc, or do without: NVRTC compiles the kernels at first use" >&2; exit 5; }
+	@mkdir -p build/plugins
+	for dim in 128 64; do $(NVCC) -std=c++17 -arch=sm_90a -cubin -Xptxas -v,-warn-spills -DAAPT_HEAD_DIM=$$dim $(KERNELS) \
+	    -o build/plugins/block_causal_attention-d$$dim.cubin || exit 1; done
 
 wheel: $(VENV)/dev.stamp
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -53,6 +53,7 @@ DEMO = Recipe(
     vae=VaeStage(Optimiser(steps=900, batch=2, learning_rate=6e-4, weight_decay=0.0)),
     flow=(
         FlowStage(Optimiser(steps=6000, batch=6, learning_rate=1.2e-3), blocks=2, previous_noise=0.08),
-        FlowStage(Optimiser(steps=8000, batch=5, learning_rate=1e-3), blocks=3, previous_noise=0.12, resampled=0.9),
+        FlowStage(Optimiser(steps=12000, batch=4, learning_rate=1e-3), blocks=5, shift=2.5, previous_noise=0.12, resampled=0.5),
+        FlowStage(Optimiser(steps=3000, batch=4, learning_rate=4e-4), blocks=5, shift=2.5, previous_noise=0.12, resampled=0.5, forced=0.5),
     ),
 )

@@ -1,0 +1,89 @@
+"""What a GPU's kernels will be held against, itself checked on a CPU: by the layout and the emulator, and on the kernels run thread by thread."""
+
+import ctypes
+from collections.abc import Sequence
+
+import attention_checks as checks
+import numpy as np
+import pytest
+import torch
+from attention_checks import RINGS, Case, Run, Stream
+from test_kernels_on_cpu import COMPILER, LATE, build
+from torch import Tensor
+
+from aapt_deploy.ops.block_causal_attention import Ring, emulator, kernels
+from aapt_deploy.ops.block_causal_attention import hopper_fp8 as layout
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Launches of the kernels for D = 64 on this CPU."""
+    library = build(kernels.source_file(), 64, tmp_path_factory.mktemp("cpu") / "kernels.so")
+
+    def launch(kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]) -> None:
+        shape = kernels.launch_shape(kernel, numbers[0], numbers[1])
+        assert all(x.is_contiguous() for x in (*inputs, *outputs))
+        pointers = [[ctypes.c_void_p(x.data_ptr()) for x in tensors] for tensors in (inputs, outputs)]
+        problem = getattr(library, kernel.replace("aapt_", "run_"))(shape.x, shape.y, shape.threads, LATE, *pointers[0], *numbers, *pointers[1])
+        assert problem is None, problem.decode()
+
+    return launch
+
+
+def test_the_model_is_the_emulator_and_the_images_are_the_layouts() -> None:
+    """Two ways of writing the same thing down, of which one runs on a GPU."""
+    case = Case("sink", 70, 200, 2, 64, 0, "cpu")
+    s = layout.Scales(*(x.numpy() for x in (case.scales.q, case.scales.k, case.scales.k_mean, case.scales.v)))
+    k, v = (x.float().numpy() for x in (case.k, case.v))
+    block = layout.pack(k[200:], v[200:], s)
+    for mine, its in zip(case.block, block, strict=True):
+        np.testing.assert_array_equal(mine.numpy(), its)
+    for found, stored in zip(layout.unpack_codes(*(x.numpy() for x in case.cache), 200), case.codes[1:], strict=True):
+        np.testing.assert_array_equal(found, stored[:200].view(torch.uint8).numpy())
+    its = emulator.attend(case.q.float().numpy(), *block, 70, *(x.numpy() for x in case.cache), 200, s, emulator.EXACT)
+    assert checks.rmse(case.model.bfloat16(), torch.from_numpy(its)) < 1e-3
+    assert 1e-3 < checks.rmse(case.model, case.exact) < 0.1
+
+
+@pytest.mark.parametrize(("kind", "tokens", "cached"), [("plain", 1, 0), ("sharp", 65, 130), ("sink", 140, 64), ("outlier", 63, 1)])
+def test_the_checks_pass_on_right_kernels(run: Run, kind: str, tokens: int, cached: int) -> None:
+    case = Case(kind, tokens, cached, 1, 64, tokens, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(case.pack(run), case.block, strict=True))
+    found = case.check(run)
+    assert found["ok"] and found["from_model"] < 3e-3, found
+    for slot in (0, 1, cached + 70 - tokens, -1, 10_000):
+        assert case.commit(run, slot)
+
+
+def test_the_checks_fail_on_wrong_kernels(run: Run) -> None:
+    case = Case("plain", 65, 130, 1, 64, 0, "cpu")
+
+    def short(kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]) -> None:
+        """One key of the cache is forgotten; one byte is wrong; the last row is not written."""
+        if kernel == "aapt_attend":
+            inputs = [*inputs[:5], inputs[5] - 20, *inputs[6:]]
+        run(kernel, inputs, numbers, outputs)
+        if kernel != "aapt_attend":
+            outputs[1].view(-1)[5] ^= 1
+
+    assert not case.check(short)["ok"]
+    assert not all(torch.equal(a, b) for a, b in zip(case.pack(short), case.block, strict=True))
+    assert not case.commit(short, 3)
+
+
+@pytest.mark.parametrize("ring", RINGS, ids=str)
+def test_a_stream_through_every_ring(run: Run, ring: Ring) -> None:
+    """The kernels on a ring that fills and wraps: text, sink, slots and lengths of `Ring`, and commit into tiles that two blocks share."""
+    blocks = ring.sink_frames + 2 * ring.window_frames + 1
+    stream = Stream(run, ring, blocks, 1, 64, 0, "cpu")
+    errors = stream.errors(stream.launch)
+    assert len(errors) == blocks and max(errors) < 0.06, errors
+    stream = Stream(run, ring, blocks, 1, 64, 0, "cpu")
+
+    def misplaced() -> None:
+        stream.slot.zero_()
+        stream.launch()
+
+    assert max(stream.errors(misplaced)) > 0.1
