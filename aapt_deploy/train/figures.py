@@ -110,7 +110,8 @@ class Crowd:
 
     def distance(self, made: np.ndarray, true: np.ndarray | None = None) -> float:
         """Frechet distance of made [m, F] to the true crowd, or to `true` as this crowd measures, per component; 0 for the crowd itself."""
-        return frechet(self.true if true is None else self.project(true), self.project(made)) / self.true.shape[1]
+        components: int = self.true.shape[1]
+        return frechet(self.true if true is None else self.project(true), self.project(made)) / components
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
