@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ from aapt_deploy.models.generator import Generator
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.starts import Start, start
+
+# A shell starts its background jobs with Ctrl-C ignored, and processes started from there inherit that: those under test must hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = {"dunes": "desert at noon, clear", "woods": "forest in autumn at night, foggy"}
