@@ -1,13 +1,14 @@
 """The autoregressive loop: one latent frame per block, for ever. NumPy in, frames out; it knows engines and nothing else."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aapt_deploy.camera import Pose, Velocity, condition_map
-from aapt_deploy.engine import Engines
+from aapt_deploy.engine import OVERLAPPED, Engines
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
 
@@ -25,15 +26,25 @@ Steer = Callable[[int], Steering]  # block -> what holds during it
 def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int) -> Iterator[np.ndarray]:
     """Yield uint8 frames [T, H, W, 3]: first the start image as it decodes (T = 1), then T = 4 frames per block, without end.
 
-    image uint8 [H, W, 3]. `steer` is asked once per block, just before the block is generated. The same arguments give the same frames.
+    image uint8 [H, W, 3]. `steer` is asked once per block, just before the block is generated. The same arguments give the same frames. Where the
+    decoder has a stream of its own, the next block is generated, in a thread, while this one is decoded; it is steered that much earlier.
     """
-    generator, decoder = engines["generator"], engines["decoder"]
+    decoder = engines["decoder"]
+    engines["generator"].reset()
+    decoder.reset()
+    made = latents(engines, profile, image, steer, seed)
+    yield decoder.run(latent=next(made))["frames"][-1:].copy()
+    for latent in one_ahead(made) if engines.backend in OVERLAPPED else made:
+        yield decoder.run(latent=latent)["frames"].copy()
+
+
+def latents(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int) -> Iterator[np.ndarray]:
+    """Yield float32 latents [1, C, h, w]: the start image's, then one per block, without end. The generator's state must be empty."""
+    generator = engines["generator"]
     rng, pose, text = np.random.default_rng(seed), Pose(), None
     seconds = profile.video.temporal_stride / profile.video.fps
-    generator.reset()
-    decoder.reset()
     previous = engines["encoder"].run(image=image)["latent"].copy()  # [1, C, h, w]
-    yield decoder.run(latent=previous)["frames"][-1:].copy()
+    yield previous
     for block in count():
         velocity, wanted = steer(block)
         if wanted is not None and (text is None or not np.array_equal(wanted, text)):
@@ -48,7 +59,17 @@ def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer,
 
         previous = denoise(clean, x, profile.sampler.timesteps)
         generator.commit(block)
-        yield decoder.run(latent=previous)["frames"].copy()
+        yield previous
+
+
+def one_ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same items, each being made, in a thread, while its predecessor is in use."""
+    with ThreadPoolExecutor(1, "generator") as thread:
+        coming = thread.submit(next, items)
+        while True:
+            item = coming.result()
+            coming = thread.submit(next, items)
+            yield item
 
 
 def denoise(clean: Callable[[Any, float], Any], x: Any, timesteps: Sequence[float]) -> Any:

@@ -1,10 +1,12 @@
-"""What TensorRT made of a graph: the layers of a plan as the engine inspector tells them, and an audit of what they must contain.
+"""What TensorRT made of a graph: the layers of a plan as the engine inspector tells them, and an audit of what they must contain;
+and how long each takes, once a profiler has told.
 
 The inspector's JSON changed between 10.x and 11.x ("Format/Datatype" was one string, then two entries); both are read. It is text that TensorRT
 wrote about a plan, so nothing here needs TensorRT.
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,29 @@ class Audit:
     plugins: int
     fp8: int  # layers that compute on FP8 inputs, plugins and reformats not counted
     reformats: int
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """How long one layer took in a profiled run, which is slower than a real one: shares mean more than sums."""
+
+    name: str
+    kind: str  # "" where the inspector does not know a layer of that name
+    tactic: str
+    ms: float  # median
+    share: float  # of the sum over all layers
+
+
+def join(layers: list[Layer], times_ms: dict[str, list[float]]) -> list[LayerTime]:
+    """Layers with what the profiler measured of them, the longest first."""
+    known = {layer.name: layer for layer in layers}
+    middle = {name: statistics.median(times) for name, times in times_ms.items() if times}
+    total = sum(middle.values()) or 1.0
+    rows = []
+    for name, ms in sorted(middle.items(), key=lambda item: -item[1]):
+        layer = known.get(name)
+        rows.append(LayerTime(name, layer.kind if layer else "", layer.tactic if layer else "", round(ms, 4), round(ms / total, 4)))
+    return rows
 
 
 def read_layers(text: str) -> list[Layer]:

@@ -2,7 +2,7 @@
 
     build(graph, settings, progress)   parse, check, build; a Built with the plan, the timing cache and what the parser made of the graph
     open_plan(plan)                    deserialise; a Plan with its tensors and layers
-    Plan.context()                     a Context: set addresses, enqueue on a stream
+    Plan.context()                     a Context: set addresses, enqueue on a stream, time the layers
 
 What it sees to, because TensorRT does not: every plugin layer that the graph has arrived in the network (a parser that does not find a plugin may
 quietly take something slower), all shapes are static, errors carry TensorRT's own last words and the ONNX node, a build can be interrupted, and
@@ -287,6 +287,33 @@ class Context:
         if not self._context.execute_async_v3(stream):
             reason = self._messages.kept[-1] if self._messages.kept else "it gave no reason"
             raise MachineError(f"TensorRT cannot run the plan: {reason}", "aapt doctor tells what this machine lacks")
+
+    def timed(self, stream: int, wait: Callable[[], None], runs: int) -> dict[str, list[float]]:
+        """Milliseconds of every layer in each of `runs` runs, by TensorRT's profiler; `wait` waits for the stream. Slower than plain runs.
+
+        Raises MachineError when TensorRT does not report. The profiler stays with the context.
+        """
+        times = LayerTimes()
+        self._context.profiler = times
+        self._context.enqueue_emits_profile = False  # or every run would wait for itself
+        self._profiler = times  # the context does not keep it alive
+        for _ in range(runs):
+            self.enqueue(stream)
+            wait()
+            if not self._context.report_to_profiler():
+                raise MachineError("TensorRT does not report layer times", "profile without layers; aapt doctor tells the versions to report")
+        return times.ms
+
+
+class LayerTimes(trt.IProfiler):
+    """Gathers what TensorRT's profiler reports."""
+
+    def __init__(self) -> None:
+        trt.IProfiler.__init__(self)
+        self.ms: dict[str, list[float]] = {}
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        self.ms.setdefault(layer_name, []).append(float(ms))
 
 
 class Plan:
