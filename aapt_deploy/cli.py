@@ -13,7 +13,7 @@ stdout carries data: frames, or one line of JSON with --json. stderr is for peop
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
     from aapt_deploy.plan import Plan
+    from aapt_deploy.profiles import Profile
     from aapt_deploy.quality import Loss
     from aapt_deploy.stream import Request, Streamed
 
@@ -91,16 +92,29 @@ def build_engine(
 
 @app.command()
 def profile(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory; with --plan also a preset's name or a TOML file.", metavar="BUNDLE")],
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Bundle directory; with --plan also a preset's name or a TOML file.", metavar="BUNDLE")
+    ] = None,
     backend: Backend = "onnxruntime",
     precision: Precision = None,
     blocks: Annotated[int, typer.Option(min=10, help="Blocks to measure after the cold ones.")] = 120,
     plan: Annotated[bool, typer.Option("--plan", help="Measure nothing: memory against the target's, and the floor of each stage.")] = False,
+    diff: Annotated[tuple[Path, Path] | None, typer.Option("--diff", help="Measure nothing: compare two records of --json.", metavar="A B")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure step latency against the frame budget (4 frames at 24 fps: 166.7 ms). Exit 3 if it is missed, or if a plan does not fit."""
     from aapt_deploy import console, reports
 
+    if diff:
+        from aapt_deploy.profile_diff import difference
+
+        found = difference(*diff)
+        reports.difference(found)
+        if as_json:
+            typer.echo(found.json())
+        return
+    if bundle is None:
+        raise UsageError("no BUNDLE was named", "name one, or compare two records with --diff A.json B.json; see: aapt profile --help")
     if plan:
         planned = _plan(bundle)
         reports.plan(planned)
@@ -270,7 +284,19 @@ def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, pro
     with needing("export"):
         from aapt_deploy import latency
 
-        return latency.measure_bundle(opened, backend, precision, blocks, progress)
+        measured = latency.measure_bundle(opened, backend, precision, blocks, progress)
+    return replace(measured, floor_ms=_floors(opened.profile))
+
+
+def _floors(shape: "Profile") -> dict[str, float]:
+    """The floor of each stage on the profile's target; none for a CPU, nor where torch is missing, which counts the operations."""
+    if shape.target.device == "cpu":
+        return {}
+    try:
+        from aapt_deploy.plan import plan
+    except ModuleNotFoundError:
+        return {}
+    return plan(shape).floors_ms
 
 
 def _plan(bundle_or_preset: Path) -> "Plan":

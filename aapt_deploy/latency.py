@@ -10,11 +10,15 @@ The rollout knows nothing of clocks. It is given engines that are wrapped in a s
     encode      frames -> H.264, outside the step: a consumer's cost
     step        prompt + generator + commit + decoder + hand-off, wall clock from one block's frames to the next
 
+Where the decoder works beside the generator (engine.OVERLAPPED), a block is generated while the one before is decoded: a step is then as long as the
+longer of the two, and frames are encoded when all is measured, because the engines would work on meanwhile.
+
 A cold block is among the first COLD_BLOCKS, while caches fill and memory is touched for the first time.
 """
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from tempfile import TemporaryDirectory
@@ -24,7 +28,8 @@ import numpy as np
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
-from aapt_deploy.engine import Engine, Engines, open_engines
+from aapt_deploy.engine import OVERLAPPED, Engine, Engines, Layered, open_engines
+from aapt_deploy.engine.plan_layers import LayerTime
 from aapt_deploy.machine import machine
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
@@ -35,6 +40,8 @@ Result = TypeVar("Result")
 
 COLD_BLOCKS = 8
 STAGES = ("step", "generator", "decoder", "commit", "hand-off", "encode", "prompt")
+ENCODED_BLOCKS = 32  # kept for the end, where encoding would be in the way
+LAYER_RUNS = 20  # of each graph, for the table of layers
 MISS_SHARE = 0.01  # deadline misses that a stream's buffer absorbs; more fail the verdict
 
 
@@ -72,6 +79,8 @@ class Latency:
     deadline_misses: int
     machine: dict[str, str | int]
     samples_ms: list[float] = field(repr=False)
+    floor_ms: dict[str, float] = field(default_factory=dict)  # of stages, by arithmetic (plan.py); where the target's rates are known
+    layers: dict[str, list[LayerTime]] = field(default_factory=dict, repr=False)  # by graph; of backends that can tell
 
     @property
     def within_budget(self) -> bool:
@@ -85,8 +94,8 @@ class Latency:
 class Stopwatch:
     """An engine that notes how long each call takes."""
 
-    def __init__(self, engine: Engine, name: str, spent: dict[str, float]) -> None:
-        self.engine, self.name, self.spent = engine, name, spent
+    def __init__(self, engine: Engine, name: str, timed: "TimedEngines") -> None:
+        self.engine, self.name, self.timed = engine, name, timed
 
     def reset(self, **state: np.ndarray) -> None:
         self._timed("prompt" if state else "reset", lambda: self.engine.reset(**state))
@@ -96,24 +105,41 @@ class Stopwatch:
 
     def commit(self, block: int) -> None:
         self._timed("commit", lambda: self.engine.commit(block))
+        self.timed.committed()
 
     def _timed(self, name: str, call: Callable[[], Result]) -> Result:
         start = time.perf_counter()
         result = call()
-        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+        spent = self.timed.decoding if self.name == "decoder" else self.timed.making
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
         return result
 
 
 class TimedEngines:
-    """Engines whose calls add up in `spent` (seconds by stage)."""
+    """Engines whose calls add up, in seconds by stage, block by block: two blocks may be under way in two threads."""
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
         self.backend, self.precision = engines.backend, engines.precision
-        self.spent: dict[str, float] = {}
+        self.making: dict[str, float] = {}  # the block that is being generated
+        self.made: deque[dict[str, float]] = deque()  # blocks that wait to be decoded
+        self.decoding: dict[str, float] = {}
 
     def __getitem__(self, graph: str) -> Stopwatch:
-        return Stopwatch(self.engines[graph], graph, self.spent)
+        return Stopwatch(self.engines[graph], graph, self)
+
+    def committed(self) -> None:
+        self.made.append(self.making)
+        self.making = {}
+
+    def next_block(self) -> dict[str, float]:
+        """What the oldest block took that was not asked for yet."""
+        spent, self.decoding = self.made.popleft() | self.decoding, {}
+        return spent
+
+    def layer_times(self, runs: int) -> dict[str, list[LayerTime]]:
+        """By graph; empty for a backend that cannot tell."""
+        return self.engines.layer_times(runs) if isinstance(self.engines, Layered) else {}
 
     def close(self) -> None:
         self.engines.close()
@@ -132,37 +158,42 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
     start = time.perf_counter()
     engines = TimedEngines(open_all())
     opened = time.perf_counter()
-    spent = engines.spent
+    beside = engines.backend in OVERLAPPED
     stages: dict[str, list[float]] = {name: [] for name in STAGES}
     cold: list[float] = []
+    kept: list[np.ndarray] = []
     steering = Steering(CRUISE, begin.text)
     try:
         frames = rollout(engines, profile, begin.image, lambda block: steering, seed=0)
         next(frames)
+        engines.decoding.clear()
         with (
             TemporaryDirectory() as folder,
             open_sink(f"{folder}/encode.mp4", None, profile.video.width, profile.video.height, profile.video.fps) as sink,
         ):
             first = 0.0
             for block in range(COLD_BLOCKS + blocks):
-                spent.clear()
                 before = time.perf_counter()
                 shown = next(frames)
                 after = time.perf_counter()
-                sink.write(shown)
-                encoded = time.perf_counter() - after
                 first = first or after - start
-                step = after - before
+                step, spent, steady = after - before, engines.next_block(), block >= COLD_BLOCKS
                 if spent.get("prompt"):
                     stages["prompt"].append(spent["prompt"])
-                if block < COLD_BLOCKS:
-                    cold.append(step)
-                else:
+                if steady:
                     inside = {name: spent.get(name, 0.0) for name in ("generator", "decoder", "commit")}
-                    inside |= {"step": step, "hand-off": step - sum(spent.values()), "encode": encoded}
-                    for name, seconds in inside.items():
+                    for name, seconds in (inside | {"step": step, "hand-off": _hand_off(step, spent, beside)}).items():
                         stages[name].append(seconds)
+                else:
+                    cold.append(step)
+                if not beside:
+                    sink.write(shown)
+                    stages["encode"] += [time.perf_counter() - after] if steady else []
+                elif len(kept) < ENCODED_BLOCKS:
+                    kept.append(shown)
                 progress(block + 1)
+            stages["encode"] += [_seconds(lambda shown=shown: sink.write(shown)) for shown in kept]  # type: ignore[misc]
+        layers = engines.layer_times(LAYER_RUNS)
     finally:
         engines.close()
     steps = stages["step"]
@@ -170,5 +201,18 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
         profile.name, engines.backend, engines.precision, blocks, len(profile.sampler.timesteps), round(profile.step_budget_ms, 1),
         {name: StageTimes.of(times) for name, times in stages.items() if times}, [round(1000 * s, 2) for s in cold],
         round(1000 * first, 1), round(1000 * (opened - start), 1), round(profile.video.temporal_stride * len(steps) / sum(steps), 1),
-        sum(1000 * s > profile.step_budget_ms for s in steps), machine(), [round(1000 * s, 3) for s in steps],
+        sum(1000 * s > profile.step_budget_ms for s in steps), machine(), [round(1000 * s, 3) for s in steps], layers=layers,
     )  # fmt: skip
+
+
+def _hand_off(step: float, spent: dict[str, float], beside: bool) -> float:
+    """What of a step no stage accounts for."""
+    decoder = spent.get("decoder", 0.0)
+    others = sum(spent.values()) - decoder
+    return max(0.0, step - max(decoder, others)) if beside else step - decoder - others
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

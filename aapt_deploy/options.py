@@ -8,7 +8,7 @@ import typer
 from aapt_deploy.errors import MachineError
 
 BundleArg = Annotated[Path, typer.Argument(help="Bundle directory, made by `aapt export`.", metavar="BUNDLE")]
-Backend = Annotated[str, typer.Option(help="onnxruntime (CPU, no torch needed) or torch (eager, the reference).")]
+Backend = Annotated[str, typer.Option(help="onnxruntime (CPU), tensorrt (NVIDIA GPU; neither needs torch), or torch (eager, the reference).")]
 Precision = Annotated[str | None, typer.Option(help="fp32 or int8. Default: the profile's own, if it was built.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]

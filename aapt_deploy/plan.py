@@ -76,6 +76,15 @@ class Plan:
     def fits(self) -> bool:
         return not self.limit_gb or self.total_gb <= self.limit_gb
 
+    @property
+    def floors_ms(self) -> dict[str, float]:
+        """Floors of a block's stages, as `aapt profile` names them; empty where the target's rates are not known."""
+        by_name = {stage.name: stage.floor_ms for stage in self.stages}
+        generator, decoder = by_name["generator"], by_name["decoder"]
+        if self.floor_ms is None or generator is None or decoder is None:
+            return {}
+        return {"step": self.floor_ms, "generator": round(self.passes * generator, 3), "decoder": decoder}
+
     def json(self) -> str:
         return json.dumps({**asdict(self), "total_gb": self.total_gb, "fits": self.fits})
 

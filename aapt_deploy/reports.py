@@ -11,11 +11,16 @@ if TYPE_CHECKING:
     from aapt_deploy.build import Built
     from aapt_deploy.bundle import Bundle
     from aapt_deploy.doctor import Check
+    from aapt_deploy.engine.plan_layers import LayerTime
     from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
     from aapt_deploy.plan import Plan
+    from aapt_deploy.profile_diff import Change, Difference
     from aapt_deploy.quality import Loss
     from aapt_deploy.stream import Streamed
+
+LAYERS_SHOWN = 15  # of a graph
+NAME_SHOWN = 60  # characters of a layer's or kernel's name
 
 
 def parity(rows: "Sequence[Parity]", out: Path) -> None:
@@ -34,12 +39,14 @@ def engines(rows: "Sequence[Built]") -> None:
 
 
 def latency(result: "Latency") -> None:
-    floats = [(name, f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.p99_ms:.2f}", f"{t.max_ms:.2f}") for name, t in result.steady.items()]
-    table(
-        f"{result.profile}, {result.backend} {result.precision}: ms per block, {result.blocks} steady blocks",
-        ("stage", "p50", "p95", "p99", "max"),
-        floats,
-    )
+    rows, columns = [], ("stage", "p50", "p95", "p99", "max", *(("floor", "roofline") if result.floor_ms else ()))
+    for name, t in result.steady.items():
+        floor = result.floor_ms.get(name)  # how near a stage comes to what the hardware allows
+        share = (f"{floor:.2f}", f"{floor / t.p50_ms:.0%}") if floor else ("", "") if result.floor_ms else ()
+        rows.append((name, f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.p99_ms:.2f}", f"{t.max_ms:.2f}", *share))
+    table(f"{result.profile}, {result.backend} {result.precision}: ms per block, {result.blocks} steady blocks", columns, rows)
+    for graph, layers in result.layers.items():
+        _layers(graph, layers)
     cold = result.cold_step_ms
     opened = f"engines open in {result.open_ms:.0f} ms, first block after {result.first_frame_ms:.0f} ms"
     say(f"cold: {opened}, slowest of the first {len(cold)} {max(cold):.0f} ms")
@@ -47,6 +54,29 @@ def latency(result: "Latency") -> None:
     p95 = result.steady["step"].p95_ms
     verdict = "within budget" if result.within_budget else "OVER BUDGET"
     say(f"verdict: {verdict}: step p95 {p95:.1f} ms of {result.budget_ms:.1f} ms ({p95 / result.budget_ms:.0%})")
+
+
+def _layers(graph: str, layers: "Sequence[LayerTime]") -> None:
+    shown = layers[:LAYERS_SHOWN]
+    cells = [(layer.name[:NAME_SHOWN], layer.kind, layer.tactic[:NAME_SHOWN], f"{layer.ms:.3f}", f"{layer.share:.1%}") for layer in shown]
+    if rest := layers[LAYERS_SHOWN:]:
+        cells.append((f"{len(rest)} more", "", "", f"{sum(layer.ms for layer in rest):.3f}", f"{sum(layer.share for layer in rest):.1%}"))
+    table(f"layers of {graph}, profiled on their own: slower than in a step", ("layer", "kind", "kernel", "ms", "share"), cells)
+
+
+def difference(result: "Difference") -> None:
+    if result.differs:
+        table("not the same in both records", ("what", "A", "B"), [(name, a, b) for name, (a, b) in result.differs.items()])
+    columns = ("", "A ms", "B ms", "B - A", "B / A")
+    for kind, changes in result.stages.items():
+        table(f"stages, {kind.removesuffix('_ms')}", columns, [_change(change) for change in changes])
+    for graph, changes in result.layers.items():
+        table(f"layers of {graph}, the largest changes", columns, [_change(change) for change in changes[:LAYERS_SHOWN]])
+
+
+def _change(change: "Change") -> tuple[str, ...]:
+    times = ("-" if ms is None else f"{ms:.3f}" for ms in (change.before_ms, change.after_ms))
+    return (change.name[:NAME_SHOWN], *times, f"{change.delta_ms:+.3f}", "" if change.ratio is None else f"{change.ratio:.2f}")
 
 
 def plan(result: "Plan") -> None:

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "aapt_deploy"
 TIERS = (
     ("cli", "__main__"),
     ("cli_train",),
-    ("export", "build", "latency", "plan", "quality", "stream", "doctor", "initialise", "train/"),
+    ("export", "build", "latency", "plan", "profile_diff", "quality", "stream", "doctor", "initialise", "train/"),
     ("rollout", "starts"),
     ("models/", "engine/", "video", "controls", "graph_file"),
     ("ops/",),
@@ -49,7 +49,11 @@ AT_MODULE_LEVEL = {
     "av": ("video",),
     "tensorrt": ("engine/trt_api", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot"),
 }
-IN_FUNCTIONS = {"onnxruntime": ("build", "doctor"), "cuda": ("ops/block_causal_attention/kernels",), "matplotlib": ("train/evaluate", "quality")}
+IN_FUNCTIONS = {
+    "onnxruntime": ("build", "doctor"),
+    "cuda": ("ops/block_causal_attention/kernels", "engine/cuda"),
+    "matplotlib": ("train/evaluate", "quality"),
+}
 HEAVY = ("torch", "tensorrt", "onnx", "onnxscript", "onnxruntime", "av", "cuda", "modelopt", "matplotlib")
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
 WITHOUT_NUMPY = ("cli", "cli_train", "options", "__main__", "__init__", "profiles", "errors", "bundle")

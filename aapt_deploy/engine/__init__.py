@@ -4,11 +4,12 @@ A backend is one file and one row of BACKENDS; nothing else in the project knows
 """
 
 import importlib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from aapt_deploy.bundle import Bundle
+from aapt_deploy.engine.plan_layers import LayerTime
 from aapt_deploy.errors import BundleError, UsageError
 
 BACKENDS = {  # name -> module that opens all graphs of a bundle
@@ -52,6 +53,15 @@ class Engines(Protocol):
     def __getitem__(self, graph: str) -> Engine: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """Engines that can tell what each layer of a graph takes."""
+
+    def layer_times(self, runs: int) -> dict[str, list[LayerTime]]:
+        """By graph, from `runs` runs of each. State is used up by it: for the end of a measurement."""
+        ...
 
 
 def open_engines(bundle: Bundle, backend: str, precision: str | None = None) -> Engines:

@@ -61,9 +61,18 @@ class TrtEngine:
 
     def _prepare(self, read: dict[str, int], write: dict[str, int], captured: bool) -> Callable[[], None]:
         addresses = self.inputs.addresses | self.outputs.addresses | read | {name + NEXT: address for name, address in write.items()}
-        for name, address in addresses.items():
-            self.context.bind(name, address)
-        return self.stream.prepare(self._step, captured)
+
+        def bind() -> None:
+            for name, address in addresses.items():
+                self.context.bind(name, address)
+
+        def uncaptured() -> None:  # a graph remembers its addresses, a context only the last ones
+            bind()
+            self._step()
+
+        bind()
+        step = self.stream.prepare(self._step, captured)
+        return step if captured else uncaptured
 
     def _step(self) -> None:
         self.stream.upload(self.inputs.address, self.inputs.host)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn, Protocol, SupportsFloat, TypeVar
 
 from aapt_deploy.engine.plan_layers import Layer, read_layers
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
@@ -312,7 +312,7 @@ class LayerTimes(trt.IProfiler):
         trt.IProfiler.__init__(self)
         self.ms: dict[str, list[float]] = {}
 
-    def report_layer_time(self, layer_name: str, ms: float) -> None:
+    def report_layer_time(self, layer_name: str, ms: SupportsFloat) -> None:
         self.ms.setdefault(layer_name, []).append(float(ms))
 
 

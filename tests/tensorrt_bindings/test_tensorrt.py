@@ -24,13 +24,16 @@ from aapt_deploy.errors import MachineError
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-MODULES = ("engine/trt_api", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot")
+MODULES = (
+    "engine/trt_api", "engine/trt", "engine/trt_state", "engine/cuda",
+    "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot",
+)  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not link_stubs.supported(), reason="link stubs are written for Linux on x86-64 and ARM64")
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, HERE.parent))), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], cwd=HERE, env=os.environ | paths | environment, capture_output=True, text=True, check=False)
 
 
