@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from test_rollout import Fake
 
-from aapt_deploy import latency
+from aapt_deploy import latency, plan, profiles, reports
 from aapt_deploy.bundle import Bundle
+from aapt_deploy.cli import _floors
 from aapt_deploy.errors import BundleError
 from aapt_deploy.latency import COLD_BLOCKS, STAGES, Latency, StageTimes, measure, measure_bundle
 from aapt_deploy.profiles import Profile
@@ -127,6 +128,23 @@ def test_progress_counts_every_block(bundle: Path) -> None:
 def test_a_bundle_without_that_engine_is_refused(bare: Path) -> None:
     with pytest.raises(BundleError, match="has no onnxruntime engine"):
         measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, lambda text: None)
+
+
+def test_floors_stand_beside_their_stages(real: Latency, capsys: pytest.CaptureFixture[str]) -> None:
+    reports.latency(real)
+    assert "roofline" not in capsys.readouterr().err
+    half = real.steady["step"].p50_ms / 2
+    reports.latency(replace(real, floor_ms={"step": half}))
+    rows = [line for line in capsys.readouterr().err.splitlines() if "step" in line and "50%" in line]
+    assert len(rows) == 1 and f"{half:.2f}" in rows[0]
+
+
+def test_a_gpu_profile_s_floors_are_those_of_its_plan() -> None:
+    assert _floors(profiles.load("demo-cpu")) == {}
+    shape = profiles.load("aapt-8b-736x416-h100")
+    planned = plan.plan(shape)
+    by_name = {stage.name: stage.floor_ms for stage in planned.stages}
+    assert _floors(shape) == {"step": planned.floor_ms, "generator": by_name["generator"], "decoder": by_name["decoder"]}
 
 
 # --- the command ---

@@ -233,6 +233,10 @@ def test_a_stream_needs_neither_torch_nor_onnx() -> None:
     assert loaded & {"torch", "onnx", "onnxscript", "tensorrt", "safetensors"} == set()
 
 
+def test_a_tensorrt_engine_loads_nothing_heavy_before_it_is_opened() -> None:
+    assert loaded_by("aapt_deploy.engine.trt") & {*HEAVY, "safetensors"} == set()
+
+
 # --- form ---
 
 

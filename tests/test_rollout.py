@@ -1,14 +1,15 @@
 """The loop: what it asks of its engines, in which order, and the sampler's arithmetic against a closed form."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
 
 from aapt_deploy.camera import CRUISE, Pose, Velocity, condition_map
+from aapt_deploy.engine import OVERLAPPED
 from aapt_deploy.profiles import Profile, Sampler
-from aapt_deploy.rollout import Steering, denoise, rollout
+from aapt_deploy.rollout import Steering, denoise, one_ahead, rollout
 from aapt_deploy.rope import temporal_rope
 
 CLEAN = 0.25  # what the fake generator sees in any noise
@@ -196,3 +197,38 @@ def test_the_seed_is_all_there_is_to_chance(tiny: Profile) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(noises[0], noises[1], strict=True))
     assert not np.array_equal(noises[0][0], noises[2][0])
     assert not np.array_equal(noises[0][0], noises[0][2])  # and every block has noise of its own
+
+
+# --- one block ahead ---
+
+
+def test_a_backend_with_a_stream_of_its_own_for_the_decoder_gives_the_same_frames_one_block_ahead(tiny: Profile) -> None:
+    class Beside(Fake):
+        backend = OVERLAPPED[0]
+
+    asked: list[int] = []
+
+    def steer(block: int) -> Steering:
+        asked.append(block)
+        return Steering(LEFT, DAY)
+
+    image = np.zeros((tiny.video.height, tiny.video.width, 3), np.uint8)
+    frames = rollout(Beside(tiny), tiny, image, steer, seed=1)
+    made = [next(frames)]
+    assert asked == []
+    made += [next(frames) for _ in range(3)]
+    frames.close()  # waits for the thread
+    assert asked == [0, 1, 2, 3]
+    _, wanted = run(tiny, 3, lambda block: Steering(LEFT, DAY), seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(made, wanted, strict=True))
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_where_the_item_is_asked_for() -> None:
+    def items() -> Iterator[np.ndarray]:
+        yield np.zeros(1)
+        raise ValueError("broken")
+
+    ahead = one_ahead(items())
+    assert next(ahead).shape == (1,)
+    with pytest.raises(ValueError, match="broken"):
+        next(ahead)

@@ -4,7 +4,8 @@
     Device.memory(bytes)    an address on the device        Device.pinned(shape, dtype)   an array that the device reads and writes
     Device.stream()         a Stream: copies, waits, and `prepare`, which captures work once so that it can be replayed
 
-Whatever a Device gave out it takes back in `close`, in reverse order; after `seal` it gives out nothing more, so a stream of days cannot grow.
+Whatever a Device gave out it takes back in `close`, in reverse order; after `seal` it gives out nothing more, so a stream of days cannot grow. The
+context itself stays until the process ends: kernels that were loaded into it are kept for the next bundle (kernels.load).
 Pinned memory belongs to its array and is merely registered with the driver: an array that outlives the device is still safe to read.
 
 `Stream.wait` asks the driver again and again instead of sleeping inside it: Ctrl-C is heard, and another thread can queue the next step meanwhile.
@@ -56,7 +57,7 @@ class Device:
         minor = self.call(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._device)
         self.sm = 10 * int(major) + int(minor)
         self._context = self.call(driver.cuDevicePrimaryCtxRetain, self._device)
-        self._undo: list[Callable[[], object]] = [lambda: self.call(driver.cuDevicePrimaryCtxRelease, self._device)]
+        self._undo: list[Callable[[], object]] = []
         self._streams: list[Stream] = []
         self.sealed = self.closed = False
         self.use()
