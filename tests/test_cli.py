@@ -139,7 +139,7 @@ def test_a_group_without_a_command_shows_its_help(aapt: Aapt, arguments: tuple[s
         ("stream . -o x.mp4", 4, "has no manifest.json"),
         ("profile BUNDLE --blocks 3", 2, "Invalid value for '--blocks'"),
         ("profile nowhere", 4, "bundle nowhere is not a directory"),
-        ("profile BUNDLE --backend tensorrt", 2, "backend 'tensorrt' does not exist"),
+        ("profile BUNDLE --backend tensorflow", 2, "backend 'tensorflow' does not exist"),
         ("build-engine nowhere", 4, "bundle nowhere is not a directory"),
         ("build-engine BUNDLE --backend cuda", 2, "backend 'cuda' cannot be built"),
         ("build-engine BUNDLE --precision int4", 2, "precision 'int4' does not exist"),

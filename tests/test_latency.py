@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from test_rollout import Fake
 
-from aapt_deploy import latency, plan, profiles, reports
+from aapt_deploy import latency, plan, reports
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.cli import _floors
 from aapt_deploy.errors import BundleError
 from aapt_deploy.latency import COLD_BLOCKS, STAGES, Latency, StageTimes, measure, measure_bundle
-from aapt_deploy.profiles import Profile
+from aapt_deploy.profiles import Profile, Target
 from aapt_deploy.starts import Start
 
 SLEEP_S = 0.012
@@ -139,12 +139,12 @@ def test_floors_stand_beside_their_stages(real: Latency, capsys: pytest.CaptureF
     assert len(rows) == 1 and f"{half:.2f}" in rows[0]
 
 
-def test_a_gpu_profile_s_floors_are_those_of_its_plan() -> None:
-    assert _floors(profiles.load("demo-cpu")) == {}
-    shape = profiles.load("aapt-8b-736x416-h100")
+def test_a_gpu_profile_s_floors_are_those_of_its_plan(tiny: Profile) -> None:
+    assert _floors(tiny) == {}
+    shape = tiny.replace(target=Target("cuda", "H100", 90, 80))
     planned = plan.plan(shape)
     by_name = {stage.name: stage.floor_ms for stage in planned.stages}
-    assert _floors(shape) == {"step": planned.floor_ms, "generator": by_name["generator"], "decoder": by_name["decoder"]}
+    assert _floors(shape) == {"step": planned.floor_ms, "generator": 2 * (by_name["generator"] or 0), "decoder": by_name["decoder"]}
 
 
 # --- the command ---

@@ -37,14 +37,15 @@ from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.signature import GraphSignature, layer_names, signatures
 from aapt_deploy.starts import start
 
-BLOCKS = 11  # the window holds 3 and a sink: the ring wraps at 4 and 7
+BLOCKS = 9  # the window holds 3 and a sink: the ring wraps at 4 and 7
+FEW = 6  # enough to see a mistake: block 5 attends to what block 4 wrote over block 1
 DAY, NIGHT = (token_ids(parse(text)) for text in ("desert at noon", "islands at night, foggy"))
 TYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
 
 
 def changing(block: int) -> np.ndarray:
     """A prompt that changes while the ring is full, and back."""
-    return NIGHT if 5 <= block < 8 else DAY
+    return NIGHT if 3 <= block < 5 else DAY
 
 
 def tensors_of(signature: GraphSignature) -> list[Tensor]:
@@ -357,12 +358,12 @@ def tiled_plans(driver: Driver, loaded: Checkpoint, scales: list[hopper_fp8.Scal
     return made
 
 
-def tiled_frames(loaded: Checkpoint, opened: Any, packed: bool, module: ModuleType = trt) -> list[np.ndarray]:
+def tiled_frames(loaded: Checkpoint, opened: Any, packed: bool, module: ModuleType = trt, blocks: int = BLOCKS) -> list[np.ndarray]:
     driver, scales = Driver(), toy_scales(loaded.profile)
     device = getattr(module, "cuda_module", cuda).Device(driver)
     options = module.Options(scales=scales, launch=emulated_kernels(driver, loaded.profile))
     engines = module.TrtEngines(loaded.profile, tiled_plans(driver, loaded, scales, packed), device, "fp8_e4m3", options)
-    frames = frames_of(engines, opened, BLOCKS, 3, changing)
+    frames = frames_of(engines, opened, blocks, 3, changing)
     engines.close()
     return frames
 
@@ -453,7 +454,7 @@ def caught(run: Callable[[], list[np.ndarray]], wanted: list[np.ndarray]) -> boo
         frames = run()
     except (AssertionError, AttributeError, MachineError):
         return True
-    return differ(frames, wanted)[1] > 1 / 500
+    return differ(frames, wanted[: len(frames)])[1] > 1 / 500
 
 
 @pytest.mark.parametrize("mistake", PLANTED)
@@ -466,7 +467,7 @@ def test_a_planted_mistake_is_caught(
         engines = opened_over(Driver(), tiny, computes, module)
         if mistake == "memory that is not emptied":
             frames_of(engines, opened, 1, 3, changing)
-        return frames_of(engines, opened, BLOCKS, 3, changing)
+        return frames_of(engines, opened, FEW, 3, changing)
 
     assert caught(run, wanted)
 
@@ -477,11 +478,11 @@ def test_a_planted_mistake_with_fp8_caches_is_caught(
 ) -> None:
     module = planted(PLANTED_TILES[mistake], monkeypatch)
     opened: Any = Opened(wide, bundle)
-    assert caught(lambda: tiled_frames(wide, opened, False, module), rounded)
+    assert caught(lambda: tiled_frames(wide, opened, False, module, FEW), rounded)
 
 
 def test_without_a_mistake_nothing_is_caught(
     bundle: Path, tiny: Profile, computes: dict[str, Compute], wanted: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, opened = planted(("trt", "AGAIN = ", "AGAIN = "), monkeypatch), Bundle.open(bundle)
-    assert not caught(lambda: frames_of(opened_over(Driver(), tiny, computes, module), opened, BLOCKS, 3, changing), wanted)
+    assert not caught(lambda: frames_of(opened_over(Driver(), tiny, computes, module), opened, FEW, 3, changing), wanted)
