@@ -4,6 +4,7 @@ Letters: B batch, N tokens, H heads, D head_dim, P rotary pairs (D / 2), n block
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from aapt_deploy.rope import rope_pairs
 EPS = 1e-5
 MODULATIONS = 6  # shift, scale, gate for attention and again for the MLP
 TIME_FEATURES = 256
+
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # q, k, v [B, N, H, D] -> attended [B, N, H, D], and what else shall come out
 
 
 def posterior(noisy: Tensor, previous: Tensor, t: Tensor, step_spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +86,7 @@ class Stream(nn.Module):
     def __init__(self, profile: Profile, ends_at_attention: bool = False) -> None:
         super().__init__()
         m = profile.model
-        self.heads = m.heads
+        self.heads, self.ends_at_attention = m.heads, ends_at_attention
         self.qkv = nn.Linear(m.dim, 3 * m.dim, bias=False)
         self.norm_q = nn.Parameter(torch.ones(profile.head_dim))
         self.norm_k = nn.Parameter(torch.ones(profile.head_dim))
@@ -92,6 +95,19 @@ class Stream(nn.Module):
             self.out = nn.Linear(m.dim, m.dim)
             self.w1 = nn.Linear(m.dim, m.mlp_ratio * m.dim)
             self.w2 = nn.Linear(m.mlp_ratio * m.dim, m.dim)
+
+    def forward(self, x: Tensor, shared: list[Tensor] | None, rope: Tensor | None, attend: Attend) -> tuple[Tensor, ...]:
+        """Tokens x [B, N, dim] through the block; then whatever `attend` returned besides the attended values.
+
+        shared: the modulation by time, six of [B, N or 1, dim], which the stream's own is added to; rope as in `rotate`; None where there is none.
+        """
+        own = self.modulation.unbind(0)
+        modulation = list(own) if shared is None else [m + o for m, o in zip(shared, own, strict=True)]
+        q, k, v = self.project(x, *modulation[:2])
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        attended, *kept = attend(q, k, v)
+        return (x if self.ends_at_attention else self.finish(x, attended, modulation[2:]), *kept)
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N, dim] -> q, k, v [B, N, H, D]; q and k normalised per head."""
