@@ -16,6 +16,7 @@ def train_data(
     folder: Annotated[Path, typer.Argument(help="Folder for the clips; an earlier run goes on.")],
     worlds: Annotated[int, typer.Option(min=1, help="Worlds to render, two clips each.")] = 1000,
     first_seed: Annotated[int, typer.Option(min=0)] = 0,
+    blocks: Annotated[int, typer.Option(min=2, help="Blocks of four frames per clip: six are a second.")] = 24,
     processes: Annotated[int, typer.Option(min=1)] = 2,
     videos: Annotated[Path | None, typer.Option(help="Cut the video files in this folder into clips instead of rendering.")] = None,
     profile: ProfileName = "demo-cpu",
@@ -27,10 +28,10 @@ def train_data(
     shape = profiles.load(profile)
     with console.progress(f"writing clips to {folder}") as progress:
         if videos is not None:
-            written = data.import_videos(videos, folder, shape, lambda path, reason: console.warn(f"skipped {path}: {reason}"))
+            written = data.import_videos(videos, folder, shape, lambda path, reason: console.warn(f"skipped {path}: {reason}"), blocks)
         else:
             written = 0
-            for done, clips in enumerate(data.render_worlds(folder, shape, first_seed, worlds, processes), start=1):
+            for done, clips in enumerate(data.render_worlds(folder, shape, first_seed, worlds, processes, blocks), start=1):
                 written += clips
                 progress(f"{done} of {worlds} worlds, {written} new clips")
     console.say(f"{folder}: {written} new clips")
@@ -41,15 +42,25 @@ def train_run(
     folder: Annotated[Path, typer.Argument(help="Folder of clips, made by `aapt train data`.")],
     run: Annotated[Path, typer.Option("--run", help="Folder of the run; an interrupted run goes on.")] = Path("runs/demo"),
     profile: ProfileName = "demo-cpu",
+    chosen: Annotated[str, typer.Option("--recipe", help="demo, demo-clip, demo-bidirectional, demo-bidirectional-clip, or paper.")] = "demo",
+    start: Annotated[Path | None, typer.Option("--from", help="Checkpoint with a VAE and a flow-matching generator: go on from there.")] = None,
+    distilled: Annotated[Path | None, typer.Option(help="With --from: a one-step checkpoint, in the place of distillation.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    bf16: Annotated[bool | None, typer.Option(help="Mixed precision. Default: on a GPU.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks in the backward pass: less memory, more time.")] = False,
 ) -> None:
     """Train VAE and generator; ends with a checkpoint in the run's folder. Safe to stop and start at any time."""
     from aapt_deploy import console, profiles
+    from aapt_deploy.errors import UsageError
 
+    if distilled is not None and start is None:
+        raise UsageError("--distilled stands in for a stage after --from", "name the flow-matching checkpoint it came from with --from")
     shape = profiles.load(profile)
     with needing("train"), console.progress(f"training in {run}") as progress:
-        from aapt_deploy.train import recipe, stages
+        from aapt_deploy.train import recipe, setup, stages
 
-        path = stages.train(folder, run, shape, recipe.DEMO, progress)
+        how = setup.Setup(device, device != "cpu" if bf16 is None else bf16, checkpointing)
+        path = stages.train(folder, run, shape, recipe.named(chosen), progress, how, stages.Start(start, distilled) if start else None)
     console.say(f"checkpoint: {path}")
 
 

@@ -77,9 +77,9 @@ class Discriminator(Backbone):
         attend = self._attend_to_clip(text, n, bidirectional=self.attention == "bidirectional")
         group = f if self.logits == "frame" else n * f
         found, queries = [], iter(self.queries)
-        for depth, (x, *_) in enumerate(self._blocks(x, shared, rope, attend), start=1):  # noqa: B020  tokens in, tokens out
+        for depth, (tokens, *_) in enumerate(self._blocks(x, shared, rope, attend), start=1):
             if depth in self.taps:
-                found.append(next(queries)(x.unflatten(1, (-1, group)).flatten(0, 1)))  # [B * groups, dim]
+                found.append(next(queries)(tokens.unflatten(1, (-1, group)).flatten(0, 1)))  # [B * groups, dim]
         with torch.autocast(x.device.type, enabled=False):  # what R1 and R2 compare differs in the last digits
-            logits: Tensor = self.logit(rms_norm(torch.cat(found, dim=-1).float()))
-        return logits.unflatten(0, (b, -1)).squeeze(-1)
+            logits: Tensor = self.logit(rms_norm(torch.cat(found, dim=-1).float()))  # [B * groups, 1]
+        return logits.view(b, -1)

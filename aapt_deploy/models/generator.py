@@ -85,7 +85,8 @@ class Generator(Backbone):
         """The blocks and the head's norm: tokens [B, N, dim] -> tokens [B, N, dim], and what each block's attention wants kept. t [B, N or 1]."""
         shared, features = self._modulation(t)
         kept = []
-        for x, *rest in self._blocks(x, shared, rope, attend):  # noqa: B020  tokens in, tokens out
+        for tokens, *rest in self._blocks(x, shared, rope, attend):
+            x = tokens
             kept.append(tuple(rest))
         shift, scale = self.time_out(features).chunk(2, dim=-1)
         return rms_norm(x) * (1 + scale) + shift, kept

@@ -91,14 +91,14 @@ def render_world(folder: Path, profile: Profile, seed: int, blocks: int = BLOCKS
     return len(paths)
 
 
-def _render_task(task: tuple[Path, Profile, int]) -> int:
+def _render_task(task: tuple[Path, Profile, int, int]) -> int:
     return render_world(*task)
 
 
-def render_worlds(folder: Path, profile: Profile, first_seed: int, worlds: int, processes: int) -> Iterator[int]:
+def render_worlds(folder: Path, profile: Profile, first_seed: int, worlds: int, processes: int, blocks: int = BLOCKS) -> Iterator[int]:
     """Render `worlds` worlds into `folder`, yielding the clips written after each. Resumes where an earlier run stopped."""
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [(folder, profile, seed) for seed in range(first_seed, first_seed + worlds)]
+    tasks = [(folder, profile, seed, blocks) for seed in range(first_seed, first_seed + worlds)]
     if processes == 1:
         yield from map(_render_task, tasks)
         return

@@ -2,7 +2,8 @@
 
 x_t = (1 - t) x0 + t eps. The network predicts x0; the loss is its squared error in units of the posterior deviation given the previous frame
 (`layers.posterior`): at small t that is the squared error of the velocity, as in the paper; at t = 1 it does not vanish against it.
-Times differ from block to block, because at inference a block's neighbours in the cache were written at the sampler's last time.
+Times may differ from block to block (`one_time` is off), because at inference a block's neighbours in the cache were written at the sampler's last
+time.
 
 A generator trained on true histories alone drifts within seconds when it feeds on its own frames. Self-resampling shows it its own errors
 without a rollout: a true frame is noised part of the way, finished by the generator, and used as the history of the next block.
@@ -17,7 +18,7 @@ from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import posterior
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
-from aapt_deploy.train.recipe import FlowStage
+from aapt_deploy.train.recipe import ConsistencyStage, FlowStage
 
 SMALLEST_T = 0.05  # the sampler stops above it
 FAR = 20_000  # blocks by which a sink may lie in the past: 55 minutes at 24 fps
@@ -33,6 +34,9 @@ class Batch:
     text: Tensor  # [B, L]
     rope_time: Tensor  # [B, n, 2, P_time]
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Latents:
@@ -46,7 +50,7 @@ class Latents:
         """Deviation of each channel around the latent before it: [C, 1, 1]."""
         return (self.z[:, 1:].float() - self.z[:, :-1].float()).std(dim=(0, 1, 3, 4))[:, None, None]
 
-    def draw(self, profile: Profile, stage: FlowStage, rng: torch.Generator) -> Batch:
+    def draw(self, profile: Profile, stage: FlowStage | ConsistencyStage, rng: torch.Generator) -> Batch:
         """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips."""
         clips, m = self.z.shape[0], self.conditions.shape[1]
         b, n = stage.optimiser.batch, min(stage.blocks, m - 1)
@@ -58,6 +62,26 @@ class Latents:
         index = torch.cat([blocks[:, :1], blocks[:, 1:] + away], dim=1)
         rope = torch.from_numpy(temporal_rope(profile, index.numpy()))
         return Batch(self.z[rows, blocks + 1].float(), self.z[rows, blocks].float(), self.conditions[rows, blocks].float(), self.tokens[chosen], rope)
+
+    def clips(self, count: int, blocks: int, rng: torch.Generator) -> "Clips":
+        """`count` pieces of random clips, each of a frame and the `blocks` blocks after it."""
+        m = self.conditions.shape[1]
+        assert blocks <= m, f"{blocks=} of a clip that has {m}"
+        chosen = torch.randint(len(self.z), (count, 1), generator=rng)
+        rows = torch.randint(m - blocks + 1, (count, 1), generator=rng) + torch.arange(1 + blocks)  # [B, 1 + n]
+        return Clips(self.z[chosen, rows].float(), self.conditions[chosen, rows[:, :-1]].float(), self.tokens[chosen[:, 0]])
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Pieces of clips as a stream starts: a frame, and what follows it."""
+
+    frames: Tensor  # [B, 1 + n, C, h, w], the given frame first
+    condition: Tensor  # [B, n, 6, h, w] of the steps between them
+    text: Tensor  # [B, L]
+
+    def to(self, device: torch.device) -> "Clips":
+        return Clips(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
@@ -71,17 +95,17 @@ def flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: torch.G
     b, n = clean.shape[:2]
     if float(torch.rand((), generator=rng)) < stage.resampled:
         previous = resample_history(generator, batch, rng)
-    previous = previous + stage.previous_noise * _blemishes(previous.shape, rng)
-    t = shifted(torch.rand(b, n, generator=rng), stage.shift).clamp_min(SMALLEST_T)
-    noise = torch.randn(clean.shape, generator=rng)
+    previous = previous + stage.previous_noise * blemishes(previous.shape, rng).to(clean.device)
+    t = shifted(torch.rand(b, 1 if stage.one_time else n, generator=rng), stage.shift).clamp_min(SMALLEST_T).expand(b, n).to(clean.device)
+    noise = torch.randn(clean.shape, generator=rng).to(clean.device)
     t_ = t[..., None, None, None]  # [B, n, 1, 1, 1]
     noisy = (1 - t_) * clean + t_ * noise
     predicted: Tensor = generator(noisy, previous, batch.condition, t, batch.text, batch.rope_time).float()
-    _, _, spread = posterior(noisy, previous, t_, generator.step_spread)
+    spread = t_ if stage.velocity else posterior(noisy, previous, t_, generator.step_spread)[2]
     return (((predicted - clean) / spread) ** 2).mean()
 
 
-def _blemishes(shape: torch.Size, rng: torch.Generator) -> Tensor:
+def blemishes(shape: torch.Size, rng: torch.Generator) -> Tensor:
     """Errors of random strength, of the two kinds a generator makes: pixel by pixel, and constant over a token's patch."""
     b, n, c, h, w = shape
     fine = torch.rand(b, n, 1, 1, 1, generator=rng) * torch.randn(shape, generator=rng)
@@ -98,9 +122,9 @@ def resample_history(generator: Generator, batch: Batch, rng: torch.Generator) -
     """
     clean = batch.clean
     b = clean.shape[0]
-    t = 0.35 + 0.65 * torch.rand(b, 1, generator=rng).expand(b, clean.shape[1])
+    t = 0.35 + 0.65 * torch.rand(b, 1, generator=rng).expand(b, clean.shape[1]).to(clean.device)
     single = float(torch.rand((), generator=rng)) < 0.5
-    x = (1 - t[..., None, None, None]) * clean + t[..., None, None, None] * torch.randn(clean.shape, generator=rng)
+    x = (1 - t[..., None, None, None]) * clean + t[..., None, None, None] * torch.randn(clean.shape, generator=rng).to(clean.device)
     previous = batch.previous
     for now, after in [(t, torch.zeros_like(t))] if single else [(t, t / 2), (t / 2, torch.zeros_like(t))]:
         predicted = generator(x, previous, batch.condition, now, batch.text, batch.rope_time).float()

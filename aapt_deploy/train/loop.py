@@ -1,14 +1,15 @@
 """The only training loop: AdamW, warm-up and cosine, EMA, a plottable log, and a state that a killed run resumes from to the bit.
 
-Everything random in an update comes from (seed, stage, update), so a resumed run draws what the unbroken one would have drawn. The state is
-a safetensors file written beside its final name and renamed, every few minutes and at the end.
+It trains one network on a loss (`fit`) or several that share an update (`fit_together`). Everything random in an update comes from (seed, stage,
+update), so a resumed run draws what the unbroken one would have drawn. The state is a safetensors file written beside its final name and renamed,
+every few minutes and at the end.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,91 +19,146 @@ from torch import Tensor, nn
 
 from aapt_deploy.errors import CheckpointError, TrainingError
 from aapt_deploy.train.recipe import Optimiser
+from aapt_deploy.train.setup import ALONE, Setup
 
 SAVE_EVERY_S = 180.0
 LOG_EVERY = 20  # updates
 
 Loss = Callable[[torch.Generator], Tensor]
+Update = Callable[[torch.Generator, int, float], dict[str, Tensor]]  # rng, updates so far, scale -> figures ("loss" is one); leaves gradients
 Progress = Callable[[int, float], None]  # update, mean loss
 
 
 def learning_rate(optimiser: Optimiser, step: int) -> float:
-    """Linear warm-up to the peak, then a cosine to a hundredth of it."""
+    """Linear warm-up to the peak, then a cosine to `floor` of it."""
     if step < optimiser.warmup:
         return optimiser.learning_rate * (step + 1) / optimiser.warmup
     part = (step - optimiser.warmup) / max(1, optimiser.steps - optimiser.warmup)
-    return optimiser.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(part, 1.0))))
+    return optimiser.learning_rate * (optimiser.floor + (1 - optimiser.floor) * 0.5 * (1 + math.cos(math.pi * min(part, 1.0))))
 
 
-def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: int, progress: Progress) -> dict[str, Tensor]:
+class Learner:
+    """A network under training: its weights, their average, its optimiser. `name` goes before its tensors in the state."""
+
+    def __init__(self, name: str, module: nn.Module, optimiser: Optimiser) -> None:
+        self.prefix, self.optimiser = f"{name}." if name else "", optimiser
+        self.weights: dict[str, nn.Parameter] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=optimiser.betas, weight_decay=optimiser.weight_decay)
+        self.updates = 0  # that gave it a gradient
+
+    def update(self, step: int) -> float:
+        """Use up the gradients, if there are any. Returns their norm before clipping."""
+        if all(p.grad is None for p in self.weights.values()):
+            return 0.0
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(self.optimiser, step)
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.optimiser.clip_norm)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.updates += 1
+        decay = min(self.optimiser.ema, self.updates / (self.updates + 10))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.weights.values()], 1 - decay)
+        return float(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has to be kept, by name."""
+        kept = {f"weights.{name}": p.detach() for name, p in self.weights.items()} | {f"average.{name}": p for name, p in self.average.items()}
+        for name, p in self.weights.items():
+            if p in self.adam.state:
+                kept |= {f"{key}.{name}": self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+        return {self.prefix + name: tensor.contiguous() for name, tensor in kept.items()}
+
+    def restore(self, names: set[str], shape: Callable[[str], list[int]], read: Callable[[str], Tensor], updates: int) -> None:
+        """Take back what `tensors` gave. Raises ValueError where it is another network's."""
+        held = {name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)}
+        if (found := {name.removeprefix("weights.") for name in held if name.startswith("weights.")}) != self.weights.keys():
+            raise ValueError(f"its weights are {sorted(found)[:4]} …, not {sorted(self.weights)[:4]} …")
+        for name, p in self.weights.items():
+            if (wrong := tuple(shape(f"{self.prefix}weights.{name}"))) != tuple(p.shape):
+                raise ValueError(f"{name} is {wrong}, not {tuple(p.shape)}")  # copy_ would broadcast
+            p.data.copy_(read(f"{self.prefix}weights.{name}"))
+            self.average[name].copy_(read(f"{self.prefix}average.{name}"))
+            if f"exp_avg.{name}" in held:
+                moments = {key: read(f"{self.prefix}{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[p] = {"step": torch.tensor(float(updates)), **moments}
+        self.updates = updates
+
+
+def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: int, progress: Progress, setup: Setup = ALONE) -> dict[str, Tensor]:
     """Train `module` on `loss` until `optimiser.steps` updates are done, resuming from `state` if it exists.
 
     Returns the averaged (EMA) weights by name. Raises CheckpointError when `state` is damaged or belongs to another module, and TrainingError
     when the loss is no longer finite; the state on disk then is the last good one.
     """
-    weights: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    average = {name: p.detach().clone() for name, p in weights.items()}
-    adam = torch.optim.AdamW(weights.values(), lr=0.0, betas=optimiser.betas, weight_decay=optimiser.weight_decay)
-    step = _restore(state, weights, average, adam) if state.exists() else 0
-    log = state.with_suffix(".jsonl")
-    saved, started, losses = time.monotonic(), time.monotonic(), []
+
+    def update(rng: torch.Generator, step: int, scale: float) -> dict[str, Tensor]:
+        value = loss(rng)
+        (value * scale).backward()
+        return {"loss": value}
+
+    learner = Learner("", module, optimiser)
+    fit_together([learner], update, optimiser, state, seed, progress, setup)
+    return learner.average
+
+
+def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, state: Path, seed: int, progress: Progress,
+                 setup: Setup = ALONE) -> None:  # fmt: skip
+    """Train several networks on one `update` for `optimiser.steps` updates of `optimiser.accumulate` batches; otherwise as `fit`."""
+    step = _restore(state, learners) if state.exists() else 0
+    log, scale = state.with_suffix(".jsonl"), 1 / optimiser.accumulate
+    saved = started = time.monotonic()
+    gathered: list[dict[str, float]] = []
     while step < optimiser.steps:
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(optimiser, step)
-        rng = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = loss(rng)
-        if not value.isfinite():
-            raise TrainingError(
-                f"the loss of update {step + 1} is {value.item()} ({state.stem})",
-                "the last saved state is kept: lower the learning rate in the recipe, or look for broken clips, then run the command again",
-            )
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(weights.values(), optimiser.clip_norm)
-        adam.step()
-        adam.zero_grad()
+        batches = []
+        for batch in range(optimiser.accumulate):
+            rng = torch.Generator().manual_seed((seed * 1_000_003 + step * optimiser.accumulate + batch) % 2**63)
+            with setup.autocast():
+                batches.append({name: float(value.detach()) for name, value in update(rng, step, scale).items()})
+        figures = {name: sum(each[name] for each in batches) * scale for name in batches[0]}
+        _finite(figures, step, state)
+        norms = [learner.update(step) for learner in learners]
         step += 1
-        decay = min(optimiser.ema, step / (step + 10))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()], 1 - decay)
-        losses.append(value.item())
+        gathered.append(figures)
         if step % LOG_EVERY == 0 or step == optimiser.steps:
-            mean = sum(losses) / len(losses)
-            line = {"step": step, "loss": round(mean, 5), "grad_norm": round(float(norm), 4), "lr": learning_rate(optimiser, step - 1)}
+            mean = {name: sum(each[name] for each in gathered) / len(gathered) for name in figures}
+            rounded = {name: round(value, 5) for name, value in mean.items()}
+            line = {"step": step, **rounded, "grad_norm": round(norms[0], 4), "lr": learning_rate(optimiser, step - 1)}
             with log.open("a") as file:
                 file.write(json.dumps({**line, "seconds": round(time.monotonic() - started, 1)}) + "\n")
-            progress(step, mean)
-            losses = []
+            progress(step, mean["loss"])
+            gathered = []
         if time.monotonic() - saved > SAVE_EVERY_S or step == optimiser.steps:
-            _save(state, step, weights, average, adam)
+            _save(state, step, learners)
             saved = time.monotonic()
-    return average
 
 
-def _save(path: Path, step: int, weights: dict[str, Tensor], average: dict[str, Tensor], adam: torch.optim.AdamW) -> None:
-    tensors = {f"weights.{name}": p.detach() for name, p in weights.items()} | {f"average.{name}": p for name, p in average.items()}
-    for name, p in weights.items():
-        if p in adam.state:
-            tensors |= {f"{key}.{name}": adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+def _finite(figures: Mapping[str, float], step: int, state: Path) -> None:
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} of update {step + 1} is {value} ({state.stem})",
+                "the last saved state is kept: lower the learning rate in the recipe, or look for broken clips, then run the command again",
+            )
+
+
+def _save(path: Path, step: int, learners: list[Learner]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for learner in learners:
+        tensors |= learner.tensors()
     temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"step": str(step)})
+    save_file(tensors, temporary, metadata={"step": str(step), "updates": " ".join(str(learner.updates) for learner in learners)})
     os.replace(temporary, path)
 
 
-def _restore(path: Path, weights: dict[str, Tensor], average: dict[str, Tensor], adam: torch.optim.AdamW) -> int:
+def _restore(path: Path, learners: list[Learner]) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             step = int(file.metadata()["step"])
-            held = set(file.keys())
-            if (found := {key.removeprefix("weights.") for key in held if key.startswith("weights.")}) != weights.keys():
-                raise ValueError(f"its weights are {sorted(found)[:4]} …, not {sorted(weights)[:4]} …")
-            for name, p in weights.items():
-                if (shape := tuple(file.get_slice(f"weights.{name}").get_shape())) != tuple(p.shape):
-                    raise ValueError(f"{name} is {shape}, not {tuple(p.shape)}")  # copy_ would broadcast
-                p.data.copy_(file.get_tensor(f"weights.{name}"))
-                average[name].copy_(file.get_tensor(f"average.{name}"))
-                if f"exp_avg.{name}" in held:
-                    moments = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                    adam.state[p] = {"step": torch.tensor(float(step)), **moments}
+            updates = [int(count) for count in file.metadata().get("updates", str(step)).split()]
+            names = set(file.keys())
+            for learner, count in zip(learners, updates, strict=True):
+                learner.restore(names, lambda name: file.get_slice(name).get_shape(), file.get_tensor, count)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"training state {path} cannot be resumed: {error}", "delete it to start the stage again") from None
     return step

@@ -4,19 +4,24 @@ A run is a list of stages; `aapt train` resumes at the stage and step where it s
 cores (docs/log.md); the paper's own values are in `docs/design.md`.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+
+from aapt_deploy.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Optimiser:
     steps: int  # updates of the stage
     batch: int  # clips per update
-    learning_rate: float  # peak; linear warm-up, then a cosine to a hundredth
+    learning_rate: float  # peak; linear warm-up, then a cosine
     warmup: int = 100  # updates
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
     ema: float = 0.998  # decay of the averaged weights, which are what ships
+    floor: float = 0.01  # part of the peak that the cosine ends at; 1 keeps the rate
+    accumulate: int = 1  # batches per update; data-parallel processes share them
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,51 @@ class FlowStage:
     resampled: float = 0.0  # share of the other updates whose history the generator made from noised truth (self-resampling)
     forced: float = 0.0  # share of updates along a rollout of the generator's own (student forcing)
     far_sink: float = 0.3  # share of samples whose sink is moved far into the past, for streams longer than a clip
+    one_time: bool = False  # the whole clip at one time, as in the paper, instead of each block at its own
+    velocity: bool = False  # the plain squared error of the velocity, as in the paper, instead of one in posterior deviations
+
+
+@dataclass(frozen=True)
+class ConsistencyStage:
+    """Distillation to one step: discrete consistency distillation, no guidance, no averaged target, teacher forcing (App. B, stage 2)."""
+
+    optimiser: Optimiser
+    blocks: int  # blocks per sample after the sink
+    intervals: int = 32  # fixed steps from noise to data
+    shift: float = 1.5  # of the steps' times
+    previous_noise: float = 0.0  # as in FlowStage
+    far_sink: float = 0.3  # as in FlowStage
+
+
+@dataclass(frozen=True)
+class AdversarialStage:
+    """Student forcing under a discriminator (App. B, stage 3); with `extensions`, long video in segments."""
+
+    optimiser: Optimiser  # of the generator; the discriminator's differs in its rate alone
+    blocks: int  # blocks of a segment, which is what the discriminator sees
+    discriminator_rate: float  # peak learning rate
+    extensions: int = 0  # segments after the first: extended camera paths, compared with other real clips
+    overlap: int = 6  # blocks of the segment before that the discriminator sees again
+    timesteps: tuple[float, ...] = (1.0,)  # the sampler under training, and of the checkpoint
+    penalty: float = 1000.0  # weight of the approximated R1 and R2
+    penalty_noise: float = 0.1  # deviation of their noise, in latent units
+    attention: str = "causal"  # of the discriminator: "causal" or "bidirectional"
+    logits: str = "frame"  # a logit per "frame" or per "clip"
+    head_start: int = 0  # first updates, in which the discriminator alone learns
+    far_sink: float = 0.0  # as in FlowStage
+
+
+def gan(steps: int, batch: int, learning_rate: float, accumulate: int = 1, clip_norm: float = math.inf) -> Optimiser:
+    """RMSProp with alpha 0.9, as Adam without momentum; a constant rate and no clipping, as in the paper."""
+    return Optimiser(steps, batch, learning_rate, 1, 0.0, (0.0, 0.9), clip_norm, ema=0.995, floor=1.0, accumulate=accumulate)
 
 
 @dataclass(frozen=True)
 class Recipe:
     vae: VaeStage
     flow: tuple[FlowStage, ...]
+    consistency: tuple[ConsistencyStage, ...] = ()
+    adversarial: tuple[AdversarialStage, ...] = ()
     seed: int = 0
 
 
@@ -56,4 +100,48 @@ DEMO = Recipe(
         FlowStage(Optimiser(steps=12000, batch=4, learning_rate=1e-3), blocks=5, shift=2.5, previous_noise=0.12, resampled=0.5),
         FlowStage(Optimiser(steps=3000, batch=4, learning_rate=4e-4), blocks=5, shift=2.5, previous_noise=0.12, resampled=0.5, forced=0.5),
     ),
+    consistency=(ConsistencyStage(Optimiser(steps=2000, batch=4, learning_rate=2e-4), blocks=5, shift=2.5, previous_noise=0.12),),
+    adversarial=(
+        AdversarialStage(gan(1000, 4, 3e-5, clip_norm=1.0), blocks=12, discriminator_rate=1e-4, head_start=100, far_sink=0.3),
+        AdversarialStage(gan(600, 4, 3e-5, clip_norm=1.0), blocks=12, discriminator_rate=1e-4, extensions=4, overlap=3, far_sink=0.3),
+    ),
 )
+
+
+def _judged(recipe: Recipe, attention: str, logits: str) -> Recipe:
+    return replace(recipe, adversarial=tuple(replace(stage, attention=attention, logits=logits) for stage in recipe.adversarial))
+
+
+def _adamw(steps: int, batch: int) -> Optimiser:
+    return Optimiser(steps, 1, 1e-5, betas=(0.9, 0.95), ema=0.0, floor=1.0, accumulate=batch)
+
+
+# The paper's own numbers, for models of its size and hundreds of GPUs (App. B; what it leaves open is the demo's).
+PAPER = Recipe(
+    vae=DEMO.vae,
+    flow=(
+        FlowStage(_adamw(20_000, 256), blocks=29, shift=24.0, previous_noise=0.0, far_sink=0.0, one_time=True, velocity=True),
+        FlowStage(_adamw(4_000, 32), blocks=89, shift=24.0, previous_noise=0.0, far_sink=0.0, one_time=True, velocity=True),
+    ),
+    consistency=(ConsistencyStage(_adamw(5_000, 32), blocks=89, shift=24.0, far_sink=0.0),),
+    adversarial=(
+        AdversarialStage(gan(500, 1, 3e-6, accumulate=256), blocks=60, discriminator_rate=3e-6),
+        AdversarialStage(gan(500, 1, 1e-5, accumulate=64), blocks=60, discriminator_rate=1e-5, extensions=1),
+        AdversarialStage(gan(500, 1, 1e-5, accumulate=64), blocks=60, discriminator_rate=1e-5, extensions=5),
+    ),
+)
+
+RECIPES = {
+    "demo": DEMO,
+    "demo-clip": _judged(DEMO, "causal", "clip"),
+    "demo-bidirectional": _judged(DEMO, "bidirectional", "frame"),
+    "demo-bidirectional-clip": _judged(DEMO, "bidirectional", "clip"),
+    "paper": PAPER,
+}
+
+
+def named(name: str) -> Recipe:
+    """A recipe by its name. Raises UsageError."""
+    if name not in RECIPES:
+        raise UsageError(f"recipe {name!r} does not exist", f"recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]

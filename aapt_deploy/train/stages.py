@@ -1,14 +1,18 @@
-"""A whole training run: linear fits, cached latents, the VAE's decoder, the generator's stages, one checkpoint.
+"""A whole training run: linear fits, cached latents, the VAE's decoder, the generator's stages, a checkpoint after each of those that can stream.
+
+The generator's stages are those of AAPT's App. B: flow matching (flow.py), distillation to one step (consistency.py), student forcing under a
+discriminator and its long-video form (adversarial.py). A run may also start from a checkpoint in the place of VAE and flow matching.
 
 Every part leaves its result in the run's folder and is skipped when it is there, so a run that was killed goes on where it stopped.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aapt_deploy import __version__
-from aapt_deploy.errors import CheckpointError, InputError
+from aapt_deploy.errors import InputError
 from aapt_deploy.machine import machine
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import StartFrame
@@ -27,10 +31,11 @@ from aapt_deploy.models.vae import Vae, from_pixels
 from aapt_deploy.profiles import CONDITION_CHANNELS, Profile
 from aapt_deploy.prompts import parse
 from aapt_deploy.train.data import VALIDATION_SEED, ClipFile, clip_files, conditions
-from aapt_deploy.train.flow import Latents, flow_loss
+from aapt_deploy.train.flow import Latents
+from aapt_deploy.train.generator_stages import GeneratorStages, part
 from aapt_deploy.train.loop import fit
-from aapt_deploy.train.recipe import FlowStage, Recipe
-from aapt_deploy.train.student_forcing import forced_flow_loss
+from aapt_deploy.train.recipe import Recipe
+from aapt_deploy.train.setup import ALONE, Setup
 from aapt_deploy.train.vae_stage import Snippets, fit_linear, vae_loss
 from aapt_deploy.train.worlds import World, fly
 
@@ -46,10 +51,21 @@ STARTS = {
 }
 
 
-def train(data: Path, run: Path, profile: Profile, recipe: Recipe, report: Report) -> Path:
-    """Train everything that `run` does not hold yet. Returns the checkpoint's path.
+@dataclass(frozen=True)
+class Start:
+    """Checkpoints to go on from."""
 
-    Raises InputError for a data folder without clips and CheckpointError for a damaged part of an earlier run.
+    adapted: Path  # VAE and generator after flow matching: that stage is skipped
+    distilled: Path | None = None  # a one-step generator: distillation is skipped, too
+
+
+def train(
+    data: Path, run: Path, profile: Profile, recipe: Recipe, report: Report, setup: Setup = ALONE, start: Start | None = None
+) -> Path:  # fmt: skip
+    """Train everything that `run` does not hold yet. Returns the path of the last stage's checkpoint; `run` holds one of each.
+
+    With `start`, the profile is that of its checkpoint. Raises InputError for a data folder without clips or a start that does not fit, and
+    CheckpointError for a damaged part of an earlier run.
     """
     run.mkdir(parents=True, exist_ok=True)
     skipped: list[str] = []
@@ -63,34 +79,34 @@ def train(data: Path, run: Path, profile: Profile, recipe: Recipe, report: Repor
     began = time.monotonic()
     clips = clip_files(data, skip)
     torch.manual_seed(recipe.seed)
-    generator, vae = Generator(profile), Vae(profile)
-    _part(run / "vae-linear.safetensors", vae, lambda: _fit(vae, clips, profile, recipe, report))
+    if start is not None:
+        held = checkpoint.load(start.adapted)
+        profile, generator, vae = held.profile, held.generator.train(), held.vae
+    else:
+        generator, vae = Generator(profile), Vae(profile)
+        part(run / "vae-linear.safetensors", vae, lambda: _fit(vae, clips, profile, recipe, report))
     latents = cached_latents(run / "latents.safetensors", vae, clips, profile, report)
-    _part(run / "vae.safetensors", vae, lambda: _train_vae(vae, clips, profile, recipe, run, report))
-    for number, stage in enumerate(recipe.flow, start=1):
-        part = run / f"generator-{number}.safetensors"
-        _part(part, generator, partial(_train_generator, generator, latents, stage, recipe.seed + number, run, number, report))
-    record: dict[str, object] = {
-        "clips": len(clips), "skipped": len(skipped), "seconds_this_run": round(time.monotonic() - began), "machine": machine(),
-        "recipe": repr(recipe), "versions": {"aapt_deploy": __version__, "torch": torch.__version__.split("+")[0]},
-    }  # fmt: skip
+    if start is None:
+        part(run / "vae.safetensors", vae, lambda: _train_vae(vae, clips, profile, recipe, run, report, setup))
+
+    def record(stage: str) -> dict[str, object]:
+        return {
+            "stage": stage, "clips": len(clips), "skipped": len(skipped), "seconds_this_run": round(time.monotonic() - began), "machine": machine(),
+            "recipe": repr(recipe), "start": start and {name: path and path.name for name, path in vars(start).items()},
+            "versions": {"aapt_deploy": __version__, "torch": torch.__version__.split("+")[0]},
+        }  # fmt: skip
+
+    stages = GeneratorStages(generator.to(setup.device), latents, recipe, run, report, setup)
     path = run / "checkpoint.safetensors"
-    checkpoint.save(path, profile, generator.eval(), vae.eval(), record, start_frames(profile))
-    (run / "record.json").write_text(json.dumps(record, indent=1))
+    for stage, timesteps in stages.all(start is not None, start.distilled if start else None):
+        sampler = dataclasses.replace(profile.sampler, timesteps=timesteps or profile.sampler.timesteps)
+        shipped = profile.replace(sampler=sampler)
+        for written in (run / f"checkpoint-{stage}.safetensors", path):
+            if written == path or not written.exists():
+                checkpoint.save(written, shipped, generator.eval(), vae.eval(), record(stage), start_frames(profile))
+        generator.train()
+    (run / "record.json").write_text(json.dumps(record(stage), indent=1))
     return path
-
-
-def _part(path: Path, module: torch.nn.Module, make: Callable[[], None]) -> None:
-    """Run `make`, which trains `module`, unless `path` already holds its result. Raises CheckpointError if that is damaged."""
-    if path.exists():
-        try:
-            module.load_state_dict(load_file(path))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"part {path} of an earlier run cannot be used: {error}", "delete it to train this part again") from None
-        return
-    make()
-    save_file({name: t.contiguous() for name, t in module.state_dict().items()}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
 
 
 def _fit(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe, report: Report) -> None:
@@ -140,7 +156,7 @@ def _empty_latents(clips: int, z: Tensor, profile: Profile) -> Latents:
     )  # fmt: skip
 
 
-def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe, run: Path, report: Report) -> None:
+def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe, run: Path, report: Report, setup: Setup) -> None:
     stage, snippets = recipe.vae, Snippets(clips, profile)
     trains_encoder = bool(profile.vae.encoder_channels)
     for parameter in vae.encoder.parameters():
@@ -150,25 +166,9 @@ def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe
     average = fit(
         vae, lambda rng: vae_loss(vae, stage, lambda r: snippets.draw(stage, r), rng), stage.optimiser, run / "vae.state", recipe.seed,
         lambda step, loss: report(f"VAE: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),
+        dataclasses.replace(setup, device="cpu"),
     )  # fmt: skip
     vae.load_state_dict(average, strict=False)
-
-
-def generator_loss(generator: Generator, latents: Latents, stage: FlowStage, rng: torch.Generator) -> Tensor:
-    """One update's loss: along the generator's own rollout in a share `stage.forced` of the updates, else under teacher forcing."""
-    forced = float(torch.rand((), generator=rng)) < stage.forced
-    batch = latents.draw(generator.profile, stage, rng)
-    return forced_flow_loss(generator, batch, stage, rng) if forced else flow_loss(generator, batch, stage, rng)
-
-
-def _train_generator(generator: Generator, latents: Latents, stage: FlowStage, seed: int, run: Path, number: int, report: Report) -> None:
-    generator.step_spread.copy_(latents.step_spread())
-    average = fit(
-        generator, lambda rng: generator_loss(generator, latents, stage, rng), stage.optimiser,
-        run / f"generator-{number}.state", seed,
-        lambda step, loss: report(f"generator stage {number}: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),
-    )  # fmt: skip
-    generator.load_state_dict(average, strict=False)
 
 
 def start_frames(profile: Profile) -> dict[str, StartFrame]:

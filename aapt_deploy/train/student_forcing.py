@@ -43,6 +43,10 @@ class Streams:
                 caches[layer] = caches[layer].slice_scatter(block.to(caches[layer].dtype), dim=1, start=slot, end=end)
         self.block += 1
 
+    def detach(self) -> None:
+        """Let go of the graph behind the caches; keep their values."""
+        self.k_cache, self.v_cache = ([x.detach() for x in caches] for caches in (self.k_cache, self.v_cache))
+
     def sample(self, noise: Tensor, previous: Tensor, condition: Tensor, rope_time: Tensor, timesteps: Sequence[float]) -> Tensor:
         """The next latent of every stream [B, C, h, w], committed: the loop of `aapt_deploy.rollout` on tensors."""
         keys: list[Tensor] = []
@@ -50,7 +54,7 @@ class Streams:
 
         def clean(noisy: Tensor, t: float) -> Tensor:
             nonlocal keys, values
-            found, keys, values = self.step(noisy, previous, condition, torch.full((len(noisy),), t), rope_time)
+            found, keys, values = self.step(noisy, previous, condition, torch.full((len(noisy),), t, device=noisy.device), rope_time)
             return found
 
         latent: Tensor = denoise(clean, noise, timesteps)
@@ -61,7 +65,7 @@ class Streams:
 def _room(text: Tensor, tokens: int) -> Tensor:
     """text [B, L, H, D] in front of an empty cache: [B, S, H, D]."""
     b, length, heads, dim = text.shape
-    return torch.cat([text.float(), torch.zeros(b, tokens - length, heads, dim)], dim=1)
+    return torch.cat([text.float(), torch.zeros(b, tokens - length, heads, dim, device=text.device)], dim=1)
 
 
 def forced_flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: torch.Generator) -> Tensor:
@@ -77,13 +81,13 @@ def forced_flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: 
         if j == 1:
             previous = batch.previous[:, 1]
         clean, condition, rope_time = batch.clean[:, j], batch.condition[:, j], batch.rope_time[:, j]
-        t = shifted(torch.rand(len(clean), generator=rng), stage.shift).clamp_min(SMALLEST_T)
+        t = shifted(torch.rand(len(clean), generator=rng), stage.shift).clamp_min(SMALLEST_T).to(clean.device)
         t_ = t[:, None, None, None]
-        noisy = (1 - t_) * clean + t_ * torch.randn(clean.shape, generator=rng)
+        noisy = (1 - t_) * clean + t_ * torch.randn(clean.shape, generator=rng).to(clean.device)
         predicted = streams.step(noisy, previous, condition, t, rope_time)[0].float()
         _, _, spread = posterior(noisy, previous, t_, generator.step_spread)
         losses.append((((predicted - clean) / spread) ** 2).mean())
         with torch.no_grad():
-            noise = sampler.temperature * torch.randn(clean.shape, generator=rng)
+            noise = sampler.temperature * torch.randn(clean.shape, generator=rng).to(clean.device)
             previous = streams.sample(noise, previous, condition, rope_time, sampler.timesteps).float()
     return torch.stack(losses).mean()

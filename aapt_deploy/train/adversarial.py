@@ -1,0 +1,136 @@
+"""Adversarial student forcing and long video (AAPT sections 2.2 and 3.3, App. B stage 3): the generator learns from what it streams.
+
+The generator is given one true frame and then nothing but its own: `Streams`, the same `step` and the same cache as in inference. Each recycled frame
+is detached, so that a gradient reaches the past through keys and values alone. The discriminator then sees the whole segment in one pass.
+
+    generator       softplus(-(D(made) - D(real)))
+    discriminator   softplus(D(made) - D(real)) + penalty (R1 + R2),  R of a clip = (D(clip) - D(clip + penalty_noise eps))^2
+
+Long video goes on from there: the cache is detached, a segment of `blocks` of which `overlap` are the last ones again is made and judged against
+another real clip, whose camera path it follows; gradients of all segments add up to one update. Nothing here asks for the true next frame.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aapt_deploy.models.discriminator import Discriminator
+from aapt_deploy.models.generator import Generator
+from aapt_deploy.rope import temporal_rope
+from aapt_deploy.train.flow import FAR, Clips, Latents
+from aapt_deploy.train.recipe import AdversarialStage
+from aapt_deploy.train.student_forcing import Streams
+
+
+class Rollout:
+    """B streams, from one true frame each, as inference runs them; under autograd, with every recycled frame detached.
+
+    first [B, C, h, w]; text as in `Generator.prompt`. Noise and the place of the sink come from `rng`.
+    """
+
+    def __init__(self, generator: Generator, first: Tensor, text: Tensor, stage: AdversarialStage, rng: torch.Generator) -> None:
+        self.profile, self.stage, self.rng = generator.profile, stage, rng
+        self.streams, self.previous = Streams(generator, text), first
+        away = torch.rand(len(first), generator=rng) < stage.far_sink
+        self.away = torch.randint(FAR, (len(first),), generator=rng) * away  # blocks between the sink and the next one
+
+    def extend(self, condition: Tensor) -> Tensor:
+        """The next n blocks under the camera condition [B, n, 6, h, w]: latents [B, n, C, h, w]."""
+        made = []
+        for step in condition.unbind(1):
+            block = self.streams.block + (self.away if self.streams.block else 0 * self.away)
+            rope_time = torch.from_numpy(temporal_rope(self.profile, block.numpy())).to(step.device)
+            noise = self.profile.sampler.temperature * torch.randn(self.previous.shape, generator=self.rng).to(step.device)
+            latent = self.streams.sample(noise, self.previous, step, rope_time, self.stage.timesteps).float()
+            made.append(latent)
+            self.previous = latent.detach()
+        return torch.stack(made, dim=1)
+
+    def detach(self) -> None:
+        """Let go of the past's graph; keep its values."""
+        self.streams.detach()
+
+
+def adversarial_update(
+    generator: Generator,
+    discriminator: Discriminator,
+    latents: Latents,
+    stage: AdversarialStage,
+    rng: torch.Generator,
+    warming: bool,
+    scale: float,
+) -> dict[str, Tensor]:
+    """One batch: leaves `scale` times the losses' gradients in both networks, and returns figures.
+
+    Under `warming` the generator gets none. The same rollout serves both networks: the generator is judged by the discriminator as it is before
+    this update.
+    """
+    batch, segments = stage.optimiser.batch, 1 + stage.extensions
+    device = generator.step_spread.device
+    real = latents.clips(batch, stage.blocks, rng).to(device)
+    with torch.set_grad_enabled(not warming):
+        rollout = Rollout(generator, real.frames[:, 0], real.text, stage, rng)
+    text, shown, conditions = real.text, real.frames[:, :1], real.condition[:, :0]
+    figures: list[dict[str, Tensor]] = []
+    for segment in range(segments):
+        if segment:
+            rollout.detach()
+            real = latents.clips(batch, stage.blocks, rng).to(device)
+        condition = real.condition[:, conditions.shape[1] :]
+        with torch.set_grad_enabled(not warming):
+            made = rollout.extend(condition)
+        fake = Clips(torch.cat([shown, made], dim=1), torch.cat([conditions, condition], dim=1), text)
+        figures.append(_judge(discriminator, fake, real, stage, rng, warming, scale / segments))
+        kept = stage.overlap
+        shown, conditions = fake.frames[:, -1 - kept :].detach(), fake.condition[:, fake.condition.shape[1] - kept :]
+    return {name: torch.stack([each[name] for each in figures]).mean() for name in figures[0]}
+
+
+def _judge(discriminator: Discriminator, fake: Clips, real: Clips, stage: AdversarialStage, rng: torch.Generator, warming: bool,
+           scale: float) -> dict[str, Tensor]:  # fmt: skip
+    """Backward through both losses of one segment."""
+    t = torch.rand(len(fake.text), generator=rng).to(fake.frames.device)
+    noise = tuple(torch.randn(fake.frames.shape, generator=rng).to(fake.frames.device) for _ in range(2))
+    figures, real_logits = discriminator_loss(discriminator, Clips(fake.frames.detach(), fake.condition, fake.text), real, t, noise, stage)
+    (scale * figures["discriminator"]).backward()
+    if not warming:
+        with frozen(discriminator):  # until the backward pass is over, which may compute blocks again
+            made = discriminator(fake.frames, fake.condition, t, fake.text)
+            figures["loss"] = F.softplus(real_logits - made).mean()
+            (scale * figures["loss"]).backward()
+    else:
+        figures["loss"] = F.softplus(figures["margin"])
+    return {name: value.detach() for name, value in figures.items()}
+
+
+def discriminator_loss(discriminator: Discriminator, fake: Clips, real: Clips, t: Tensor, noise: tuple[Tensor, ...],
+                       stage: AdversarialStage) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """The discriminator's loss and its parts, scalars, and the logits of the real clips, which carry no gradient.
+
+    noise: of the fake's and the real's R. The four clips of a pair go through in one pass. The given frame, which is judged nowhere, is as clean in
+    all of them.
+    """
+    clips = [fake.frames, real.frames]
+    clips += [x + stage.penalty_noise * F.pad(eps[:, 1:], (0, 0, 0, 0, 0, 0, 1, 0)) for x, eps in zip(clips, noise, strict=True)]
+    condition, text = (torch.cat([a, b, a, b]) for a, b in ((fake.condition, real.condition), (fake.text, real.text)))
+    made, true, made_near, true_near = discriminator(torch.cat(clips), condition, t.repeat(4), text).chunk(4)  # [B, n or 1] each
+    r1, r2 = ((true - true_near) ** 2).mean(), ((made - made_near) ** 2).mean()
+    loss = F.softplus(made - true).mean() + stage.penalty * (r1 + r2)
+    figures = {"discriminator": loss, "r1": r1, "r2": r2, "margin": (true - made).mean()}
+    return figures, true.detach()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Gradients pass through `module` and stay out of its weights."""
+    weights = [p for p in module.parameters() if p.requires_grad]
+    for p in weights:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)

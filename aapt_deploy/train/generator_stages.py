@@ -1,0 +1,141 @@
+"""The stages of the generator in their order, each of which leaves one file in the run's folder and is skipped when it is there."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aapt_deploy.errors import CheckpointError, InputError
+from aapt_deploy.models import checkpoint
+from aapt_deploy.models.discriminator import Discriminator
+from aapt_deploy.models.generator import Generator
+from aapt_deploy.train.adversarial import adversarial_update
+from aapt_deploy.train.consistency import consistency_loss
+from aapt_deploy.train.flow import Latents, flow_loss
+from aapt_deploy.train.loop import Learner, fit, fit_together
+from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe
+from aapt_deploy.train.setup import Setup
+from aapt_deploy.train.student_forcing import forced_flow_loss
+
+ONE_STEP = (1.0,)
+SEEDS = {"generator": 0, "consistency": 1000, "adversarial": 2000}  # so that no two stages draw the same numbers
+
+
+def part(path: Path, module: nn.Module, make: Callable[[], None]) -> None:
+    """Run `make`, which trains `module`, unless `path` already holds its result. Raises CheckpointError if that is damaged."""
+    if path.exists():
+        load_part(path, module)
+    else:
+        make()
+        save_part(path, module)
+
+
+def load_part(path: Path, module: nn.Module) -> None:
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"part {path} of an earlier run cannot be used: {error}", "delete it to train this part again") from None
+
+
+def save_part(path: Path, module: nn.Module) -> None:
+    save_file({name: t.contiguous() for name, t in module.state_dict().items()}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+
+
+def generator_loss(generator: Generator, latents: Latents, stage: FlowStage, rng: torch.Generator) -> Tensor:
+    """One batch's flow loss: along the generator's own rollout in a share `stage.forced` of the batches, else under teacher forcing."""
+    forced = float(torch.rand((), generator=rng)) < stage.forced
+    batch = latents.draw(generator.profile, stage, rng).to(generator.step_spread.device)
+    return forced_flow_loss(generator, batch, stage, rng) if forced else flow_loss(generator, batch, stage, rng)
+
+
+@dataclass(frozen=True)
+class GeneratorStages:
+    """`generator` goes through the stages; the other fields say with what, and where to."""
+
+    generator: Generator
+    latents: Latents
+    recipe: Recipe
+    run: Path
+    report: Callable[[str], None]
+    setup: Setup
+
+    def all(self, adapted: bool, distilled: Path | None) -> Iterator[tuple[str, tuple[float, ...] | None]]:
+        """Run the stages, naming each and its sampler's times (None: the profile's) when `generator` holds its result.
+
+        adapted: the generator comes from flow matching. distilled: a checkpoint that stands in for distillation.
+        """
+        self.generator.checkpointing = self.setup.checkpointing
+        if not adapted:
+            for number, stage in enumerate(self.recipe.flow, start=1):
+                part(self.run / f"generator-{number}.safetensors", self.generator, partial(self._flow, number, stage))
+        yield "adapted", None
+        teacher = copy.deepcopy(self.generator)
+        if distilled is not None:
+            self._take(distilled)
+            yield "distilled", ONE_STEP
+        else:
+            for number, distillation in enumerate(self.recipe.consistency, start=1):
+                part(self.run / f"consistency-{number}.safetensors", self.generator, partial(self._distil, number, distillation, teacher))
+                yield f"consistency-{number}", ONE_STEP
+        for number, game in enumerate(self.recipe.adversarial, start=1):
+            part(self.run / f"adversarial-{number}.safetensors", self.generator, partial(self._play, number, game, teacher))
+            yield f"adversarial-{number}", game.timesteps
+
+    def _take(self, path: Path) -> None:
+        """The weights of another checkpoint. Raises InputError when it is of another shape."""
+        held = checkpoint.load(path)
+        if held.profile.replace(sampler=self.generator.profile.sampler, name=self.generator.profile.name) != self.generator.profile:
+            raise InputError(f"checkpoint {path} has another profile than the run", "give checkpoints of one model; their samplers may differ")
+        self.generator.load_state_dict(held.generator.state_dict())
+
+    def _told(self, name: str, optimiser: Optimiser) -> Callable[[int, float], None]:
+        return lambda step, loss: self.report(f"{name}: {step} of {optimiser.steps} updates, loss {loss:.4f}")
+
+    def _fit(self, kind: str, number: int, optimiser: Optimiser, loss: Callable[[torch.Generator], Tensor]) -> None:
+        state, seed = self.run / f"{kind}-{number}.state", self.recipe.seed + SEEDS[kind] + number
+        average = fit(self.generator, loss, optimiser, state, seed, self._told(f"{kind} stage {number}", optimiser), self.setup)
+        self.generator.load_state_dict(average, strict=False)
+
+    def _flow(self, number: int, stage: FlowStage) -> None:
+        self.generator.step_spread.copy_(self.latents.step_spread())
+        self._fit("generator", number, stage.optimiser, partial(generator_loss, self.generator, self.latents, stage))
+
+    def _distil(self, number: int, stage: ConsistencyStage, teacher: Generator) -> None:
+        def loss(rng: torch.Generator) -> Tensor:
+            batch = self.latents.draw(self.generator.profile, stage, rng).to(self.generator.step_spread.device)
+            return consistency_loss(self.generator, teacher, batch, stage, rng)
+
+        self._fit("consistency", number, stage.optimiser, loss)
+
+    def _play(self, number: int, stage: AdversarialStage, adapted: Generator) -> None:
+        if stage.blocks > (available := self.latents.conditions.shape[1]):
+            raise InputError(
+                f"adversarial stage {number} wants segments of {stage.blocks} blocks, the clips have {available}",
+                f"render longer clips with: aapt train data FOLDER --blocks {stage.blocks}",
+            )
+        seed = self.recipe.seed + SEEDS["adversarial"] + number
+        torch.manual_seed(seed)  # of the discriminator's heads
+        discriminator = Discriminator(self.generator.profile, stage.attention, stage.logits).to(self.setup.device)
+        discriminator.checkpointing = self.setup.checkpointing
+        if number == 1:
+            discriminator.start_from(adapted)
+        else:
+            load_part(self.run / f"discriminator-{number - 1}.safetensors", discriminator)
+        judge = dataclasses.replace(stage.optimiser, learning_rate=stage.discriminator_rate)
+        learners = [Learner("generator", self.generator, stage.optimiser), Learner("discriminator", discriminator, judge)]
+
+        def update(rng: torch.Generator, step: int, scale: float) -> dict[str, Tensor]:
+            return adversarial_update(self.generator, discriminator, self.latents, stage, rng, step < stage.head_start, scale)
+
+        told = self._told(f"adversarial stage {number}", stage.optimiser)
+        fit_together(learners, update, stage.optimiser, self.run / f"adversarial-{number}.state", seed, told, self.setup)
+        save_part(self.run / f"discriminator-{number}.safetensors", discriminator)
+        self.generator.load_state_dict(learners[0].average, strict=False)
