@@ -97,13 +97,12 @@ def train(
         }  # fmt: skip
 
     stages = GeneratorStages(generator.to(setup.device), latents, recipe, run, report, setup)
-    path = run / "checkpoint.safetensors"
+    path, pictures = run / "checkpoint.safetensors", start_frames(profile)
     for stage, timesteps in stages.all(start is not None, start.distilled if start else None):
         sampler = dataclasses.replace(profile.sampler, timesteps=timesteps or profile.sampler.timesteps)
         shipped = profile.replace(sampler=sampler)
         for written in (run / f"checkpoint-{stage}.safetensors", path):
-            if written == path or not written.exists():
-                checkpoint.save(written, shipped, generator.eval(), vae.eval(), record(stage), start_frames(profile))
+            checkpoint.save(written, shipped, generator.eval(), vae.eval(), record(stage), pictures)
         generator.train()
     (run / "record.json").write_text(json.dumps(record(stage), indent=1))
     return path

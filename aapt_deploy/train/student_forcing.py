@@ -32,7 +32,8 @@ class Streams:
     def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """One pass over the next block of every stream; shapes as in `Generator.step` with B in front. Commits nothing."""
         cache_len = torch.tensor([self.ring.place(self.block).cache_len], dtype=torch.int32)
-        return self.generator.step(noisy, previous, condition, t, rope_time, self.k_cache, self.v_cache, cache_len)
+        caches = list(self.k_cache), list(self.v_cache)  # as they are now: a recomputed block looks at them again in the backward pass
+        return self.generator.step(noisy, previous, condition, t, rope_time, *caches, cache_len)
 
     def commit(self, k_blocks: Sequence[Tensor], v_blocks: Sequence[Tensor]) -> None:
         """Put the block's keys and values, per layer [B, F, H, D], into its slot and go on to the next block."""
