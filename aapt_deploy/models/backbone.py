@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aapt_deploy.models.layers import MODULATIONS, TIME_FEATURES, Stream, spatial_rope, time_features
 from aapt_deploy.ops.block_causal_attention import Ring
+from aapt_deploy.ops.block_causal_attention.torch_op import softmax_attention
 from aapt_deploy.profiles import CONDITION_CHANNELS, Profile
 from aapt_deploy.prompts import VOCABULARY_SIZE
 
@@ -91,15 +92,12 @@ class Backbone(nn.Module):
             q, k, v, text_k, text_v = (x.transpose(1, 2) for x in (q, k.to(q.dtype), v.to(q.dtype), keys[layer], values[layer]))  # [B, H, N, D]
             text_k, text_v = text_k.to(q.dtype), text_v.to(q.dtype)
             if bidirectional:
-                every = (torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2))
-                return (F.scaled_dot_product_attention(q, *every).transpose(1, 2),)
+                return (softmax_attention(q, torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)).transpose(1, 2),)
+            blocks_q, blocks_k, blocks_v = (x.split(f, dim=2) for x in (q, k, v))
             out = []
             for i in range(n):
-                seen = ring.visible(i)
-                sink, first = (f, seen[1]) if len(seen) > 1 and seen[1] != seen[0] + 1 else (0, seen[0])  # the window may not touch the sink
-                past = [slice(0, sink), slice(first * f, (i + 1) * f)]
-                near_k, near_v = (torch.cat([t, *(x[:, :, rows] for rows in past)], dim=2) for t, x in ((text_k, k), (text_v, v)))
-                out.append(F.scaled_dot_product_attention(q[:, :, i * f : (i + 1) * f], near_k, near_v))  # [B, H, F, D]
+                near_k, near_v = (torch.cat([t, *(x[j] for j in ring.visible(i))], dim=2) for t, x in ((text_k, blocks_k), (text_v, blocks_v)))
+                out.append(softmax_attention(blocks_q[i], near_k, near_v))  # [B, H, F, D]
             return (torch.cat(out, dim=2).transpose(1, 2),)
 
         return attend

@@ -60,14 +60,16 @@ def adversarial_update(
     latents: Latents,
     stage: AdversarialStage,
     rng: torch.Generator,
-    warming: bool,
+    step: int,
     scale: float,
 ) -> dict[str, Tensor]:
     """One batch: leaves `scale` times the losses' gradients in both networks, and returns figures.
 
-    Under `warming` the generator gets none. The same rollout serves both networks: the generator is judged by the discriminator as it is before
-    this update.
+    step: updates done; in the first `head_start` ones the generator gets no gradient. The same rollout serves both networks: the generator is judged
+    by the discriminator as it is before this update.
     """
+    warming = step < stage.head_start
+    penalty = 0.0 if step % stage.penalty_every else stage.penalty * stage.penalty_every
     batch, segments = stage.optimiser.batch, 1 + stage.extensions
     device = generator.step_spread.device
     real = latents.clips(batch, stage.blocks, rng).to(device)
@@ -83,18 +85,18 @@ def adversarial_update(
         with torch.set_grad_enabled(not warming):
             made = rollout.extend(condition)
         fake = Clips(torch.cat([shown, made], dim=1), torch.cat([conditions, condition], dim=1), text)
-        figures.append(_judge(discriminator, fake, real, stage, rng, warming, scale / segments))
+        figures.append(_judge(discriminator, fake, real, stage, rng, penalty, warming, scale / segments))
         kept = stage.overlap
         shown, conditions = fake.frames[:, -1 - kept :].detach(), fake.condition[:, fake.condition.shape[1] - kept :]
     return {name: torch.stack([each[name] for each in figures]).mean() for name in figures[0]}
 
 
-def _judge(discriminator: Discriminator, fake: Clips, real: Clips, stage: AdversarialStage, rng: torch.Generator, warming: bool,
-           scale: float) -> dict[str, Tensor]:  # fmt: skip
+def _judge(discriminator: Discriminator, fake: Clips, real: Clips, stage: AdversarialStage, rng: torch.Generator, penalty: float,
+           warming: bool, scale: float) -> dict[str, Tensor]:  # fmt: skip
     """Backward through both losses of one segment."""
     t = torch.rand(len(fake.text), generator=rng).to(fake.frames.device)
-    noise = tuple(torch.randn(fake.frames.shape, generator=rng).to(fake.frames.device) for _ in range(2))
-    figures, real_logits = discriminator_loss(discriminator, Clips(fake.frames.detach(), fake.condition, fake.text), real, t, noise, stage)
+    noise = [stage.penalty_noise * torch.randn(fake.frames.shape, generator=rng).to(fake.frames.device) for _ in range(2)]
+    figures, real_logits = discriminator_loss(discriminator, Clips(fake.frames.detach(), fake.condition, fake.text), real, t, noise, penalty)
     (scale * figures["discriminator"]).backward()
     if not warming:
         with frozen(discriminator):  # until the backward pass is over, which may compute blocks again
@@ -106,20 +108,23 @@ def _judge(discriminator: Discriminator, fake: Clips, real: Clips, stage: Advers
     return {name: value.detach() for name, value in figures.items()}
 
 
-def discriminator_loss(discriminator: Discriminator, fake: Clips, real: Clips, t: Tensor, noise: tuple[Tensor, ...],
-                       stage: AdversarialStage) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+def discriminator_loss(discriminator: Discriminator, fake: Clips, real: Clips, t: Tensor, noise: list[Tensor],
+                       penalty: float) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """The discriminator's loss and its parts, scalars, and the logits of the real clips, which carry no gradient.
 
-    noise: of the fake's and the real's R. The four clips of a pair go through in one pass. The given frame, which is judged nowhere, is as clean in
-    all of them.
+    noise: what R adds to the fake's frames and to the real's. All clips of a pair go through in one pass, two of them where `penalty` is 0. The given
+    frame, which is judged nowhere, gets no noise.
     """
     clips = [fake.frames, real.frames]
-    clips += [x + stage.penalty_noise * F.pad(eps[:, 1:], (0, 0, 0, 0, 0, 0, 1, 0)) for x, eps in zip(clips, noise, strict=True)]
-    condition, text = (torch.cat([a, b, a, b]) for a, b in ((fake.condition, real.condition), (fake.text, real.text)))
-    made, true, made_near, true_near = discriminator(torch.cat(clips), condition, t.repeat(4), text).chunk(4)  # [B, n or 1] each
-    r1, r2 = ((true - true_near) ** 2).mean(), ((made - made_near) ** 2).mean()
-    loss = F.softplus(made - true).mean() + stage.penalty * (r1 + r2)
-    figures = {"discriminator": loss, "r1": r1, "r2": r2, "margin": (true - made).mean()}
+    if penalty:
+        clips += [torch.cat([x[:, :1], x[:, 1:] + eps[:, 1:]], dim=1) for x, eps in zip(clips, noise, strict=True)]
+    count = len(clips)
+    condition, text = (torch.cat([a, b] * (count // 2)) for a, b in ((fake.condition, real.condition), (fake.text, real.text)))
+    made, true, *near = discriminator(torch.cat(clips), condition, t.repeat(count), text).chunk(count)  # [B, n or 1] each
+    figures = {"discriminator": F.softplus(made - true).mean(), "margin": (true - made).mean()}
+    if penalty:
+        figures |= {"r1": ((true - near[1]) ** 2).mean(), "r2": ((made - near[0]) ** 2).mean()}
+        figures["discriminator"] = figures["discriminator"] + penalty * (figures["r1"] + figures["r2"])
     return figures, true.detach()
 
 

@@ -133,7 +133,7 @@ class GeneratorStages:
         learners = [Learner("generator", self.generator, stage.optimiser), Learner("discriminator", discriminator, judge)]
 
         def update(rng: torch.Generator, step: int, scale: float) -> dict[str, Tensor]:
-            return adversarial_update(self.generator, discriminator, self.latents, stage, rng, step < stage.head_start, scale)
+            return adversarial_update(self.generator, discriminator, self.latents, stage, rng, step, scale)
 
         told = self._told(f"adversarial stage {number}", stage.optimiser)
         fit_together(learners, update, stage.optimiser, self.run / f"adversarial-{number}.state", seed, told, self.setup)

@@ -115,13 +115,13 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
             rng = torch.Generator().manual_seed((seed * 1_000_003 + step * optimiser.accumulate + batch) % 2**63)
             with setup.autocast():
                 batches.append({name: float(value.detach()) for name, value in update(rng, step, scale).items()})
-        figures = {name: sum(each[name] for each in batches) * scale for name in batches[0]}
+        figures = _mean(batches)
         _finite(figures, step, state)
         norms = [learner.update(step) for learner in learners]
         step += 1
         gathered.append(figures)
         if step % LOG_EVERY == 0 or step == optimiser.steps:
-            mean = {name: sum(each[name] for each in gathered) / len(gathered) for name in figures}
+            mean = _mean(gathered)
             rounded = {name: round(value, 5) for name, value in mean.items()}
             line = {"step": step, **rounded, "grad_norm": round(norms[0], 4), "lr": learning_rate(optimiser, step - 1)}
             with log.open("a") as file:
@@ -131,6 +131,15 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
         if time.monotonic() - saved > SAVE_EVERY_S or step == optimiser.steps:
             _save(state, step, learners)
             saved = time.monotonic()
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Each figure's mean over the rows that have it."""
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
 def _finite(figures: Mapping[str, float], step: int, state: Path) -> None:

@@ -73,6 +73,7 @@ class AdversarialStage:
     timesteps: tuple[float, ...] = (1.0,)  # the sampler under training, and of the checkpoint
     penalty: float = 1000.0  # weight of the approximated R1 and R2
     penalty_noise: float = 0.1  # deviation of their noise, in latent units
+    penalty_every: int = 1  # updates between them, with as much more weight; half of an update's work is theirs
     attention: str = "causal"  # of the discriminator: "causal" or "bidirectional"
     logits: str = "frame"  # a logit per "frame" or per "clip"
     head_start: int = 0  # first updates, in which the discriminator alone learns

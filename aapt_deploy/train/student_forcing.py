@@ -17,9 +17,11 @@ from aapt_deploy.rollout import denoise
 from aapt_deploy.train.flow import SMALLEST_T, Batch, shifted
 from aapt_deploy.train.recipe import FlowStage
 
+Kept = tuple[list[Tensor], list[Tensor]]  # keys and values per layer, each [B, tokens, H, D]
+
 
 class Streams:
-    """B rollouts in lockstep. The caches are replaced, never written into, so gradients may flow through them.
+    """B rollouts in lockstep. Blocks are kept one by one and put together when they are read, so gradients may flow through them.
 
     text: ids [B, L] or embeddings [B, L, text.dim], as in `Generator.prompt`.
     """
@@ -27,26 +29,26 @@ class Streams:
     def __init__(self, generator: Generator, text: Tensor) -> None:
         self.generator, self.ring, self.block = generator, Ring.of(generator.profile), 0
         keys, values = generator.prompt(text)
-        self.k_cache, self.v_cache = ([_room(x, self.ring.tokens) for x in tensors] for tensors in (keys, values))
+        self.held: dict[int, Kept] = {0: ([x.float() for x in keys], [x.float() for x in values])}  # by slot; the text is in front
+        self.cache: Kept | None = None  # what is held, put together; until the next block
 
     def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """One pass over the next block of every stream; shapes as in `Generator.step` with B in front. Commits nothing."""
+        if self.cache is None:
+            parts = [self.held[slot] for slot in sorted(self.held)]
+            self.cache = _joined([keys for keys, _ in parts]), _joined([values for _, values in parts])  # per layer [B, cache_len, H, D]
         cache_len = torch.tensor([self.ring.place(self.block).cache_len], dtype=torch.int32)
-        caches = list(self.k_cache), list(self.v_cache)  # as they are now: a recomputed block looks at them again in the backward pass
-        return self.generator.step(noisy, previous, condition, t, rope_time, *caches, cache_len)
+        return self.generator.step(noisy, previous, condition, t, rope_time, *self.cache, cache_len)
 
-    def commit(self, k_blocks: Sequence[Tensor], v_blocks: Sequence[Tensor]) -> None:
+    def commit(self, k_blocks: list[Tensor], v_blocks: list[Tensor]) -> None:
         """Put the block's keys and values, per layer [B, F, H, D], into its slot and go on to the next block."""
-        slot = self.ring.place(self.block).slot
-        end = slot + self.ring.frame_tokens
-        for caches, blocks in ((self.k_cache, k_blocks), (self.v_cache, v_blocks)):
-            for layer, block in enumerate(blocks):
-                caches[layer] = caches[layer].slice_scatter(block.to(caches[layer].dtype), dim=1, start=slot, end=end)
-        self.block += 1
+        self.held[self.ring.place(self.block).slot] = (k_blocks, v_blocks)
+        self.cache, self.block = None, self.block + 1
 
     def detach(self) -> None:
-        """Let go of the graph behind the caches; keep their values."""
-        self.k_cache, self.v_cache = ([x.detach() for x in caches] for caches in (self.k_cache, self.v_cache))
+        """Let go of the graph behind the cache; keep its values."""
+        self.held = {slot: ([x.detach() for x in keys], [x.detach() for x in values]) for slot, (keys, values) in self.held.items()}
+        self.cache = None
 
     def sample(self, noise: Tensor, previous: Tensor, condition: Tensor, rope_time: Tensor, timesteps: Sequence[float]) -> Tensor:
         """The next latent of every stream [B, C, h, w], committed: the loop of `aapt_deploy.rollout` on tensors."""
@@ -63,10 +65,9 @@ class Streams:
         return latent
 
 
-def _room(text: Tensor, tokens: int) -> Tensor:
-    """text [B, L, H, D] in front of an empty cache: [B, S, H, D]."""
-    b, length, heads, dim = text.shape
-    return torch.cat([text.float(), torch.zeros(b, tokens - length, heads, dim, device=text.device)], dim=1)
+def _joined(parts: list[list[Tensor]]) -> list[Tensor]:
+    """Per part and layer [B, tokens, H, D] -> per layer, the parts one behind the other."""
+    return [torch.cat(blocks, dim=1) for blocks in zip(*parts, strict=True)]
 
 
 def forced_flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: torch.Generator) -> Tensor:

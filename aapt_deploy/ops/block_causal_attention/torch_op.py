@@ -52,10 +52,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor, v_past: Tensor) -> 
     """q, k, v [B, T, H, D], the valid past [B, n, H, D] -> [B, T, H, D]."""
     keys = torch.cat((k_past.to(k.dtype), k), dim=1)  # [B, n + T, H, D]
     values = torch.cat((v_past.to(q.dtype), v.to(q.dtype)), dim=1)  # under autocast v is narrower than q and k, which were normalised and rotated
-    out = F.scaled_dot_product_attention(  # [B, H, T, D]
-        q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scale=softmax_scale(q.shape[-1])
-    )
-    return out.transpose(1, 2)
+    return softmax_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)).transpose(1, 2)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [B, H, T, D] over all of k, v [B, H, S, D] -> [B, H, T, D].
+
+    In mixed precision on a CPU three plain operations take half the time of the fused one, forward and backward (docs/log.md).
+    """
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        narrow = torch.get_autocast_dtype("cpu")
+        q, k, v = (x.to(narrow).contiguous() for x in (q * softmax_scale(q.shape[-1]), k, v))
+        return torch.softmax(q @ k.transpose(-1, -2), dim=-1).to(narrow) @ v
+    return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale(q.shape[-1]))
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
