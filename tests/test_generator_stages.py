@@ -1,0 +1,188 @@
+"""The generator's stages, one behind the other: what each leaves, how each resumes to the bit, and how a run starts from checkpoints."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import RECIPE, clips, quiet
+from toys import TINY, toy_latents
+
+from aapt_deploy.errors import CheckpointError, InputError, UsageError
+from aapt_deploy.models import checkpoint
+from aapt_deploy.models.generator import Generator
+from aapt_deploy.train import generator_stages, loop, recipe, stages
+from aapt_deploy.train.generator_stages import GeneratorStages
+from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe, gan
+from aapt_deploy.train.setup import Setup
+
+__all__ = ["clips"]  # a fixture
+
+GAME = AdversarialStage(gan(4, 2, 1e-3), blocks=4, discriminator_rate=1e-3, head_start=1, penalty_every=2)
+WHOLE = Recipe(
+    vae=RECIPE.vae,
+    flow=(FlowStage(Optimiser(4, 2, 1e-3, 1, accumulate=2), blocks=2),),
+    consistency=(ConsistencyStage(Optimiser(4, 2, 1e-3, 1), blocks=2),),
+    adversarial=(GAME, dataclasses.replace(GAME, extensions=1, overlap=2, head_start=0, attention="bidirectional", logits="clip")),
+)
+NAMES = ["adapted", "consistency-1", "adversarial-1", "adversarial-2"]
+FILES = ["generator-1", "consistency-1", "adversarial-1", "discriminator-1", "adversarial-2", "discriminator-2"]
+
+
+def run(folder: Path, setup: Setup = Setup()) -> list[tuple[str, tuple[float, ...] | None]]:  # noqa: B008  frozen
+    """All stages over toy latents, in `folder`."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    latents = toy_latents()
+    latents.z.add_(0.3 * torch.randn(latents.z.shape))  # it moves
+    return list(GeneratorStages(Generator(TINY), latents, WHOLE, folder, lambda text: None, setup).all(False, None))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption."""
+    folder = tmp_path_factory.mktemp("stages") / "straight"
+    assert run(folder) == [("adapted", None), *((name, (1.0,)) for name in NAMES[1:])]
+    return folder
+
+
+def test_every_stage_changes_the_generator_and_leaves_its_files(straight: Path) -> None:
+    weights = [load_file(straight / f"{name}.safetensors")["visual.0.qkv.weight"] for name in FILES]
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    assert {path.stem for path in straight.glob("*.state")} == {"generator-1", "consistency-1", "adversarial-1", "adversarial-2"}
+    assert not list(straight.glob("*.tmp"))
+
+
+KILL = [  # function that a stage calls once per batch, and the call that is the last
+    ("generator_loss", 6),
+    ("consistency_loss", 3),
+    ("adversarial_update", 3),  # the generator has had one update less than the discriminator
+    ("adversarial_update", 7),
+]
+
+
+@pytest.mark.parametrize(("function", "last"), KILL)
+def test_a_stage_that_was_stopped_goes_on_to_the_bit(
+    function: str, last: int, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)  # after every update
+    true: Callable[..., Any] = getattr(generator_stages, function)
+    calls: list[int] = []
+
+    def fatal(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return true(*arguments)
+
+    monkeypatch.setattr(generator_stages, function, fatal)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run")
+    monkeypatch.setattr(generator_stages, function, true)
+    run(tmp_path / "run")
+    for name in FILES:
+        one, two = (load_file(folder / f"{name}.safetensors") for folder in (straight, tmp_path / "run"))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+    for name in FILES[2], FILES[4]:  # moments too
+        one, two = (load_file(folder / f"{name}.state") for folder in (straight, tmp_path / "run"))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+
+
+def test_recomputing_blocks_changes_no_result(straight: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", Setup(checkpointing=True))
+    for name in FILES:
+        one, two = (load_file(folder / f"{name}.safetensors") for folder in (straight, tmp_path / "run"))
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_precision_is_close_and_keeps_float32_weights(straight: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", Setup(bf16=True))
+    one, two = (load_file(folder / "adversarial-2.safetensors") for folder in (straight, tmp_path / "run"))
+    assert {tensor.dtype for tensor in two.values()} == {torch.float32}
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 0.03
+
+
+def test_a_damaged_discriminator_is_named(straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in FILES[:4]:
+        (folder / f"{name}.safetensors").write_bytes((straight / f"{name}.safetensors").read_bytes()[: -9 if name == "discriminator-1" else None])
+    with pytest.raises(CheckpointError, match=r"discriminator-1\.safetensors") as caught:
+        run(folder)
+    assert "delete it" in caught.value.hint
+
+
+def test_a_segment_longer_than_the_clips_is_refused(tmp_path: Path) -> None:
+    long = dataclasses.replace(WHOLE, flow=(), consistency=(), adversarial=(dataclasses.replace(GAME, blocks=40),))
+    with pytest.raises(InputError, match="40 blocks, the clips have 6") as caught:
+        list(GeneratorStages(Generator(TINY), toy_latents(), long, tmp_path, lambda text: None, Setup()).all(True, None))
+    assert "--blocks 40" in caught.value.hint
+
+
+def test_accumulated_batches_are_one_larger_batch(tmp_path: Path) -> None:
+    """Two batches of gradients, averaged: closed form on one weight under plain sums."""
+    weight = torch.nn.Linear(1, 1, bias=False)
+    seen: list[float] = []
+
+    def loss(rng: torch.Generator) -> torch.Tensor:
+        seen.append(float(torch.rand((), generator=rng)))
+        return weight.weight.sum() * seen[-1]
+
+    optimiser = Optimiser(1, 1, 1e-3, 1, 0.0, clip_norm=1e9, accumulate=2)
+    loop.fit(weight, loss, optimiser, tmp_path / "x.state", 3, quiet)
+    assert len(set(seen)) == 2
+    assert load_file(tmp_path / "x.state")["exp_avg.weight"].item() == pytest.approx(0.1 * sum(seen) / 2)
+
+
+# --- whole runs ---
+
+
+def test_a_run_from_checkpoints_skips_what_they_stand_for(clips: Path, tmp_path: Path) -> None:
+    short = dataclasses.replace(WHOLE, adversarial=WHOLE.adversarial[:1])
+    told: list[str] = []
+    last = stages.train(clips, tmp_path / "a", TINY, short, told.append)
+    one_step = checkpoint.load(last)
+    assert one_step.profile.sampler.timesteps == (1.0,)
+    adapted = checkpoint.load(tmp_path / "a" / "checkpoint-adapted.safetensors")
+    assert adapted.profile == TINY
+    assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint*")) == sorted(
+        ["checkpoint.safetensors", *(f"checkpoint-{name}.safetensors" for name in NAMES[:3])]
+    )
+    told.clear()
+    start = stages.Start(adapted.path, tmp_path / "a" / "checkpoint-consistency-1.safetensors")
+    again = checkpoint.load(stages.train(clips, tmp_path / "b", TINY, short, told.append, start=start))
+    assert not any(line.startswith(("fitting", "VAE", "generator", "consistency")) for line in told)
+    for a, b in zip(one_step.generator.parameters(), again.generator.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-2)  # the start was rounded to float16
+    assert all(torch.equal(a, b) for a, b in zip(one_step.vae.parameters(), again.vae.parameters(), strict=True))
+
+
+def test_the_command_line_names_recipes_and_refuses_a_lone_option(aapt: Any, tmp_path: Path) -> None:
+    ran = aapt("train", "run", tmp_path, "--distilled", tmp_path / "x")
+    assert ran.code == UsageError.exit_code and "--from" in ran.err
+    with pytest.raises(UsageError, match="recipe 'none' does not exist") as caught:
+        recipe.named("none")
+    assert "demo-bidirectional" in caught.value.hint
+    heads = {name: {(s.attention, s.logits) for s in made.adversarial} for name, made in recipe.RECIPES.items()}
+    assert heads["demo"] == heads["paper"] == {("causal", "frame")}
+    assert set().union(*heads.values()) == {(a, b) for a in ("causal", "bidirectional") for b in ("frame", "clip")}
+
+
+def test_the_paper_s_recipe_is_the_paper_s() -> None:
+    """App. B: updates, clips per update, rates and schedules, and a last stage of 55 s."""
+    paper = recipe.PAPER
+    stages_of = [*paper.flow, *paper.consistency, *paper.adversarial]
+    assert [(s.optimiser.steps, s.optimiser.batch * s.optimiser.accumulate, s.optimiser.learning_rate) for s in stages_of] == [
+        (20_000, 256, 1e-5), (4_000, 32, 1e-5), (5_000, 32, 1e-5), (500, 256, 3e-6), (500, 64, 1e-5), (500, 64, 1e-5),
+    ]  # fmt: skip
+    assert {s.shift for s in (*paper.flow, *paper.consistency)} == {24.0} and {s.intervals for s in paper.consistency} == {32}
+    lengths = [s.blocks + s.extensions * (s.blocks - s.overlap) for s in paper.adversarial]
+    assert [blocks * 4 / 24 for blocks in lengths] == [10, 19, 55]
+    for s in paper.adversarial:
+        assert (s.optimiser.betas, s.optimiser.weight_decay, s.penalty, s.penalty_noise) == ((0.0, 0.9), 0.0, 1000.0, 0.1)
+        assert loop.learning_rate(s.optimiser, 0) == loop.learning_rate(s.optimiser, 499) == s.optimiser.learning_rate
