@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from aapt_deploy.models.context import Context
 from aapt_deploy.models.layers import MODULATIONS, TIME_FEATURES, Stream, spatial_rope, time_features
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.ops.block_causal_attention.torch_op import softmax_attention
@@ -28,6 +29,7 @@ class Backbone(nn.Module):
     spatial_rope: Tensor  # a buffer
     step_spread: Tensor  # [C, 1, 1]: deviation of each latent channel around the frame before; measured on the data, kept with the weights
     checkpointing = False  # recompute every visual block in the backward pass instead of keeping what is inside it
+    context: Context | None = None  # the processes that share each batch
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
@@ -54,13 +56,13 @@ class Backbone(nn.Module):
     # Text: computed once per prompt, then part of the cache.
 
     def prompt(self, text: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Per-layer text keys and values, each [B, L, H, D]. text: ids [B, L] or embeddings [B, L, text.dim]."""
+        """Per-layer text keys and values, each [B, L, H, D], of this process's heads. text: ids [B, L] or embeddings [B, L, text.dim]."""
         x = self.text_in(self.vocabulary(text) if self.profile.text.kind == "vocabulary" else text)  # [B, L, dim]
         keys, values = [], []
         for layer in self.text:
             x, k, v = layer(x, None, None, _among_text)
-            keys.append(k)
-            values.append(v)
+            keys.append(k if self.context is None else self.context.heads(k))
+            values.append(v if self.context is None else self.context.heads(v))
         return keys, values
 
     # Visual: tokens in, tokens out.
@@ -71,7 +73,16 @@ class Backbone(nn.Module):
         return list(self.time_modulation(features).chunk(MODULATIONS, dim=-1)), features
 
     def _blocks(self, x: Tensor, shared: list[Tensor], rope: Tensor, attend: AttendLayer) -> Iterator[tuple[Tensor, ...]]:
-        """Tokens x [B, N, dim] after each block of the visual stream, with whatever else `attend` returned there."""
+        """Tokens x [B, N, dim] after each block of the visual stream, with whatever else `attend` returned there.
+
+        The tokens are this process's; `_all_tokens` gives the others'.
+        """
+        if self.context is not None:
+            f, whole = self.profile.frame_tokens, attend
+            self.context.check(self.profile.model.heads, f)
+            x, rope = self.context.part(x, f), self.context.part(rope, f, dim=2)
+            shared = [self.context.part(m, f) for m in shared]
+            attend = partial(self._attend_by_heads, self.context, whole)
         for i, layer in enumerate(self.visual):
             if self.checkpointing and torch.is_grad_enabled():
                 out = checkpoint(layer, x, shared, rope, partial(attend, i), use_reentrant=False, preserve_rng_state=False)
@@ -79,6 +90,15 @@ class Backbone(nn.Module):
                 out = layer(x, shared, rope, partial(attend, i))
             yield out
             x = out[0]
+
+    def _attend_by_heads(self, context: Context, attend: AttendLayer, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        f = self.profile.frame_tokens
+        attended, *kept = attend(layer, *(context.to_heads(x, f) for x in (q, k, v)))
+        return (context.to_tokens(attended, f), *kept)
+
+    def _all_tokens(self, x: Tensor) -> Tensor:
+        """Tokens as they come out of `_blocks` -> [B, N, dim]."""
+        return x if self.context is None else self.context.whole(x, self.profile.frame_tokens)
 
     def _attend_to_clip(self, text: Tensor, n: int, bidirectional: bool = False) -> AttendLayer:
         """Attention of n whole blocks at once: block by block over what each may see, or, `bidirectional`, all over all. text as in `prompt`.
@@ -106,7 +126,7 @@ class Backbone(nn.Module):
 def _among_text(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """Text attends to text; its keys and values come out."""
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    return attended, k, v
+    return attended, k, v.contiguous()
 
 
 def _streams(streams: Iterable[Stream]) -> Sequence[Stream]:

@@ -79,7 +79,7 @@ class Discriminator(Backbone):
         found, queries = [], iter(self.queries)
         for depth, (tokens, *_) in enumerate(self._blocks(x, shared, rope, attend), start=1):
             if depth in self.taps:
-                found.append(next(queries)(tokens.unflatten(1, (-1, group)).flatten(0, 1)))  # [B * groups, dim]
+                found.append(next(queries)(self._all_tokens(tokens).unflatten(1, (-1, group)).flatten(0, 1)))  # [B * groups, dim]
         with torch.autocast(x.device.type, enabled=False):  # what R1 and R2 compare differs in the last digits
             logits: Tensor = self.logit(rms_norm(torch.cat(found, dim=-1).float()))  # [B * groups, 1]
         return logits.view(b, -1)

@@ -89,4 +89,5 @@ class Generator(Backbone):
             x = tokens
             kept.append(tuple(rest))
         shift, scale = self.time_out(features).chunk(2, dim=-1)
+        x = self._all_tokens(x)
         return rms_norm(x) * (1 + scale) + shift, kept

@@ -22,6 +22,7 @@ from aapt_deploy.models.generator import Generator
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train.flow import FAR, Clips, Latents
 from aapt_deploy.train.recipe import AdversarialStage
+from aapt_deploy.train.setup import is_sharded
 from aapt_deploy.train.student_forcing import Streams
 
 
@@ -130,12 +131,19 @@ def discriminator_loss(discriminator: Discriminator, fake: Clips, real: Clips, t
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients pass through `module` and stay out of its weights."""
+    """Gradients pass through `module` and leave those of its weights as they are."""
     weights = [p for p in module.parameters() if p.requires_grad]
+    sharded, held = is_sharded(module), [p.grad for p in weights]
     for p in weights:
-        p.requires_grad_(False)
+        if sharded:  # FSDP2 does not follow a change of requires_grad
+            p.grad = None
+        else:
+            p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in weights:
-            p.requires_grad_(True)
+        for p, grad in zip(weights, held, strict=True):
+            if sharded:
+                p.grad = grad
+            else:
+                p.requires_grad_(True)

@@ -18,6 +18,7 @@ from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import posterior
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
+from aapt_deploy.train.draws import coin
 from aapt_deploy.train.recipe import ConsistencyStage, FlowStage
 
 SMALLEST_T = 0.05  # the sampler stops above it
@@ -93,7 +94,7 @@ def flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: torch.G
     """Mean squared error, in posterior deviations, over the blocks of a batch, a scalar."""
     clean, previous = batch.clean, batch.previous
     b, n = clean.shape[:2]
-    if float(torch.rand((), generator=rng)) < stage.resampled:
+    if coin(rng, 1) < stage.resampled:
         previous = resample_history(generator, batch, rng)
     previous = previous + stage.previous_noise * blemishes(previous.shape, rng).to(clean.device)
     t = shifted(torch.rand(b, 1 if stage.one_time else n, generator=rng), stage.shift).clamp_min(SMALLEST_T).expand(b, n).to(clean.device)
@@ -123,7 +124,7 @@ def resample_history(generator: Generator, batch: Batch, rng: torch.Generator) -
     clean = batch.clean
     b = clean.shape[0]
     t = 0.35 + 0.65 * torch.rand(b, 1, generator=rng).expand(b, clean.shape[1]).to(clean.device)
-    single = float(torch.rand((), generator=rng)) < 0.5
+    single = coin(rng, 2) < 0.5
     x = (1 - t[..., None, None, None]) * clean + t[..., None, None, None] * torch.randn(clean.shape, generator=rng).to(clean.device)
     previous = batch.previous
     for now, after in [(t, torch.zeros_like(t))] if single else [(t, t / 2), (t / 2, torch.zeros_like(t))]:

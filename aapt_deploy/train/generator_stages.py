@@ -18,23 +18,28 @@ from aapt_deploy.models.discriminator import Discriminator
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.train.adversarial import adversarial_update
 from aapt_deploy.train.consistency import consistency_loss
+from aapt_deploy.train.draws import coin
 from aapt_deploy.train.flow import Latents, flow_loss
 from aapt_deploy.train.loop import Learner, fit, fit_together
 from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe
-from aapt_deploy.train.setup import Setup
+from aapt_deploy.train.setup import ALONE, Setup, whole
 from aapt_deploy.train.student_forcing import forced_flow_loss
 
 ONE_STEP = (1.0,)
 SEEDS = {"generator": 0, "consistency": 1000, "adversarial": 2000}  # so that no two stages draw the same numbers
 
 
-def part(path: Path, module: nn.Module, make: Callable[[], None]) -> None:
+def part(path: Path, module: nn.Module, make: Callable[[], None], setup: Setup = ALONE) -> None:
     """Run `make`, which trains `module`, unless `path` already holds its result. Raises CheckpointError if that is damaged."""
-    if path.exists():
+    done = path.exists()
+    setup.wait()  # all look before one writes
+    if done:
         load_part(path, module)
-    else:
-        make()
+        return
+    make()
+    if setup.writes:
         save_part(path, module)
+    setup.wait()
 
 
 def load_part(path: Path, module: nn.Module) -> None:
@@ -45,13 +50,17 @@ def load_part(path: Path, module: nn.Module) -> None:
 
 
 def save_part(path: Path, module: nn.Module) -> None:
-    save_file({name: t.contiguous() for name, t in module.state_dict().items()}, path.with_suffix(".tmp"))
+    save_tensors(path, module.state_dict())
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)
 
 
 def generator_loss(generator: Generator, latents: Latents, stage: FlowStage, rng: torch.Generator) -> Tensor:
     """One batch's flow loss: along the generator's own rollout in a share `stage.forced` of the batches, else under teacher forcing."""
-    forced = float(torch.rand((), generator=rng)) < stage.forced
+    forced = coin(rng, 0) < stage.forced
     batch = latents.draw(generator.profile, stage, rng).to(generator.step_spread.device)
     return forced_flow_loss(generator, batch, stage, rng) if forced else flow_loss(generator, batch, stage, rng)
 
@@ -75,7 +84,7 @@ class GeneratorStages:
         self.generator.checkpointing = self.setup.checkpointing
         if not adapted:
             for number, stage in enumerate(self.recipe.flow, start=1):
-                part(self.run / f"generator-{number}.safetensors", self.generator, partial(self._flow, number, stage))
+                part(self.run / f"generator-{number}.safetensors", self.generator, partial(self._flow, number, stage), self.setup)
         yield "adapted", None
         teacher = copy.deepcopy(self.generator)
         if distilled is not None:
@@ -83,10 +92,10 @@ class GeneratorStages:
             yield "distilled", ONE_STEP
         else:
             for number, distillation in enumerate(self.recipe.consistency, start=1):
-                part(self.run / f"consistency-{number}.safetensors", self.generator, partial(self._distil, number, distillation, teacher))
+                part(self.run / f"consistency-{number}.safetensors", self.generator, partial(self._distil, number, distillation, teacher), self.setup)
                 yield f"consistency-{number}", ONE_STEP
         for number, game in enumerate(self.recipe.adversarial, start=1):
-            part(self.run / f"adversarial-{number}.safetensors", self.generator, partial(self._play, number, game, teacher))
+            part(self.run / f"adversarial-{number}.safetensors", self.generator, partial(self._play, number, game, teacher), self.setup)
             yield f"adversarial-{number}", game.timesteps
 
     def _take(self, path: Path) -> None:
@@ -99,19 +108,23 @@ class GeneratorStages:
     def _told(self, name: str, optimiser: Optimiser) -> Callable[[int, float], None]:
         return lambda step, loss: self.report(f"{name}: {step} of {optimiser.steps} updates, loss {loss:.4f}")
 
-    def _fit(self, kind: str, number: int, optimiser: Optimiser, loss: Callable[[torch.Generator], Tensor]) -> None:
-        state, seed = self.run / f"{kind}-{number}.state", self.recipe.seed + SEEDS[kind] + number
-        average = fit(self.generator, loss, optimiser, state, seed, self._told(f"{kind} stage {number}", optimiser), self.setup)
+    def _shared(self) -> Generator:
+        """The generator to train: itself, or a sharded copy."""
+        return self.generator if self.setup.mesh is None else self.setup.shared(copy.deepcopy(self.generator))
+
+    def _fit(self, kind: str, number: int, optimiser: Optimiser, loss: Callable[[Generator, torch.Generator], Tensor]) -> None:
+        state, seed, trained = self.run / f"{kind}-{number}.state", self.recipe.seed + SEEDS[kind] + number, self._shared()
+        average = fit(trained, partial(loss, trained), optimiser, state, seed, self._told(f"{kind} stage {number}", optimiser), self.setup)
         self.generator.load_state_dict(average, strict=False)
 
     def _flow(self, number: int, stage: FlowStage) -> None:
         self.generator.step_spread.copy_(self.latents.step_spread())
-        self._fit("generator", number, stage.optimiser, partial(generator_loss, self.generator, self.latents, stage))
+        self._fit("generator", number, stage.optimiser, lambda trained, rng: generator_loss(trained, self.latents, stage, rng))
 
     def _distil(self, number: int, stage: ConsistencyStage, teacher: Generator) -> None:
-        def loss(rng: torch.Generator) -> Tensor:
-            batch = self.latents.draw(self.generator.profile, stage, rng).to(self.generator.step_spread.device)
-            return consistency_loss(self.generator, teacher, batch, stage, rng)
+        def loss(student: Generator, rng: torch.Generator) -> Tensor:
+            batch = self.latents.draw(student.profile, stage, rng).to(student.step_spread.device)
+            return consistency_loss(student, teacher, batch, stage, rng)
 
         self._fit("consistency", number, stage.optimiser, loss)
 
@@ -129,13 +142,16 @@ class GeneratorStages:
             discriminator.start_from(adapted)
         else:
             load_part(self.run / f"discriminator-{number - 1}.safetensors", discriminator)
+        trained, discriminator = self._shared(), self.setup.shared(discriminator)
         judge = dataclasses.replace(stage.optimiser, learning_rate=stage.discriminator_rate)
-        learners = [Learner("generator", self.generator, stage.optimiser), Learner("discriminator", discriminator, judge)]
+        learners = [Learner("generator", trained, stage.optimiser), Learner("discriminator", discriminator, judge)]
 
         def update(rng: torch.Generator, step: int, scale: float) -> dict[str, Tensor]:
-            return adversarial_update(self.generator, discriminator, self.latents, stage, rng, step, scale)
+            return adversarial_update(trained, discriminator, self.latents, stage, rng, step, scale)
 
         told = self._told(f"adversarial stage {number}", stage.optimiser)
         fit_together(learners, update, stage.optimiser, self.run / f"adversarial-{number}.state", seed, told, self.setup)
-        save_part(self.run / f"discriminator-{number}.safetensors", discriminator)
-        self.generator.load_state_dict(learners[0].average, strict=False)
+        final = {name: whole(tensor) for name, tensor in discriminator.state_dict().items()}
+        if self.setup.writes:
+            save_tensors(self.run / f"discriminator-{number}.safetensors", final)
+        self.generator.load_state_dict(learners[0].averaged(), strict=False)

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aapt_deploy.errors import CheckpointError, TrainingError
+from aapt_deploy.errors import CheckpointError, TrainingError, UsageError
+from aapt_deploy.train.draws import numbers
 from aapt_deploy.train.recipe import Optimiser
-from aapt_deploy.train.setup import ALONE, Setup
+from aapt_deploy.train.setup import ALONE, Setup, fill, own, whole
 
 SAVE_EVERY_S = 180.0
 LOG_EVERY = 20  # updates
@@ -58,8 +59,8 @@ class Learner:
         self.adam.zero_grad()
         self.updates += 1
         decay = min(self.optimiser.ema, self.updates / (self.updates + 10))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.weights.values()], 1 - decay)
-        return float(norm)
+        torch._foreach_lerp_([own(p) for p in self.average.values()], [own(p.detach()) for p in self.weights.values()], 1 - decay)
+        return float(whole(norm))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has to be kept, by name."""
@@ -67,7 +68,11 @@ class Learner:
         for name, p in self.weights.items():
             if p in self.adam.state:
                 kept |= {f"{key}.{name}": self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
-        return {self.prefix + name: tensor.contiguous() for name, tensor in kept.items()}
+        return {self.prefix + name: whole(tensor).contiguous() for name, tensor in kept.items()}
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights, whole."""
+        return {name: whole(tensor) for name, tensor in self.average.items()}
 
     def restore(self, names: set[str], shape: Callable[[str], list[int]], read: Callable[[str], Tensor], updates: int) -> None:
         """Take back what `tensors` gave. Raises ValueError where it is another network's."""
@@ -77,10 +82,12 @@ class Learner:
         for name, p in self.weights.items():
             if (wrong := tuple(shape(f"{self.prefix}weights.{name}"))) != tuple(p.shape):
                 raise ValueError(f"{name} is {wrong}, not {tuple(p.shape)}")  # copy_ would broadcast
-            p.data.copy_(read(f"{self.prefix}weights.{name}"))
-            self.average[name].copy_(read(f"{self.prefix}average.{name}"))
+            fill(p.data, read(f"{self.prefix}weights.{name}"))
+            fill(self.average[name], read(f"{self.prefix}average.{name}"))
             if f"exp_avg.{name}" in held:
-                moments = {key: read(f"{self.prefix}{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: torch.zeros_like(p.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                for key, moment in moments.items():
+                    fill(moment, read(f"{self.prefix}{key}.{name}"))
                 self.adam.state[p] = {"step": torch.tensor(float(updates)), **moments}
         self.updates = updates
 
@@ -99,23 +106,29 @@ def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: 
 
     learner = Learner("", module, optimiser)
     fit_together([learner], update, optimiser, state, seed, progress, setup)
-    return learner.average
+    return learner.averaged()
 
 
 def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, state: Path, seed: int, progress: Progress,
                  setup: Setup = ALONE) -> None:  # fmt: skip
-    """Train several networks on one `update` for `optimiser.steps` updates of `optimiser.accumulate` batches; otherwise as `fit`."""
+    """Train several networks on one `update` for `optimiser.steps` updates of `optimiser.accumulate` batches; otherwise as `fit`.
+
+    Rows of processes share the batches; their gradients are averaged by FSDP2. Raises UsageError when the rows do not divide the batches.
+    """
+    row, rows = setup.rows
+    if optimiser.accumulate % rows:
+        raise UsageError(f"{rows} rows of processes cannot share {optimiser.accumulate} batches", "start as many as divide the recipe's `accumulate`")
     step = _restore(state, learners) if state.exists() else 0
-    log, scale = state.with_suffix(".jsonl"), 1 / optimiser.accumulate
+    log, scale = state.with_suffix(".jsonl"), rows / optimiser.accumulate
     saved = started = time.monotonic()
     gathered: list[dict[str, float]] = []
     while step < optimiser.steps:
         batches = []
-        for batch in range(optimiser.accumulate):
-            rng = torch.Generator().manual_seed((seed * 1_000_003 + step * optimiser.accumulate + batch) % 2**63)
+        for batch in range(row, optimiser.accumulate, rows):
+            rng = numbers(seed, step, batch)
             with setup.autocast():
                 batches.append({name: float(value.detach()) for name, value in update(rng, step, scale).items()})
-        figures = _mean(batches)
+        figures = setup.mean(_mean(batches))
         _finite(figures, step, state)
         norms = [learner.update(step) for learner in learners]
         step += 1
@@ -124,12 +137,13 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
             mean = _mean(gathered)
             rounded = {name: round(value, 5) for name, value in mean.items()}
             line = {"step": step, **rounded, "grad_norm": round(norms[0], 4), "lr": learning_rate(optimiser, step - 1)}
-            with log.open("a") as file:
-                file.write(json.dumps({**line, "seconds": round(time.monotonic() - started, 1)}) + "\n")
-            progress(step, mean["loss"])
+            if setup.writes:
+                with log.open("a") as file:
+                    file.write(json.dumps({**line, "seconds": round(time.monotonic() - started, 1)}) + "\n")
+                progress(step, mean["loss"])
             gathered = []
-        if time.monotonic() - saved > SAVE_EVERY_S or step == optimiser.steps:
-            _save(state, step, learners)
+        if setup.agreed(time.monotonic() - saved > SAVE_EVERY_S) or step == optimiser.steps:
+            _save(state, step, learners, setup)
             saved = time.monotonic()
 
 
@@ -151,10 +165,12 @@ def _finite(figures: Mapping[str, float], step: int, state: Path) -> None:
             )
 
 
-def _save(path: Path, step: int, learners: list[Learner]) -> None:
+def _save(path: Path, step: int, learners: list[Learner], setup: Setup) -> None:
     tensors: dict[str, Tensor] = {}
     for learner in learners:
         tensors |= learner.tensors()
+    if not setup.writes:
+        return
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"step": str(step), "updates": " ".join(str(learner.updates) for learner in learners)})
     os.replace(temporary, path)
