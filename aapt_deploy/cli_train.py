@@ -47,9 +47,13 @@ def train_run(
     distilled: Annotated[Path | None, typer.Option(help="With --from: a one-step checkpoint, in the place of distillation.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     bf16: Annotated[bool | None, typer.Option(help="Mixed precision. Default: on a GPU.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Under torchrun: processes that share each batch, its tokens and heads.")] = 1,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks in the backward pass: less memory, more time.")] = False,
 ) -> None:
-    """Train VAE and generator; ends with a checkpoint in the run's folder. Safe to stop and start at any time."""
+    """Train VAE and generator; ends with a checkpoint in the run's folder, and one of each stage. Safe to stop and start at any time.
+
+    Under torchrun, processes share the work: torchrun --nproc-per-node 8 -m aapt_deploy train run DATA --device cuda.
+    """
     from aapt_deploy import console, profiles
     from aapt_deploy.errors import UsageError
 
@@ -59,7 +63,7 @@ def train_run(
     with needing("train"), console.progress(f"training in {run}") as progress:
         from aapt_deploy.train import recipe, setup, stages
 
-        how = setup.Setup(device, device != "cpu" if bf16 is None else bf16, checkpointing)
+        how = setup.joined(device, device != "cpu" if bf16 is None else bf16, checkpointing, context)
         path = stages.train(folder, run, shape, recipe.named(chosen), progress, how, stages.Start(start, distilled) if start else None)
     console.say(f"checkpoint: {path}")
 

@@ -24,6 +24,7 @@ __all__ = ["clips"]  # a fixture
 GAME = AdversarialStage(gan(4, 2, 1e-3), blocks=4, discriminator_rate=1e-3, head_start=1, penalty_every=2)
 WHOLE = Recipe(
     vae=RECIPE.vae,
+    sample_seconds=0,
     flow=(FlowStage(Optimiser(4, 2, 1e-3, 1, accumulate=2), blocks=2),),
     consistency=(ConsistencyStage(Optimiser(4, 2, 1e-3, 1), blocks=2),),
     adversarial=(GAME, dataclasses.replace(GAME, extensions=1, overlap=2, head_start=0, attention="bidirectional", logits="clip")),

@@ -149,7 +149,7 @@ def test_the_log_and_the_progress_hold_the_mean_loss(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == seen
     assert lines[0]["lr"] == learning_rate(optimiser, 19)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl", "x.state"]  # nothing temporary is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.curves", "x.jsonl", "x.state"]  # nothing temporary is left
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:
@@ -232,6 +232,7 @@ def test_sixty_updates_lower_the_loss(tmp_path: Path) -> None:
 
 RECIPE = Recipe(
     vae=VaeStage(Optimiser(steps=3, batch=2, learning_rate=1e-3, warmup=1), blocks=1),
+    sample_seconds=1,
     flow=(FlowStage(Optimiser(4, 2, 1e-3, 1), blocks=2), FlowStage(Optimiser(3, 2, 1e-3, 1), blocks=3, resampled=1.0, forced=0.5)),
 )
 

@@ -42,8 +42,7 @@ class Context:
             return x
         parts = x.unflatten(dim, (-1, self.size, frame_tokens // self.size)).movedim(dim + 1, 0)  # [R, ..., n, F/R, ...]
         mine: Tensor = _Part.apply(parts, self.group)  # type: ignore[no-untyped-call]
-        whole: Tensor = mine.flatten(dim, dim + 1)
-        return whole
+        return torch.flatten(mine, dim, dim + 1)
 
     def heads(self, x: Tensor) -> Tensor:
         """This process's heads of tokens that every process has: [B, N, H, D] -> [B, N, H/R, D]."""

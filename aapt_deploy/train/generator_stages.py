@@ -29,17 +29,20 @@ ONE_STEP = (1.0,)
 SEEDS = {"generator": 0, "consistency": 1000, "adversarial": 2000}  # so that no two stages draw the same numbers
 
 
-def part(path: Path, module: nn.Module, make: Callable[[], None], setup: Setup = ALONE) -> None:
-    """Run `make`, which trains `module`, unless `path` already holds its result. Raises CheckpointError if that is damaged."""
+def part(path: Path, module: nn.Module, make: Callable[[], None], setup: Setup = ALONE, together: bool = True) -> None:
+    """Run `make`, which trains `module`, unless `path` already holds its result. Raises CheckpointError if that is damaged.
+
+    Of several processes all run `make`, or, if they do not work `together`, the first one, and the others load what it wrote.
+    """
     done = path.exists()
     setup.wait()  # all look before one writes
-    if done:
-        load_part(path, module)
-        return
-    make()
-    if setup.writes:
-        save_part(path, module)
+    if not done and (together or setup.writes):
+        make()
+        if setup.writes:
+            save_part(path, module)
     setup.wait()
+    if done or not (together or setup.writes):
+        load_part(path, module)
 
 
 def load_part(path: Path, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The only training loop: AdamW, warm-up and cosine, EMA, a plottable log, and a state that a killed run resumes from to the bit.
+"""The only training loop: AdamW, warm-up and cosine, EMA, a log in JSON and for TensorBoard, and a state that a killed run resumes from to the bit.
 
 It trains one network on a loss (`fit`) or several that share an update (`fit_together`). Everything random in an update comes from (seed, stage,
 update), so a resumed run draws what the unbroken one would have drawn. The state is a safetensors file written beside its final name and renamed,
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from aapt_deploy.errors import CheckpointError, TrainingError, UsageError
 from aapt_deploy.train.draws import numbers
 from aapt_deploy.train.recipe import Optimiser
+from aapt_deploy.train.scalars import Events
 from aapt_deploy.train.setup import ALONE, Setup, fill, own, whole
 
 SAVE_EVERY_S = 180.0
@@ -122,6 +123,7 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
     log, scale = state.with_suffix(".jsonl"), rows / optimiser.accumulate
     saved = started = time.monotonic()
     gathered: list[dict[str, float]] = []
+    events: Events | None = None
     while step < optimiser.steps:
         batches = []
         for batch in range(row, optimiser.accumulate, rows):
@@ -138,6 +140,8 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
             rounded = {name: round(value, 5) for name, value in mean.items()}
             line = {"step": step, **rounded, "grad_norm": round(norms[0], 4), "lr": learning_rate(optimiser, step - 1)}
             if setup.writes:
+                events = events or Events(state.with_suffix(".curves"), step)
+                events.scalars(step, {name: value for name, value in line.items() if name != "step"} | mean)
                 with log.open("a") as file:
                     file.write(json.dumps({**line, "seconds": round(time.monotonic() - started, 1)}) + "\n")
                 progress(step, mean["loss"])

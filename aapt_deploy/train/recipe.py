@@ -92,6 +92,7 @@ class Recipe:
     consistency: tuple[ConsistencyStage, ...] = ()
     adversarial: tuple[AdversarialStage, ...] = ()
     seed: int = 0
+    sample_seconds: int = 10  # of sample video after each stage; 0 for none
 
 
 DEMO = Recipe(

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from aapt_deploy.errors import UsageError
 from aapt_deploy.models.backbone import Backbone
 from aapt_deploy.models.context import Context
+
+PATIENCE = timedelta(hours=24)  # the others wait while one encodes the clips or trains the VAE
 
 Module = TypeVar("Module", bound=Backbone)
 
@@ -102,7 +105,7 @@ def joined(device: str, bf16: bool, checkpointing: bool, context: int) -> Setup:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     return Setup(device, bf16, checkpointing, init_device_mesh(device, (world // context, context), mesh_dim_names=("data", "context")))
 
 

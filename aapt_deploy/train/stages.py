@@ -35,6 +35,7 @@ from aapt_deploy.train.flow import Latents
 from aapt_deploy.train.generator_stages import GeneratorStages, part
 from aapt_deploy.train.loop import fit
 from aapt_deploy.train.recipe import Recipe
+from aapt_deploy.train.samples import write_samples
 from aapt_deploy.train.setup import ALONE, Setup
 from aapt_deploy.train.vae_stage import Snippets, fit_linear, vae_loss
 from aapt_deploy.train.worlds import World, fly
@@ -68,6 +69,7 @@ def train(
     CheckpointError for a damaged part of an earlier run.
     """
     run.mkdir(parents=True, exist_ok=True)
+    report = report if setup.writes else _silence
     skipped: list[str] = []
 
     def skip(path: Path, reason: str) -> None:
@@ -84,10 +86,10 @@ def train(
         profile, generator, vae = held.profile, held.generator.train(), held.vae
     else:
         generator, vae = Generator(profile), Vae(profile)
-        part(run / "vae-linear.safetensors", vae, lambda: _fit(vae, clips, profile, recipe, report))
-    latents = cached_latents(run / "latents.safetensors", vae, clips, profile, report)
+        part(run / "vae-linear.safetensors", vae, lambda: _fit(vae, clips, profile, recipe, report), setup, together=False)
+    latents = one_after_another(setup, lambda: cached_latents(run / "latents.safetensors", vae, clips, profile, report))
     if start is None:
-        part(run / "vae.safetensors", vae, lambda: _train_vae(vae, clips, profile, recipe, run, report, setup))
+        part(run / "vae.safetensors", vae, lambda: _train_vae(vae, clips, profile, recipe, run, report, setup), setup, together=False)
 
     def record(stage: str) -> dict[str, object]:
         return {
@@ -101,11 +103,27 @@ def train(
     for stage, timesteps in stages.all(start is not None, start.distilled if start else None):
         sampler = dataclasses.replace(profile.sampler, timesteps=timesteps or profile.sampler.timesteps)
         shipped = profile.replace(sampler=sampler)
-        for written in (run / f"checkpoint-{stage}.safetensors", path):
-            checkpoint.save(written, shipped, generator.eval(), vae.eval(), record(stage), pictures)
+        if setup.writes:
+            for written in (run / f"checkpoint-{stage}.safetensors", path):
+                checkpoint.save(written, shipped, generator.eval(), vae.eval(), record(stage), pictures)
+            if recipe.sample_seconds and not (run / f"samples-{stage}").exists():
+                report(f"streaming samples of stage {stage}")
+                write_samples(path, run / f"samples-{stage}", recipe.sample_seconds)
+            (run / "record.json").write_text(json.dumps(record(stage), indent=1))
         generator.train()
-    (run / "record.json").write_text(json.dumps(record(stage), indent=1))
+        setup.wait()
     return path
+
+
+def _silence(text: str) -> None:
+    """The other processes have nothing to say that the first one does not."""
+
+
+def one_after_another(setup: Setup, make: Callable[[], Latents]) -> Latents:
+    """`make` in the first process, which leaves a file, then in the others, which read it."""
+    made = make() if setup.writes else None
+    setup.wait()
+    return make() if made is None else made
 
 
 def _fit(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe, report: Report) -> None:
@@ -165,7 +183,7 @@ def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe
     average = fit(
         vae, lambda rng: vae_loss(vae, stage, lambda r: snippets.draw(stage, r), rng), stage.optimiser, run / "vae.state", recipe.seed,
         lambda step, loss: report(f"VAE: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),
-        dataclasses.replace(setup, device="cpu"),
+        dataclasses.replace(setup, device="cpu", mesh=None),
     )  # fmt: skip
     vae.load_state_dict(average, strict=False)
 

@@ -1,0 +1,46 @@
+"""What a checkpoint streams, to look at: a video and a row of its frames, from each start frame. Nothing is measured here; `evaluate` does that."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aapt_deploy.camera import CRUISE, Velocity
+from aapt_deploy.engine.eager import EagerEngines
+from aapt_deploy.models import checkpoint
+from aapt_deploy.prompts import parse, token_ids
+from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.train.scalars import Events
+from aapt_deploy.video import open_sink, write_image
+
+COLUMNS = 6
+TURN = 0.2  # radians per second, to the left and to the right in turn
+
+
+def write_samples(path: Path, out: Path, seconds: int) -> Path:
+    """Stream `seconds` from every start frame of the checkpoint at `path` into `out`: NAME.mp4, their frames in sheet.png, and in TensorBoard."""
+    loaded = checkpoint.load(path)
+    profile, per_second = loaded.profile, loaded.profile.video.fps // loaded.profile.video.temporal_stride
+    out.mkdir(parents=True, exist_ok=True)
+    blocks, rows = seconds * per_second, []
+
+    for name, frame in loaded.start_frames.items():
+        text = token_ids(parse(frame.prompt)) if profile.text.tokens else None
+
+        def steer(block: int, text: np.ndarray | None = text) -> Steering:
+            return Steering(Velocity(CRUISE.forward, yaw=TURN if block // (2 * per_second) % 2 else -TURN), text)
+
+        engines, row = EagerEngines(loaded, torch.get_num_threads(), "fp32"), []
+        chosen = set(np.linspace(0, blocks, COLUMNS).round().astype(int).tolist())
+        with open_sink(str(out / f"{name}.mp4"), None, profile.video.width, profile.video.height, profile.video.fps) as sink:
+            for block, frames in enumerate(islice(rollout(engines, profile, frame.image.numpy(), steer, 0), 1 + blocks)):
+                sink.write(frames)
+                if block in chosen:
+                    row.append(frames[-1])
+        rows.append(np.concatenate(row, axis=1))
+    if rows:
+        sheet = np.ascontiguousarray(np.concatenate(rows))
+        write_image(out / "sheet.png", sheet)
+        Events(out, 0).picture(0, f"seconds 0 to {seconds}", (out / "sheet.png").read_bytes(), *sheet.shape[:2])
+    return out
