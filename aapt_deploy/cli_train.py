@@ -52,7 +52,7 @@ def train_run(
 ) -> None:
     """Train VAE and generator; ends with a checkpoint in the run's folder, and one of each stage. Safe to stop and start at any time.
 
-    Under torchrun, processes share the work: torchrun --nproc-per-node 8 -m aapt_deploy train run DATA --device cuda.
+    Under torchrun, processes share the work: torchrun --nproc-per-node 8 -m -- aapt_deploy train run DATA --device cuda.
     """
     from aapt_deploy import console, profiles
     from aapt_deploy.errors import UsageError
@@ -70,7 +70,7 @@ def train_run(
 
 @train_app.command("evaluate")
 def train_evaluate(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundles with engines, side by side.", metavar="BUNDLE...")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles with engines, or checkpoints, side by side.", metavar="BUNDLE...")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for evaluation.json, curves.png and sheets of frames.")] = Path("evaluation"),
     flights: Annotated[int, typer.Option(min=1, help="Held-out worlds, one flight each.")] = 32,
     seconds: Annotated[int, typer.Option(min=5, help="Length of a flight, a multiple of 5.")] = 60,

@@ -13,6 +13,7 @@ from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import Pose, Velocity
 from aapt_deploy.engine import open_engines
 from aapt_deploy.errors import UsageError
+from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile, load
 from aapt_deploy.prompts import Look
 from aapt_deploy.train import evaluate, figures
@@ -202,6 +203,25 @@ def test_evaluate_writes_a_record_curves_and_frames(aapt: Any, bundle: Path, tmp
     assert 0 < made["windows"][0]["sharpness"] != 1
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "evaluation.json", "sheet-bundle.png"]
     assert "after 5 s: terrain" in ran.err and "true" in ran.err
+
+
+@pytest.mark.usefixtures("quick")
+def test_checkpoints_and_bundles_are_judged_side_by_side(aapt: Any, bundle: Path, loaded: Checkpoint, tmp_path: Path) -> None:
+    out, other = tmp_path / "evaluation", tmp_path / "other" / loaded.path.name
+    other.parent.mkdir()
+    other.write_bytes(loaded.path.read_bytes())
+    ran: Ran = aapt("train", "evaluate", bundle, loaded.path, other, "--precision", "fp32", "--out", out, "--flights", 2, "--seconds", 5, "--json")
+    assert ran.code == 0, ran.err
+    made = json.loads(ran.out)["made"]
+    assert list(made) == [f"{bundle.parent.name}-bundle", f"{loaded.path.parent.name}-tiny", "other-tiny"]
+    by_engine, by_torch, again = made.values()
+    assert by_torch == again and by_engine["checkpoint"] == loaded.sha256 == again["checkpoint"]
+    assert by_torch["windows"][0]["sharpness"] == pytest.approx(by_engine["windows"][0]["sharpness"], abs=0.02)
+
+
+def test_a_checkpoint_named_twice_is_refused(aapt: Any, loaded: Checkpoint, tmp_path: Path) -> None:
+    ran: Ran = aapt("train", "evaluate", loaded.path, loaded.path, "--out", tmp_path / "e", "--seconds", 5)
+    assert ran.code == UsageError.exit_code and "named twice" in ran.error and not (tmp_path / "e").exists()
 
 
 def test_an_odd_length_is_refused_at_once(aapt: Any, bundle: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Context:
     def whole(self, x: Tensor, frame_tokens: int) -> Tensor:
         """All tokens: [B, n*F/R, dim] -> [B, n*F, dim]."""
         parts: Tensor = _Gather.apply(x, self.group)  # type: ignore[no-untyped-call]  # [R, B, n*F/R, dim]
-        return parts.unflatten(2, (-1, frame_tokens // self.size)).permute(1, 2, 0, 3, 4).flatten(1, 3)
+        return torch.flatten(parts.unflatten(2, (-1, frame_tokens // self.size)).permute(1, 2, 0, 3, 4), 1, 3)
 
 
 def _exchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import open_engines
+from aapt_deploy.engine import Engines, open_engines
+from aapt_deploy.engine.eager import EagerEngines
 from aapt_deploy.errors import UsageError
 from aapt_deploy.machine import machine
+from aapt_deploy.models import checkpoint
 from aapt_deploy.profiles import Profile
 from aapt_deploy.prompts import Look
 from aapt_deploy.train.figures import Classifier, Crowd, Response, Track, joined, measure
@@ -62,28 +65,53 @@ class Truth(NamedTuple):
     commands: list[np.ndarray]  # per plan [n, 4]
 
 
+class Entrant(NamedTuple):
+    """A generator that is judged."""
+
+    profile: Profile
+    sha256: str  # of its checkpoint
+    open: Callable[[], Engines]
+
+
+def _entrant(path: Path, backend: str, precision: str | None) -> Entrant:
+    """A bundle with the engines asked for, or a checkpoint, which runs as it is: in torch and float32."""
+    if path.is_file():
+        held = checkpoint.load(path)
+        return Entrant(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
+    bundle = Bundle.open(path)
+    return Entrant(bundle.profile, bundle.manifest["source"]["sha256"], lambda: open_engines(bundle, backend, precision))
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A name for each: the last part of its path, with as much before it as tells them apart. Raises UsageError for one path twice."""
+    parts = [path.resolve().with_suffix("").parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-length:]).strip("/") for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError(f"one of {', '.join(map(str, paths))} is named twice", "name each bundle or checkpoint once")
+
+
 def evaluate(bundles: Sequence[Path], out: Path, flights: int, seconds: int, backend: str, precision: str | None, report: Report) -> dict[str, Any]:
-    """Fly every bundle through the same plans; write evaluation.json, curves.png and one sheet per bundle into `out`. Returns the record.
+    """Fly every bundle or checkpoint through the same plans; write evaluation.json, curves.png and one sheet each into `out`. Returns the record.
 
     Raises UsageError when bundles differ in picture size or frame rate, or when `seconds` is no multiple of the window.
     """
-    opened = [Bundle.open(path) for path in bundles]
+    opened = [_entrant(path, backend, precision) for path in bundles]
+    names = _names(bundles)
     profile = opened[0].profile
-    for bundle in opened[1:]:
-        if bundle.profile.video != profile.video:
-            raise UsageError(
-                f"bundles {opened[0].path} and {bundle.path} differ in their video", "evaluate bundles of one picture size and rate together"
-            )
+    for path, entrant in zip(bundles, opened, strict=True):
+        if entrant.profile.video != profile.video:
+            raise UsageError(f"{bundles[0]} and {path} differ in their video", "evaluate generators of one picture size and rate together")
     if seconds % WINDOW_S:
         raise UsageError(f"{seconds} seconds are no multiple of the {WINDOW_S} s window", f"take {seconds // WINDOW_S * WINDOW_S + WINDOW_S}")
     per_second = profile.video.fps // profile.video.temporal_stride
     truth = _truth(profile, flights, seconds * per_second, report)
     out.mkdir(parents=True, exist_ok=True)
     results = {}
-    for bundle in opened:
-        name = bundle.path.resolve().name
-        flown = _fly_all(bundle, truth, backend, precision, partial(_under, name, report))
-        results[name] = {"checkpoint": bundle.manifest["source"]["sha256"]} | _judge(flown, truth, per_second)
+    for name, entrant in zip(names, opened, strict=True):
+        flown = _fly_all(entrant, truth, partial(_under, name, report))
+        results[name] = {"checkpoint": entrant.sha256, "timesteps": entrant.profile.sampler.timesteps} | _judge(flown, truth, per_second)
         _sheet(out / f"sheet-{name}.png", flown)
     record = {
         "what": "generated flights against the renderer", "date": datetime.date.today().isoformat(), "machine": machine(), "profile": profile.name,
@@ -123,15 +151,15 @@ def _under(name: str, report: Report, text: str) -> None:
     report(f"{name}: {text}")
 
 
-def _fly_all(bundle: Bundle, truth: Truth, backend: str, precision: str | None, report: Report) -> list[Flown]:
-    engines = open_engines(bundle, backend, precision)
+def _fly_all(entrant: Entrant, truth: Truth, report: Report) -> list[Flown]:
+    engines = entrant.open()
     blocks = len(truth.plans[0].velocities)
     columns = np.linspace(0, blocks, SHEET_COLUMNS).round().astype(int)
     flown: list[Flown] = []
     try:
         for plan in truth.plans:
             tracks, held, shown = [], [], []
-            for block, pair in enumerate(fly(engines, bundle.profile, plan)):
+            for block, pair in enumerate(fly(engines, entrant.profile, plan)):
                 held.append(pair)
                 shown += [pair[1]] * int((columns == block).sum())
                 if len(held) == CHUNK or block == blocks:
