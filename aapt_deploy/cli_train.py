@@ -68,6 +68,32 @@ def train_run(
     console.say(f"checkpoint: {path}")
 
 
+@train_app.command("all")
+def train_all(
+    folder: Annotated[Path, typer.Argument(help="Folder for everything: clips, run and evaluation. An interrupted command goes on.")],
+    worlds: Annotated[int, typer.Option(min=1, help="Worlds to render, two clips each.")] = 1000,
+    chosen: Annotated[str, typer.Option("--recipe", help="As in `aapt train run`.")] = "demo",
+    flights: Annotated[int, typer.Option(min=1, help="Held-out worlds to judge by.")] = 32,
+    seconds: Annotated[int, typer.Option(min=5, help="Length of a flight, a multiple of 5.")] = 60,
+    profile: ProfileName = "demo-cpu",
+    bf16: Annotated[bool, typer.Option(help="Mixed precision.")] = True,
+) -> None:
+    """The whole recipe on this machine: render clips, train all stages, judge the checkpoint of each. The demo's takes days on two cores."""
+    from aapt_deploy import console, profiles, reports
+
+    shape, clips, run = profiles.load(profile), folder / "clips", folder / "run"
+    with needing("train"), console.progress(f"training in {folder}") as progress:
+        from aapt_deploy.train import data, evaluate, recipe, setup, stages
+
+        for done, _ in enumerate(data.render_worlds(clips, shape, 0, worlds, 2), start=1):
+            progress(f"{done} of {worlds} worlds")
+        stages.train(clips, run, shape, recipe.named(chosen), progress, setup.Setup(bf16=bf16))
+        checkpoints = sorted(run.glob("checkpoint-*.safetensors"), key=lambda path: path.stat().st_mtime)
+        out = folder / "evaluation"
+        record = evaluate.evaluate(checkpoints, out, flights, seconds, "torch", None, progress)
+    reports.evaluation(record, out)
+
+
 @train_app.command("evaluate")
 def train_evaluate(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles with engines, or checkpoints, side by side.", metavar="BUNDLE...")],
