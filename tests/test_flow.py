@@ -14,6 +14,7 @@ from aapt_deploy.models.layers import posterior
 from aapt_deploy.profiles import CONDITION_CHANNELS, load
 from aapt_deploy.prompts import VOCABULARY_SIZE
 from aapt_deploy.rope import temporal_rope
+from aapt_deploy.train.draws import coin, numbers
 from aapt_deploy.train.flow import SMALLEST_T, Batch, Latents, flow_loss, resample_history, shifted
 from aapt_deploy.train.recipe import FlowStage, Optimiser
 
@@ -238,3 +239,22 @@ def test_a_batch_is_a_sink_and_consecutive_blocks() -> None:
 def test_a_short_clip_gives_fewer_blocks() -> None:
     batch = toy_latents(blocks=2).draw(TINY, STAGE, torch.Generator().manual_seed(0))
     assert batch.clean.shape[:2] == (STAGE.optimiser.batch, 2)  # the sink and the only other block
+
+
+# --- random numbers ---
+
+
+def test_batches_have_their_own_numbers_and_share_their_coins() -> None:
+    drawn, tossed = {}, {}
+    for update in range(40):
+        for batch in range(3):
+            rng = numbers(5, update, batch)
+            tossed[update, batch] = coin(rng, 0), coin(rng, 1)
+            drawn[update, batch] = float(torch.rand((), generator=rng, dtype=torch.float64))
+    assert len(set(drawn.values())) == len(drawn)
+    assert all(tossed[update, batch] == tossed[update, 0] for update, batch in tossed)
+    coins = [value for update in range(40) for value in tossed[update, 0]]
+    assert len(set(coins)) == 80 and 0.35 < sum(coins) / 80 < 0.65
+    one, two = torch.tensor([[tossed[u, 0][0] for u in range(40)], [drawn[u, 0] for u in range(40)]])
+    assert float((one - two).abs().max()) > 0.3  # a coin says nothing about what the batch draws
+    assert torch.rand(2, generator=numbers(3, 4, 0)).tolist() == torch.rand(2, generator=torch.Generator().manual_seed(3_000_013)).tolist()

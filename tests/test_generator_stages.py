@@ -1,7 +1,9 @@
 """The generator's stages, one behind the other: what each leaves, how each resumes to the bit, and how a run starts from checkpoints."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from toys import TINY, toy_latents
 from aapt_deploy.errors import CheckpointError, InputError, UsageError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.generator import Generator
-from aapt_deploy.train import generator_stages, loop, recipe, stages
+from aapt_deploy.train import evaluate, generator_stages, loop, recipe, stages
 from aapt_deploy.train.generator_stages import GeneratorStages
 from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe, gan
-from aapt_deploy.train.setup import Setup
+from aapt_deploy.train.setup import ALONE, Setup
 
 __all__ = ["clips"]  # a fixture
 
@@ -33,13 +35,13 @@ NAMES = ["adapted", "consistency-1", "adversarial-1", "adversarial-2"]
 FILES = ["generator-1", "consistency-1", "adversarial-1", "discriminator-1", "adversarial-2", "discriminator-2"]
 
 
-def run(folder: Path, setup: Setup = Setup()) -> list[tuple[str, tuple[float, ...] | None]]:  # noqa: B008  frozen
-    """All stages over toy latents, in `folder`."""
+def run(folder: Path, setup: Setup = ALONE, last: int | None = None) -> list[tuple[str, tuple[float, ...] | None]]:
+    """All stages over toy latents, in `folder`, or the first `last`."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     latents = toy_latents()
     latents.z.add_(0.3 * torch.randn(latents.z.shape))  # it moves
-    return list(GeneratorStages(Generator(TINY), latents, WHOLE, folder, lambda text: None, setup).all(False, None))
+    return list(islice(GeneratorStages(Generator(TINY), latents, WHOLE, folder, lambda text: None, setup).all(False, None), last))
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +59,20 @@ def test_every_stage_changes_the_generator_and_leaves_its_files(straight: Path) 
     assert not list(straight.glob("*.tmp"))
 
 
-KILL = [  # function that a stage calls once per batch, and the call that is the last
-    ("generator_loss", 6),
-    ("consistency_loss", 3),
-    ("adversarial_update", 3),  # the generator has had one update less than the discriminator
-    ("adversarial_update", 7),
+KILL = [  # function that a stage calls once per batch, the call that is the last, stages before, and the files these leave
+    ("generator_loss", 6, 0, 0),
+    ("consistency_loss", 3, 1, 1),
+    ("adversarial_update", 3, 2, 2),  # the generator has had one update less than the discriminator
+    ("adversarial_update", 3, 3, 4),
 ]
 
 
-@pytest.mark.parametrize(("function", "last"), KILL)
+@pytest.mark.parametrize(("function", "last", "before", "files"), KILL)
 def test_a_stage_that_was_stopped_goes_on_to_the_bit(
-    function: str, last: int, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: str, last: int, before: int, files: int, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in FILES[:files]:
+        (tmp_path / f"{name}.safetensors").write_bytes((straight / f"{name}.safetensors").read_bytes())
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)  # after every update
     true: Callable[..., Any] = getattr(generator_stages, function)
     calls: list[int] = []
@@ -81,15 +85,15 @@ def test_a_stage_that_was_stopped_goes_on_to_the_bit(
 
     monkeypatch.setattr(generator_stages, function, fatal)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run")
+        run(tmp_path)
+    assert len(list(tmp_path.glob("*.state"))) == 1
     monkeypatch.setattr(generator_stages, function, true)
-    run(tmp_path / "run")
-    for name in FILES:
-        one, two = (load_file(folder / f"{name}.safetensors") for folder in (straight, tmp_path / "run"))
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
-    for name in FILES[2], FILES[4]:  # moments too
-        one, two = (load_file(folder / f"{name}.state") for folder in (straight, tmp_path / "run"))
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+    run(tmp_path, last=before + 1)
+    made = [path for path in tmp_path.iterdir() if path.suffix in (".safetensors", ".state")]
+    assert len(made) > files + 1
+    for path in made:  # averages, weights and moments
+        one, two = load_file(straight / path.name), load_file(path)
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), path.name
 
 
 def test_recomputing_blocks_changes_no_result(straight: Path, tmp_path: Path) -> None:
@@ -187,3 +191,16 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
     for s in paper.adversarial:
         assert (s.optimiser.betas, s.optimiser.weight_decay, s.penalty, s.penalty_noise) == ((0.0, 0.9), 0.0, 1000.0, 0.1)
         assert loop.learning_rate(s.optimiser, 0) == loop.learning_rate(s.optimiser, 499) == s.optimiser.learning_rate
+
+
+@pytest.mark.slow
+def test_one_command_renders_trains_and_judges(aapt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    game = dataclasses.replace(GAME, optimiser=gan(1, 2, 1e-3))
+    short = dataclasses.replace(WHOLE, flow=(FlowStage(Optimiser(1, 2, 1e-3, 1), 2),), consistency=(), adversarial=(game,))
+    monkeypatch.setitem(recipe.RECIPES, "demo", short)
+    monkeypatch.setattr(evaluate, "TEACHING_WORLDS", 12)
+    ran = aapt("train", "all", tmp_path, "--worlds", 1, "--flights", 2, "--seconds", 5, "--profile", "tiny-cpu")
+    assert ran.code == 0, ran.err
+    record = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert list(record["made"]) == ["checkpoint-adapted", "checkpoint-adversarial-1"]
+    assert [made["timesteps"] for made in record["made"].values()] == [list(TINY.sampler.timesteps), [1.0]]
