@@ -2,11 +2,13 @@
 
     onnxruntime   caches written in place; fp32, and int8 with dynamic linears and a statically calibrated decoder
     torch         the checkpoint's own modules, eager; the reference
+    tensorrt      build_tensorrt.py
 
 Each engine is run and compared with the fp32 engine before it joins the bundle.
 """
 
 import contextlib
+import importlib
 import itertools
 import logging
 import shutil
@@ -33,6 +35,7 @@ from aapt_deploy.signature import signatures
 from aapt_deploy.starts import Start, all_starts
 
 PRECISIONS = {"onnxruntime": ("fp32", "int8"), "torch": ("fp32",)}
+ELSEWHERE = {"tensorrt": "aapt_deploy.build_tensorrt"}  # backends with a module of their own
 TUNING_BLOCKS = 10  # measured for each thread setting
 QUALITY_BLOCKS = 6  # compared with fp32: one second
 CALIBRATION_BLOCKS = 8  # per start frame
@@ -49,17 +52,22 @@ class Built:
     bytes: int  # of the engine's files
     threads: int
     spinning: bool
-    psnr_db: float | None  # frames of the first second against fp32, same seed; None for fp32 itself
+    psnr_db: float | None  # frames of the first second against fp32, same seed; None for fp32 itself; tensorrt: against the exported graphs
     seconds: float  # build time
 
 
-def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Report) -> list[Built]:
-    """Build the engines of `backend`: one precision, or all it has.
+def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Report, attention: str = "auto") -> list[Built]:
+    """Build the engines of `backend`: one precision, or all it has. `attention` chooses among the forms of the TensorRT backend.
 
     Raises UsageError for an unknown backend or precision, BusyError when another build holds the bundle, BundleError for a damaged bundle.
     """
+    if backend in ELSEWHERE:
+        built: list[Built] = importlib.import_module(ELSEWHERE[backend]).build(bundle, precision, attention, report)
+        return built
     if backend not in PRECISIONS:
-        raise UsageError(f"backend {backend!r} cannot be built", f"backends: {', '.join(PRECISIONS)}")
+        raise UsageError(f"backend {backend!r} cannot be built", f"backends: {', '.join((*PRECISIONS, *ELSEWHERE))}")
+    if attention != "auto":
+        raise UsageError(f"--attention is for {', '.join(ELSEWHERE)}, not for {backend}", "leave it out")
     wanted = PRECISIONS[backend] if precision is None else (precision,)
     if unknown := [name for name in wanted if name not in PRECISIONS[backend]]:
         raise UsageError(f"precision {unknown[0]!r} does not exist for {backend}", f"precisions: {', '.join(PRECISIONS[backend])}")

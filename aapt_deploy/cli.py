@@ -77,14 +77,23 @@ def export(
 def build_engine(
     bundle: BundleArg,
     backend: Backend = "onnxruntime",
-    precision: Annotated[str | None, typer.Option(help="fp32 or int8. Default: all that the backend has.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or int8; tensorrt: fp8, bf16 or fp32. Default: all that the backend has; tensorrt: the bundle's.")
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="tensorrt: auto (the best that `aapt doctor --tensorrt` proved here), python, aot or native.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """ONNX graphs -> engines for this machine, each measured and compared with fp32."""
+    """ONNX graphs -> engines for this machine, each measured and compared with fp32 (tensorrt: with the exported graphs).
+
+    Ctrl-C stops a TensorRT build at its next step; started again, it goes on with the plan it was at. Building with TensorRT is checked against the
+    real bindings of 10.16 and 11.4, and was never run by us on TensorRT itself.
+    """
     from aapt_deploy import console, reports
 
-    with console.steps(f"building {backend} engines in {bundle}") as step:
-        built = _build(bundle, backend, precision, step)
+    with (console.phases if backend == "tensorrt" else console.steps)(f"building {backend} engines in {bundle}") as step:
+        built = _build(bundle, backend, precision, step, attention)
     reports.engines(built)
     if as_json:
         typer.echo(json.dumps({"bundle": str(bundle), "engines": [asdict(engine) for engine in built]}))
@@ -267,14 +276,14 @@ def _export(checkpoint: Path | None, out: Path, sha256: str | None, force: bool,
         return export.export_bundle(loaded, out, force, report)
 
 
-def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[str], None]) -> "list[Built]":
+def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[str], None], attention: str = "auto") -> "list[Built]":
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
     with needing("export"):
         from aapt_deploy import build
 
-        return build.build_engine(opened, backend, precision, report)
+        return build.build_engine(opened, backend, precision, report, attention)
 
 
 def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]) -> "Latency":
