@@ -93,7 +93,7 @@ def build(bundle: Bundle, precision: str | None, attention: str, report: Report)
     version = trt_api.version()
     device = cuda.with_driver()
     try:
-        here = find_here(device, version)
+        here = device.here(version, kernels.source_hash())
         scales = load_scales(bundle.checked(SCALES), bundle.profile).attention if precision == "fp8" else None
         _check_machine(bundle.profile, precision, device, report)
         choices = _choices(here, attention, scales is not None)
@@ -110,11 +110,6 @@ def build(bundle: Bundle, precision: str | None, attention: str, report: Report)
     for plan_ in finished.values():
         _forget(plan_)
     return [built]
-
-
-def find_here(device: cuda.Device, tensorrt: str) -> Here:
-    """What proofs and plans on this machine hold for."""
-    return Here(tensorrt, device.sm, device.cuda, cuda.driver_release(), device.name, kernels.source_hash())
 
 
 def _precision(bundle: Bundle, wanted: str | None) -> str:

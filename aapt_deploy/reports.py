@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from aapt_deploy.build import Built
     from aapt_deploy.bundle import Bundle
     from aapt_deploy.doctor import Check
+    from aapt_deploy.doctor_tensorrt import Findings
     from aapt_deploy.engine.plan_layers import LayerTime
     from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
@@ -142,3 +143,12 @@ def demo(result: "Latency", video: Path, bundle: "Bundle") -> None:
     say(f"{verdict}: {result.sustained_fps:.0f} fps of {result.machine['cores']} CPU cores, 24 needed")
     say(f"video: {video}")
     say(f"next: aapt stream {shlex.quote(str(bundle.path))} -o flight.mp4 --seconds 20 --image NAME   (names: {frames})")
+
+
+def tensorrt(findings: "Findings") -> None:
+    here = findings.here
+    rows = [(proof.name, "ok" if proof.ok else "NO", f"{proof.seconds:.1f}", proof.found) for proof in findings.proofs]
+    table(f"{here.gpu} (SM {here.sm}), TensorRT {here.tensorrt}, CUDA {here.cuda}, driver {here.driver}", ("question", "", "s", "found"), rows)
+    best = findings.choices[0]
+    say(f"aapt build-engine would take attention in form {best.form} for an fp8 bundle: {best.reason}")
+    say(f"receipt: {findings.receipt}")

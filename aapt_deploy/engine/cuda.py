@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.errors import MachineError
+from aapt_deploy.proofs import Here
 
 POLL_S = 50e-6  # between two questions whether a stream is done
 HINT = "aapt doctor tells what this machine lacks"
@@ -92,6 +93,10 @@ class Device:
         """The newest CUDA that the driver supports: "13.0"."""
         version = int(self.call(self._driver.cuDriverGetVersion))
         return f"{version // 1000}.{version % 1000 // 10}"
+
+    def here(self, tensorrt: str, kernels: str) -> Here:
+        """What proofs and plans on this machine hold for: this GPU and driver, and what the caller knows of TensorRT and our kernels' hash."""
+        return Here(tensorrt, self.sm, self.cuda, driver_release(), self.name, kernels)
 
     @property
     def free_bytes(self) -> int:

@@ -136,6 +136,12 @@ def compiled(head_dim: int, folder: Path | None = None, defines: tuple[str, ...]
     return found
 
 
+def compile_source(source: bytes, defines: tuple[str, ...] = ()) -> Compiled:
+    """Another source for the same GPU and PTX version, not kept: the doctor's own small kernels. Raises MachineError as `compiled` does."""
+    nvrtc = _nvrtc()
+    return _compile(nvrtc, source, HEAD_DIMS[0], defines, _version(nvrtc))
+
+
 def _keep(path: Path, data: bytes) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -19,7 +19,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION, Ring
 from aapt_deploy.ops.block_causal_attention.onnx_function import check_interface, is_ours, replace, strip
 
-_POSITIONS, _OWN, _PAST, _MASK = (f"{DOMAIN}.{name}" for name in ("positions", "own", "past", "mask"))
+MASK = f"{DOMAIN}.mask"  # bool [1, 1, 1, S + T]: one row for every query; ONNX Runtime wants T of them, TensorRT broadcasts
+_POSITIONS, _OWN, _PAST = (f"{DOMAIN}.{name}" for name in ("positions", "own", "past"))
 
 
 def lower_native(model: ModelProto, ring: Ring, dtype: int) -> ModelProto:
@@ -41,7 +42,7 @@ def lower_native(model: ModelProto, ring: Ring, dtype: int) -> ModelProto:
     shape = (1, 1, 1, total)
     graph.initializer.append(numpy_helper.from_array(np.arange(total, dtype=np.int32).reshape(shape), _POSITIONS))
     graph.initializer.append(numpy_helper.from_array(own.reshape(shape), _OWN))
-    mask = [helper.make_node("Less", [_POSITIONS, ours[0].input[5]], [_PAST], _PAST), helper.make_node("Or", [_PAST, _OWN], [_MASK], _MASK)]
+    mask = [helper.make_node("Less", [_POSITIONS, ours[0].input[5]], [_PAST], _PAST), helper.make_node("Or", [_PAST, _OWN], [MASK], MASK)]
     replace(graph.node, [*mask, *(new for node in graph.node for new in (_native_nodes(node, dtype) if is_ours(node) else [node]))])
     for field, names, length in ((graph.input, caches, ring.tokens), (graph.output, blocks, tokens)):
         described = {name: helper.make_tensor_value_info(name, dtype, [1, length, heads, head_dim]) for name in names}
@@ -66,7 +67,7 @@ def _native_nodes(node: NodeProto, dtype: int) -> list[NodeProto]:
         helper.make_node("Transpose", [name["q"]], [name["q.heads"]], **turned),  # [1, H, T, D]
         helper.make_node("Transpose", [name["k.all"]], [name["k.heads"]], **turned),  # [1, H, S + T, D]
         helper.make_node("Transpose", [name["v.all"]], [name["v.heads"]], **turned),
-        helper.make_node("Attention", [name["q.heads"], name["k.heads"], name["v.heads"], _MASK], [name["heads"]], scale=scale),
+        helper.make_node("Attention", [name["q.heads"], name["k.heads"], name["v.heads"], MASK], [name["heads"]], scale=scale),
         helper.make_node("Transpose", [name["heads"]], [name["tokens"]], **turned),  # [1, T, H, D]
         helper.make_node("Cast", [name["tokens"]], [out], to=TensorProto.FLOAT),
     ]
