@@ -1,9 +1,10 @@
 """`aapt doctor --tensorrt`: what TensorRT does on this machine, asked by micro-engines, and kept as a receipt that the builder reads.
 
-Every question of probes.py runs in a process of its own: a crash of TensorRT, or a hang, is a failed check and not a dead doctor. TensorRT is never
-loaded here. The answers hold for one GPU architecture, TensorRT, CUDA and driver (proofs.py).
+Every question of probes.py runs in a process of its own, `python -m aapt_deploy.doctor_tensorrt NAME`: a crash of TensorRT, or a hang, is a failed
+check and not a dead doctor. The answers hold for one GPU architecture, TensorRT, CUDA and driver (proofs.py).
 """
 
+import importlib
 import json
 import signal
 import subprocess
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from aapt_deploy import proofs
-from aapt_deploy.errors import MachineError, OutputError
+from aapt_deploy.errors import AaptError, MachineError, OutputError
+from aapt_deploy.options import needing
 from aapt_deploy.proofs import Choice, Here, Proof
 
-MODULE = "aapt_deploy.probes"
+MODULE = "aapt_deploy.doctor_tensorrt"
 PATIENCE_S = 180.0  # for one question; a micro-engine takes seconds
 LOOK_S = 60.0  # for what is here
 
@@ -80,3 +82,17 @@ def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:
     if done.returncode < 0:
         return None, f"crashed with {signal.Signals(-done.returncode).name}: {last}"
     return None, f"ended with code {done.returncode}: {last}"
+
+
+def _answer(name: str) -> None:
+    """Answer in this process: one line of JSON on stdout."""
+    try:
+        with needing("export"):
+            importlib.import_module("aapt_deploy.probes").main(name)
+    except AaptError as error:
+        print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    _answer(sys.argv[1])

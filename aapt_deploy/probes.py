@@ -1,4 +1,4 @@
-"""What TensorRT does on this machine, one question a process: `python -m aapt_deploy.probes NAME` builds a micro-engine, runs it and compares.
+"""What TensorRT does on this machine, one question a process: `main` builds a micro-engine, runs it and compares.
 
 It prints one line of JSON: {"ok": ..., "found": ...}. A question that makes TensorRT crash ends this process and nothing else; doctor_tensorrt.py
 starts it, gives it time and reads its answer. `here` in the place of a name tells what an answer holds for.
@@ -201,11 +201,3 @@ def answer(name: str, device: cuda.Device) -> dict[str, object]:
 def main(name: str) -> None:
     device = cuda.with_driver()
     print(json.dumps(asdict(device.here(trt_api.version(), kernels.source_hash())) if name == "here" else answer(name, device)), flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1])
-    except AaptError as error:
-        print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)
-        sys.exit(error.exit_code)

@@ -1,7 +1,7 @@
 """`aapt build-engine --backend tensorrt` as a whole, over an emulated device; a fake TensorRT's plans are the lowered graphs.
 
 What is executed is everything of ours: choosing a form, lowering, keeping plans, the audit, the engine that the bundle gets, the comparison with
-ONNX Runtime, the timing, the manifest, and then a stream from it. The calls to TensorRT's real bindings are tests/tensorrt_bindings/contract_build.py.
+ONNX Runtime, the timing, the manifest, and then a stream from it. TensorRT's own API is for tests/tensorrt_bindings/contract_build.py.
 """
 
 import contextlib

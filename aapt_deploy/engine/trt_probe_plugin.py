@@ -30,7 +30,7 @@ extern "C" __global__ void aapt_probe(const float* x, int n, float* y) {
 
 def define(shared_bytes: int, dynamic: bool) -> None:
     """Define the plugin in one variant. Raises MachineError without NVRTC."""
-    defines = (f"AAPT_BYTES={shared_bytes}", *(("AAPT_DYNAMIC",) if dynamic else ()))
+    defines = (f"AAPT_BYTES={shared_bytes}", *(("AAPT_DYNAMIC=1",) if dynamic else ()))
     ptx = kernels.compile_source(SOURCE, defines).ptx.decode()
 
     @trtp.register(ID)  # type: ignore[untyped-decorator]
