@@ -133,7 +133,7 @@ def choose(proofs: dict[str, Proof] | None, fp8: bool) -> list[Choice]:
     why = "aapt doctor --tensorrt has not been run on this machine with these versions" if proofs is None else "nothing better is proved here"
     captured = proved(CAPTURED) or proofs is None  # not proved wrong: opening tells
     choices = [Choice(NATIVE, packed=False, captured=captured, reason=why if fp8 else "our kernels need the FP8 scales of an fp8 bundle")]
-    if fp8 and proved(AOT_WORKS, AOT_STATIC, AOT_OP):
+    if fp8 and proved(AOT_WORKS, AOT_OP):
         choices.insert(0, Choice(AOT, packed=False, captured=captured, reason="proved here; the plan holds our kernels"))
     if fp8 and (proved(PLUGIN_FP8) or proved(PLUGIN_PACKED)):
         choices.insert(0, Choice(PYTHON, packed=not proved(PLUGIN_FP8), captured=proved(PLUGIN_CAPTURED), reason="proved here"))

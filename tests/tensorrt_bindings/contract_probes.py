@@ -227,6 +227,16 @@ def test_the_small_plugin_goes_from_the_registry_to_its_kernel(
     assert (kernel, image) == ("aapt_probe", compiled.ptx)
 
 
+@pytest.mark.parametrize(("size", "dynamic"), [(64 << 10, False), (64 << 10, True)])
+def test_the_small_kernel_compiles_for_the_gpu(trt: ModuleType, size: int, dynamic: bool) -> None:
+    """By NVRTC, whose assembler must take the 64 KiB of static memory too."""
+    from aapt_deploy.engine import trt_probe_plugin
+
+    compiled = kernels.compile_source(trt_probe_plugin.SOURCE, (f"AAPT_BYTES={size}", *(["AAPT_DYNAMIC=1"] if dynamic else [])))
+    text = compiled.ptx.decode()
+    assert ".visible .entry aapt_probe(" in text and (f"[{size}]" in text) is not dynamic and compiled.cubin
+
+
 def test_a_process_prints_one_line_whatever_happens(
     probes: ModuleType, fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
