@@ -1,8 +1,8 @@
 """The smallest ahead-of-time plugin there is, for `aapt doctor --tensorrt`: y = 2 x by way of the far end of a thread block's shared memory.
 
 Does TensorRT take PTX into a plan at all, does it start a kernel whose static shared memory is above 48 KiB, and does it ask the driver for dynamic
-shared memory above that? Our attention stays below; whoever makes a variant with more tiles in flight must know. Each question is one variant, and one
-process: `tensorrt.plugin` takes a name only once.
+shared memory above that? Our attention stays below; whoever makes a variant with more tiles in flight must know. Each question is one variant, and
+one process: `tensorrt.plugin` takes a name only once.
 """
 
 import tensorrt.plugin as trtp
