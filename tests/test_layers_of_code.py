@@ -24,6 +24,7 @@ TIERS = (
     ("export", "build", "latency", "plan", "profile_diff", "quality", "stream", "doctor", "initialise", "train/"),
     ("rollout", "starts"),
     ("models/", "engine/", "video", "controls", "graph_file"),
+    ("scales",),
     ("ops/",),
     ("profiles", "signature", "bundle", "camera", "prompts", "rope", "machine", "assets/", "console", "reports", "options"),
     ("errors", "__init__"),
