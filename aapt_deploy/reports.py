@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from aapt_deploy.bundle import Bundle
     from aapt_deploy.doctor import Check
     from aapt_deploy.engine.plan_layers import LayerTime
-    from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
+    from aapt_deploy.models.fp8 import Coverage
+    from aapt_deploy.parity import Parity
     from aapt_deploy.plan import Plan
     from aapt_deploy.profile_diff import Change, Difference
     from aapt_deploy.quality import Loss
@@ -27,6 +28,15 @@ def parity(rows: "Sequence[Parity]", out: Path) -> None:
     cells = [(row.graph, row.case, f"{row.error:.1e}", f"{row.relative:.1e}", "ok" if row.ok else "DIFFERS") for row in rows]
     table("ONNX Runtime against PyTorch", ("graph", "case", "max error", "relative", ""), cells)
     say(f"bundle: {out}")
+
+
+def coverage(rows: "Sequence[Coverage]") -> None:
+    """What is in FP8; nothing for an export without it."""
+    if rows:
+        cells = [
+            (row.graph, f"{row.gflop:.2f}", f"{row.fp8:.0%}", ", ".join(f"{why} {share:.1%}" for why, share in row.rest.items())) for row in rows
+        ]
+        table("operations in FP8", ("graph", "GFLOP", "in FP8", "the rest, and why"), cells)
 
 
 def engines(rows: "Sequence[Built]") -> None:

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "aapt_deploy"
 TIERS = (
     ("cli", "__main__"),
     ("cli_train",),
-    ("export", "build", "latency", "plan", "profile_diff", "quality", "stream", "doctor", "initialise", "train/"),
-    ("rollout", "starts"),
+    ("export", "quantize", "build", "latency", "plan", "profile_diff", "quality", "stream", "doctor", "initialise", "train/"),
+    ("rollout", "starts", "parity"),
     ("models/", "engine/", "video", "controls", "graph_file"),
     ("scales",),
     ("ops/",),
@@ -36,6 +36,8 @@ BRIDGES = {("__main__", "cli"), ("engine/eager", "models/")}  # inside one tier:
 AT_MODULE_LEVEL = {
     "torch": (
         "export",
+        "parity",
+        "quantize",
         "initialise",
         "plan",
         "engine/eager",
@@ -45,12 +47,13 @@ AT_MODULE_LEVEL = {
         "ops/block_causal_attention/cuda_op",
         "ops/block_causal_attention/triton_op",
     ),
-    "onnx": ("export", "build", "graph_file", "ops/block_causal_attention/onnx_function"),
-    "onnxruntime": ("export", "engine/ort"),
+    "onnx": ("export", "parity", "build", "graph_file", "ops/block_causal_attention/onnx_function"),
+    "onnxruntime": ("parity", "engine/ort"),
     "av": ("video",),
     "tensorrt": ("engine/trt_api", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot"),
 }
 IN_FUNCTIONS = {
+    "modelopt": ("quantize",),
     "onnxruntime": ("build", "doctor"),
     "cuda": ("ops/block_causal_attention/kernels", "engine/cuda"),
     "matplotlib": ("train/evaluate", "quality"),
