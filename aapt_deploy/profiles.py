@@ -105,6 +105,7 @@ class Quality:
     latent_error: float = 0.10  # largest teacher-forced error of a pass, relative to the latent's own size
     psnr_db: float = 30.0  # least, free-running, over the first second
     ssim: float = 0.90  # least, over the same
+    drift_per_s: float = 0.05  # largest slope of the same, per second
     drift: float = 0.15  # largest change of sharpness or brightness against the reference, over the whole rollout, as a share
 
 

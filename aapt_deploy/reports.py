@@ -32,11 +32,9 @@ def parity(rows: "Sequence[Parity]", out: Path) -> None:
 
 def coverage(rows: "Sequence[Coverage]") -> None:
     """What is in FP8; nothing for an export without it."""
-    if rows:
-        cells = [
-            (row.graph, f"{row.gflop:.2f}", f"{row.fp8:.0%}", ", ".join(f"{why} {share:.1%}" for why, share in row.rest.items())) for row in rows
-        ]
-        table("operations in FP8", ("graph", "GFLOP", "in FP8", "the rest, and why"), cells)
+    for row in rows:
+        rest = "; ".join(f"{share:.1%} {why}" for why, share in sorted(row.rest.items(), key=lambda item: -item[1]))
+        say(f"{row.graph}: {row.fp8:.1%} of {row.gflop:.2f} GFLOP in FP8{'; not: ' + rest if rest else ''}")
 
 
 def engines(rows: "Sequence[Built]") -> None:

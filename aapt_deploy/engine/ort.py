@@ -30,7 +30,10 @@ class Threads:
 
 
 def open_session(path: Path, threads: Threads, profiling: Path | None = None, fuse: bool = True) -> onnxruntime.InferenceSession:
-    """A session on the CPU. Without `fuse`, Q/DQ pairs stay as they are: FP8 has no fused operators here, and dequantised weights are kept. Raises BundleError when ONNX Runtime refuses the graph."""
+    """A session on the CPU. Without `fuse`, Q/DQ pairs stay where they are: FP8 has no fused operators here.
+
+    Raises BundleError when ONNX Runtime refuses the graph.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads.count

@@ -135,7 +135,7 @@ def coverage(profile: Profile, modules: dict[str, nn.Module], generator: Generat
             handle.remove()
         if name == "generator":
             keys = profile.cache_tokens + profile.frame_tokens
-            parts["attention: in FP8 with the plugin's cache only"] = 4.0 * profile.model.depth * profile.frame_tokens * keys * profile.model.dim
+            parts["attention, which is FP8 only in the plugin"] = 4.0 * profile.model.depth * profile.frame_tokens * keys * profile.model.dim
         total = sum(parts.values())
         found.append(Coverage(name, total / 1e9, parts.pop(IN_FP8, 0.0) / total, {why: flops / total for why, flops in parts.items()}))
     return found
