@@ -37,6 +37,8 @@ def load_model(path: Path) -> onnx.ModelProto:
     hint = "export the checkpoint again with this version"
     try:
         model = onnx.load(path, load_external_data=False)
+        if not model.graph.node:
+            raise BundleError(f"graph {path} holds no graph", hint)
         _refuse_outside(model, path)
         external_data_helper.load_external_data_for_model(model, str(path.parent))
     except BundleError:

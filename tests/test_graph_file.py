@@ -163,7 +163,7 @@ def without_attention(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "files", "words"),
     [
-        (outside("../../secret"), {}, "keeps 'generator.visual"),
+        (outside("../../secret"), {}, "in '../../secret', not in 'generator.onnx.data'"),
         (outside("generator.onnx.data"), {"generator": bytes(99)}, "end before"),
         (outside("generator.onnx.data"), {}, "missing or a link"),
         (unknown_op, {}, "ONNX Runtime cannot load"),

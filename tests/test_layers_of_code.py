@@ -48,6 +48,7 @@ AT_MODULE_LEVEL = {
         "ops/block_causal_attention/triton_op",
     ),
     "onnx": ("export", "parity", "build", "graph_file", "ops/block_causal_attention/onnx_function"),
+    "onnxscript": ("export",),
     "onnxruntime": ("parity", "engine/ort"),
     "av": ("video",),
     "tensorrt": ("engine/trt_api", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot"),
