@@ -10,8 +10,10 @@
     attention.NN.v_scale         [H, D]    the text's values included
 
 <path> is a path inside `models.generator.Generator`, such as `visual.3.qkv` or `text.3.w1`. A linear layer without scales stays as it is.
-Metadata, all strings: `format`, `profile` (name), `checkpoint_sha256`, `margin` (scale = margin * largest magnitude / 448), `keep` (the rules, JSON)
-and `calibration` (JSON: what was run). Nothing here touches weights; `models.fp8` applies scales to networks.
+Metadata is one JSON object of strings under the key `aapt`, so that the same scales are the same bytes: `format`, `profile` (name),
+`checkpoint_sha256`, `margin` (scale = margin * largest magnitude / 448), `keep` (the rules, JSON) and `calibration` (JSON: what was run).
+
+Nothing here touches weights; `models.fp8` applies scales to networks.
 """
 
 import json
@@ -29,6 +31,7 @@ from aapt_deploy.ops.block_causal_attention import hopper_fp8
 from aapt_deploy.profiles import Profile
 
 FORMAT = "aapt-scales-1"
+KEY = "aapt"  # of the file's metadata
 FILE = "scales.safetensors"  # in a bundle
 LARGEST_FILE_BYTES = 256 << 20
 HINT = "calibrate again with: aapt export CKPT --precision fp8"
@@ -66,7 +69,7 @@ def save(scales: Scales, path: Path) -> None:
         tensors |= {f"attention.{layer:02d}.{key}": value for key, value in vars(attention).items()}
     contiguous = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     try:
-        save_file(contiguous, path, metadata=scales.metadata | {"format": FORMAT})
+        save_file(contiguous, path, metadata={KEY: json.dumps(scales.metadata | {"format": FORMAT}, sort_keys=True)})
     except (SafetensorError, OSError) as error:
         raise OutputError(f"scales {path} cannot be written: {error}", "name a file in a folder that exists, with room for it") from None
 
@@ -80,12 +83,12 @@ def load(path: Path, profile: Profile) -> Scales:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes long")
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(KEY, "{}"))
             tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"scales {path} cannot be read: {error}", HINT) from None
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"scales {path} is not of format {FORMAT}: {metadata.get('format', 'no format entry')}", HINT)
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise InputError(f"scales {path} is not of format {FORMAT}", HINT)
     try:
         return _parse(tensors, metadata, profile)
     except ValueError as error:

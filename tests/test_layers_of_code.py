@@ -24,6 +24,7 @@ TIERS = (
     ("build_tensorrt",),  # made of build, plan and parity_tensorrt
     (
         "export",
+        "quantize",
         "build",
         "latency",
         "plan",
@@ -37,7 +38,7 @@ TIERS = (
         "probes",
         "doctor_tensorrt",
     ),
-    ("rollout", "starts"),
+    ("rollout", "starts", "parity"),
     ("models/", "engine/", "video", "controls", "graph_file", "graph_bf16", "lower_tensorrt", "probe_graphs"),
     ("scales",),
     ("ops/",),
@@ -53,6 +54,8 @@ BRIDGES = {  # inside one tier: the entry point, torch modules run as an engine,
 AT_MODULE_LEVEL = {
     "torch": (
         "export",
+        "parity",
+        "quantize",
         "initialise",
         "plan",
         "engine/eager",
@@ -64,6 +67,7 @@ AT_MODULE_LEVEL = {
     ),
     "onnx": (
         "export",
+        "parity",
         "build",
         "graph_file",
         "graph_bf16",
@@ -72,11 +76,13 @@ AT_MODULE_LEVEL = {
         "ops/block_causal_attention/onnx_function",
         "ops/block_causal_attention/onnx_tensorrt",
     ),
-    "onnxruntime": ("export", "engine/ort"),
+    "onnxscript": ("export",),
+    "onnxruntime": ("parity", "engine/ort"),
     "av": ("video",),
     "tensorrt": ("engine/trt_api", "engine/trt_probe_plugin", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot"),
 }
 IN_FUNCTIONS = {
+    "modelopt": ("quantize",),
     "onnxruntime": ("build", "doctor", "parity_tensorrt"),
     "cuda": ("ops/block_causal_attention/kernels", "engine/cuda"),
     "matplotlib": ("train/evaluate", "quality"),
