@@ -48,7 +48,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(INSTALL) -e '.[export,train,cuda,dev]'
+	$(INSTALL) -e '.[export,fp8,train,cuda,dev]'
 	@touch $@
 
 clean:

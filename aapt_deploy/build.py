@@ -1,12 +1,15 @@
 """Bundle -> engine: lower the portable graphs to what a backend runs best, measure it, and record both in the bundle.
 
-    onnxruntime   caches written in place; fp32, and int8 with dynamic linears and a statically calibrated decoder
+    onnxruntime   caches written in place; fp32, and int8 with dynamic linears and a statically calibrated decoder; of a bundle in fp8 only that,
+                  computed in fp32 between the roundings: to see what FP8 costs in pictures, not to be fast
     torch         the checkpoint's own modules, eager; the reference
+    tensorrt      build_tensorrt.py
 
 Each engine is run and compared with the fp32 engine before it joins the bundle.
 """
 
 import contextlib
+import importlib
 import itertools
 import logging
 import shutil
@@ -17,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from aapt_deploy.bundle import Bundle, Stage
 from aapt_deploy.camera import CRUISE, Velocity
 from aapt_deploy.engine import Engine, Engines, open_engines
 from aapt_deploy.engine.ort import OrtEngine, OrtEngines, Threads
 from aapt_deploy.errors import MachineError, UsageError
-from aapt_deploy.graph_file import save_model
+from aapt_deploy.graph_file import load_model, save_model
 from aapt_deploy.machine import cores
 from aapt_deploy.ops.block_causal_attention import Ring, onnx_function
 from aapt_deploy.profiles import Profile
@@ -32,7 +34,8 @@ from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.signature import signatures
 from aapt_deploy.starts import Start, all_starts
 
-PRECISIONS = {"onnxruntime": ("fp32", "int8"), "torch": ("fp32",)}
+PRECISIONS = {"onnxruntime": ("fp32", "int8", "fp8"), "torch": ("fp32",)}
+ELSEWHERE = {"tensorrt": "aapt_deploy.build_tensorrt"}  # backends with a module of their own
 TUNING_BLOCKS = 10  # measured for each thread setting
 QUALITY_BLOCKS = 6  # compared with fp32: one second
 CALIBRATION_BLOCKS = 8  # per start frame
@@ -49,20 +52,31 @@ class Built:
     bytes: int  # of the engine's files
     threads: int
     spinning: bool
-    psnr_db: float | None  # frames of the first second against fp32, same seed; None for fp32 itself
+    psnr_db: float | None  # frames of the first second against fp32, same seed; None for fp32 itself; tensorrt: against the exported graphs
     seconds: float  # build time
 
 
-def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Report) -> list[Built]:
-    """Build the engines of `backend`: one precision, or all it has.
+def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Report, attention: str = "auto") -> list[Built]:
+    """Build the engines of `backend`: one precision, or all it has. `attention` chooses among the forms of the TensorRT backend.
 
     Raises UsageError for an unknown backend or precision, BusyError when another build holds the bundle, BundleError for a damaged bundle.
     """
+    if backend in ELSEWHERE:
+        built: list[Built] = importlib.import_module(ELSEWHERE[backend]).build(bundle, precision, attention, report)
+        return built
     if backend not in PRECISIONS:
-        raise UsageError(f"backend {backend!r} cannot be built", f"backends: {', '.join(PRECISIONS)}")
-    wanted = PRECISIONS[backend] if precision is None else (precision,)
-    if unknown := [name for name in wanted if name not in PRECISIONS[backend]]:
-        raise UsageError(f"precision {unknown[0]!r} does not exist for {backend}", f"precisions: {', '.join(PRECISIONS[backend])}")
+        raise UsageError(f"backend {backend!r} cannot be built", f"backends: {', '.join((*PRECISIONS, *ELSEWHERE))}")
+    if attention != "auto":
+        raise UsageError(f"--attention is for {', '.join(ELSEWHERE)}, not for {backend}", "leave it out")
+    if precision is not None and precision not in PRECISIONS[backend]:
+        raise UsageError(f"precision {precision!r} does not exist for {backend}", f"precisions: {', '.join(PRECISIONS[backend])}")
+    wanted = _possible(bundle, backend) if precision is None else (precision,)
+    if not set(wanted) <= set(_possible(bundle, backend)):
+        graphs = bundle.manifest.get("precision", "fp32")
+        raise UsageError(
+            f"bundle {bundle.path} holds graphs in {graphs}; {backend} builds {' and '.join(_possible(bundle, backend))} from them, not {precision}",
+            f"export another bundle with: aapt export CKPT -o OTHER --precision {'fp8' if precision == 'fp8' else 'fp32'}",
+        )
     if bundle.profile.target.device != "cpu":
         target = bundle.profile.target.name
         raise MachineError(
@@ -71,6 +85,12 @@ def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Re
     if "int8" in wanted and "fp32" not in wanted and f"{backend}-fp32" not in bundle.engines:
         wanted = ("fp32", *wanted)  # int8 is calibrated on it and compared with it
     return [_build_one(bundle, backend, name, report) for name in wanted]
+
+
+def _possible(bundle: Bundle, backend: str) -> tuple[str, ...]:
+    """The precisions that `backend` makes of this bundle's graphs. The torch engine runs the checkpoint, which is whole in every bundle."""
+    in_fp8 = bundle.manifest.get("precision") == "fp8"
+    return PRECISIONS[backend] if backend == "torch" else tuple(name for name in PRECISIONS[backend] if (name == "fp8") == in_fp8)
 
 
 def _build_one(bundle: Bundle, backend: str, precision: str, report: Report) -> Built:
@@ -90,7 +110,7 @@ def _build_one(bundle: Bundle, backend: str, precision: str, report: Report) -> 
         psnr = None
         if precision != "fp32":
             report(f"{key}: comparing with fp32")
-            reference = open_engines(bundle, backend, "fp32")
+            reference = _open_torch(bundle, "fp32") if precision == "fp8" else open_engines(bundle, backend, "fp32")
             psnr = round(float(np.mean([psnr_db(reference, engines, bundle.profile, start) for start in starts])), 2)
             reference.close()
         engines.close()
@@ -115,12 +135,12 @@ def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], re
     profile, graphs = bundle.profile, {}
     for name in signatures(profile):
         source, graphs[name] = bundle.checked(f"{name}.onnx"), stage.path / f"{name}.onnx"
-        if f"{name}.onnx.data" in bundle.manifest["files"]:
+        if (bundle.path / f"{name}.onnx.data").exists() or f"{name}.onnx.data" in bundle.manifest["files"]:
             bundle.checked(f"{name}.onnx.data")
+        model = load_model(source)
         if name == "generator":
-            save_model(onnx_function.lower_in_place(onnx.load(source), Ring.of(profile, in_place=True)), graphs[name])
-        else:
-            save_model(onnx.load(source), graphs[name])  # not a copy of the file: its weights may lie beside it
+            model = onnx_function.lower_in_place(model, Ring.of(profile, in_place=True))
+        save_model(model, graphs[name])  # not a copy of the file: its weights may lie beside it
     if precision == "int8":
         report("onnxruntime-int8: quantising the linear layers")
         _quantise_linears(graphs["generator"])

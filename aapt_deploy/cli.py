@@ -26,8 +26,9 @@ from aapt_deploy.options import Backend, BundleArg, Force, Json, Precision, need
 
 if TYPE_CHECKING:
     from aapt_deploy.build import Built
-    from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
+    from aapt_deploy.models.fp8 import Coverage
+    from aapt_deploy.parity import Parity
     from aapt_deploy.plan import Plan
     from aapt_deploy.profiles import Profile
     from aapt_deploy.quality import Loss
@@ -60,31 +61,48 @@ def export(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint (.safetensors). Default: the embedded one.", metavar="CKPT")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle directory to make.")] = Path("bundle"),
     sha256: Annotated[str | None, typer.Option(help="Refuse the checkpoint unless it has this hash.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or fp8: linear layers in e4m3, calibrated on rollouts of the checkpoint.")] = "fp32",
+    scales: Annotated[Path | None, typer.Option(help="With fp8: take the scales of this file (from a bundle) instead of calibrating.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Checkpoint -> ONNX graphs, each checked against PyTorch. Exit 8 if one disagrees."""
     from aapt_deploy import console, reports
 
+    if precision not in ("fp32", "fp8"):
+        raise UsageError(f"graphs cannot be exported in {precision!r}", "precisions: fp32, fp8; int8 is made by build-engine")
+    if scales is not None and precision != "fp8":
+        raise UsageError(f"--scales {scales} is for fp8 graphs", "add --precision fp8")
     with console.steps(f"exporting to {out}") as step:
-        table = _export(checkpoint, out, sha256, force, step)
+        table, coverage = _export(checkpoint, out, sha256, force, step, precision == "fp8", scales)
     reports.parity(table, out)
+    reports.coverage(coverage)
     if as_json:
-        typer.echo(json.dumps({"bundle": str(out), "parity": [row._asdict() for row in table]}))
+        shares = [row._asdict() for row in coverage]
+        typer.echo(json.dumps({"bundle": str(out), "parity": [row._asdict() for row in table], "coverage": shares}))
 
 
 @app.command("build-engine")
 def build_engine(
     bundle: BundleArg,
     backend: Backend = "onnxruntime",
-    precision: Annotated[str | None, typer.Option(help="fp32 or int8. Default: all that the backend has.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, int8 or fp8; tensorrt: fp8, bf16 or fp32. Default: all that fit the bundle; tensorrt: the bundle's own.")
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="tensorrt: auto (the best that `aapt doctor --tensorrt` proved here), python, aot or native.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """ONNX graphs -> engines for this machine, each measured and compared with fp32."""
+    """ONNX graphs -> engines for this machine, each measured and compared with fp32 (tensorrt: with the exported graphs).
+
+    Ctrl-C stops a TensorRT build at its next step; started again, it goes on with the plan it was at. Building with TensorRT is checked against the
+    real bindings of 10.16 and 11.4, and was never run by us on TensorRT itself.
+    """
     from aapt_deploy import console, reports
 
-    with console.steps(f"building {backend} engines in {bundle}") as step:
-        built = _build(bundle, backend, precision, step)
+    with (console.phases if backend == "tensorrt" else console.steps)(f"building {backend} engines in {bundle}") as step:
+        built = _build(bundle, backend, precision, step, attention)
     reports.engines(built)
     if as_json:
         typer.echo(json.dumps({"bundle": str(bundle), "engines": [asdict(engine) for engine in built]}))
@@ -205,7 +223,7 @@ def demo(
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}", "name another folder with --out") from None
     with console.steps("1/4 export") as step:
-        reports.parity(_export(None, bundle, None, (bundle / "manifest.json").exists(), step), bundle)
+        reports.parity(_export(None, bundle, None, (bundle / "manifest.json").exists(), step)[0], bundle)
     with console.steps("2/4 build-engine") as step:
         reports.engines(_build(bundle, "onnxruntime", None, step))
     with console.progress("3/4 profile") as progress:
@@ -221,9 +239,27 @@ def demo(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Tell what this machine can run, and the fix for what it cannot. Exit 3 if streaming on the CPU would fail."""
-    from aapt_deploy import reports
+def doctor(
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="Ask TensorRT itself, with one micro-engine a question, and keep the answers for build-engine.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine can run, and the fix for what it cannot. Exit 3 if streaming on the CPU (--tensorrt: any plan) would fail.
+
+    The questions of --tensorrt are what we could not try ourselves: they were never run by us on TensorRT.
+    """
+    from aapt_deploy import console, reports
+
+    if tensorrt:
+        from aapt_deploy import doctor_tensorrt
+
+        with console.steps("asking TensorRT") as step:
+            findings = doctor_tensorrt.examine(step)
+        reports.tensorrt(findings)
+        if as_json:
+            typer.echo(json.dumps({"verified_on": asdict(findings.here), "checks": [asdict(proof) for proof in findings.proofs]}))
+        raise typer.Exit(0 if findings.usable else VerdictError.exit_code)
     from aapt_deploy.doctor import examine
 
     checks = examine()
@@ -255,26 +291,43 @@ def _refuse_two_uses_of_stdout(out: str, as_json: bool) -> None:
         raise UsageError("--json writes to stdout, and so does --out -", "leave one of them out")
 
 
-def _export(checkpoint: Path | None, out: Path, sha256: str | None, force: bool, report: Callable[[str], None]) -> "list[Parity]":
+def _export(
+    checkpoint: Path | None,
+    out: Path,
+    sha256: str | None,
+    force: bool,
+    report: Callable[[str], None],
+    in_fp8: bool = False,
+    scales_file: Path | None = None,
+) -> "tuple[list[Parity], list[Coverage]]":
     from aapt_deploy import assets
 
     with needing("export"):
-        from aapt_deploy import export
+        from aapt_deploy import export, scales
         from aapt_deploy.models import checkpoint as checkpoints
 
         embedded = checkpoint is None
-        loaded = checkpoints.load(checkpoint or assets.CHECKPOINT, assets.checkpoint_sha256() if embedded else sha256)
-        return export.export_bundle(loaded, out, force, report)
+        path, sha256 = checkpoint or assets.CHECKPOINT, assets.checkpoint_sha256() if embedded else sha256
+        stored = checkpoints.stored(path, sha256)
+        chosen = None
+        if in_fp8 and scales_file is not None:
+            chosen = scales.load(scales_file, stored.profile)
+        elif in_fp8:
+            with needing("fp8"):
+                from aapt_deploy import quantize
+
+                chosen = quantize.calibrate(checkpoints.load(path, stored.sha256), report)
+        return export.export_bundle(stored, out, force, report, chosen), export.coverage(stored.profile, chosen)
 
 
-def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[str], None]) -> "list[Built]":
+def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[str], None], attention: str = "auto") -> "list[Built]":
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
     with needing("export"):
         from aapt_deploy import build
 
-        return build.build_engine(opened, backend, precision, report)
+        return build.build_engine(opened, backend, precision, report, attention)
 
 
 def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]) -> "Latency":

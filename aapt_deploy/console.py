@@ -1,11 +1,14 @@
 """What people see: everything here goes to stderr, in colour on a terminal and as plain lines anywhere else. stdout belongs to data."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -75,6 +78,54 @@ class Steps(Progress):
             self.status.update(Text(text))
         else:
             say(text)
+
+
+class Phases(Steps):
+    """`Steps` of a job whose parts have phases of known length, each inside another: a bar for every open one. Called from any thread."""
+
+    def __init__(self, bars: Bars | None) -> None:
+        super().__init__(None)
+        self.bars, self.open, self.doing = bars, dict[str, TaskID](), ""
+        self.lock = threading.Lock()
+
+    def __call__(self, text: str) -> None:
+        self.doing = text
+        if self.bars is None:
+            say(text)
+        else:
+            self.bars.console.print(Text(text))
+
+    def phase(self, name: str, parent: str | None, steps: int) -> None:
+        """`name` begins, inside `parent`, with `steps` steps to come."""
+        with self.lock:
+            if self.bars is not None:
+                self.open[name] = self.bars.add_task(name if parent is None else f"  {name}", total=steps or None)
+            elif parent is None:
+                say(f"{self.doing}: {name}")
+
+    def step(self, name: str, step: int) -> None:
+        """`step` steps of `name`, counted from 0, are done."""
+        with self.lock:
+            if self.bars is not None and name in self.open:
+                self.bars.update(self.open[name], completed=step + 1)
+
+    def done(self, name: str) -> None:
+        with self.lock:
+            if self.bars is not None and name in self.open:
+                self.bars.remove_task(self.open.pop(name))
+
+
+@contextmanager
+def phases(text: str) -> Iterator[Phases]:
+    """`Phases` for the length of a job."""
+    console = stderr()
+    say(text)
+    if not console.is_terminal:
+        yield Phases(None)
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Bars(*columns, console=console, transient=True) as bars:
+        yield Phases(bars)
 
 
 @contextmanager

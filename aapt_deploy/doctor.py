@@ -1,7 +1,7 @@
 """What this machine can run, and the fix for what it cannot: the checks behind `aapt doctor`.
 
 A check looks, it does not guess: packages are imported, the embedded checkpoint is hashed, ONNX Runtime runs a graph. What TensorRT does on a
-machine is not checked yet; the report says so.
+machine is asked by doctor_tensorrt.py.
 """
 
 import importlib
@@ -124,4 +124,4 @@ def _gpu() -> Check:
     driver = Path("/proc/driver/nvidia/version")
     if not driver.exists():
         return Check("nvidia driver", False, False, "none; the CPU engine needs none", "an H100 with a current driver is needed for TensorRT plans")
-    return Check("nvidia driver", True, False, driver.read_text().splitlines()[0] + "; TensorRT itself is not checked")
+    return Check("nvidia driver", True, False, driver.read_text().splitlines()[0] + "; TensorRT itself: aapt doctor --tensorrt")

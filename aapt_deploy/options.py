@@ -9,7 +9,7 @@ from aapt_deploy.errors import MachineError
 
 BundleArg = Annotated[Path, typer.Argument(help="Bundle directory, made by `aapt export`.", metavar="BUNDLE")]
 Backend = Annotated[str, typer.Option(help="onnxruntime (CPU), tensorrt (NVIDIA GPU; neither needs torch), or torch (eager, the reference).")]
-Precision = Annotated[str | None, typer.Option(help="fp32 or int8. Default: the profile's own, if it was built.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, int8 or fp8. Default: the profile's own, if it was built.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 ProfileName = Annotated[str, typer.Option("--profile", help="Shipped preset or TOML file.")]

@@ -105,7 +105,19 @@ class Quality:
     latent_error: float = 0.10  # largest teacher-forced error of a pass, relative to the latent's own size
     psnr_db: float = 30.0  # least, free-running, over the first second
     ssim: float = 0.90  # least, over the same
+    drift_per_s: float = 0.05  # largest slope of the same, per second
     drift: float = 0.15  # largest change of sharpness or brightness against the reference, over the whole rollout, as a share
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Which linear layers of the generator FP8 spares, and how it is calibrated; a preset may leave the section out.
+
+    A rule is a path inside the generator with * for anything; `first` and `last` stand for those blocks: "visual.last.*".
+    """
+
+    keep: tuple[str, ...] = ("text_in", "time_*", "*.first.*", "*.last.*")  # embeddings, modulation; convolutions, the head's too, always stay
+    margin: float = 1.1  # scales reach this much beyond the largest magnitude seen
 
 
 PRECISIONS = ("fp32", "bf16", "fp8_e4m3", "int8")
@@ -125,6 +137,7 @@ class Profile:
     precision: Precision
     target: Target
     quality: Quality = Quality()
+    fp8: Fp8 = Fp8()
 
     def __post_init__(self) -> None:
         m, v, w = self.model, self.video, self.window
@@ -161,6 +174,8 @@ class Profile:
         for field, value in dataclasses.asdict(self.quality).items():
             if not 0 < value < math.inf:  # a nan fails too
                 problems.append(f"quality.{field} = {value} is not a positive number")
+        if not 1 <= self.fp8.margin < math.inf:  # a nan fails too
+            problems.append(f"fp8.margin = {self.fp8.margin} is below 1: values that were seen would saturate")
         if self.target.device not in ("cpu", "cuda"):
             problems.append(f"target.device = {self.target.device!r} is neither 'cpu' nor 'cuda'")
         self._refuse(problems)
@@ -252,7 +267,7 @@ def loads(text: str, source: str) -> Profile:
     problems += [f"unknown key {key!r}" for key in raw if key not in hints]
     for name, kind in hints.items():
         if name not in raw:
-            if kind is Quality:  # the one section that has a default for everything
+            if kind in (Quality, Fp8):  # the sections that have a default for everything
                 continue
             problems.append(f"missing {'key' if kind is str else 'section'} {name!r}")
         elif kind is str:

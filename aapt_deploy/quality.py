@@ -54,6 +54,7 @@ class Loss:
     latent_error: list[float]  # teacher-forced, by block, over all starts
     decoder_psnr_db: float  # teacher-forced: frames decoded from the reference's latents
     drift: float  # largest |sharpness - 1| or |brightness - 1| of a second
+    drift_per_s: float  # largest slope of these shares over the rollout, per second (least squares)
     flat_blocks: int
     still_blocks: int
     blocks: int
@@ -69,6 +70,7 @@ class Loss:
             f"PSNR {first.psnr_db:.1f} dB is below {t['psnr_db']}" * (not first.psnr_db >= t["psnr_db"]),
             f"SSIM {first.ssim:.4f} is below {t['ssim']}" * (not first.ssim >= t["ssim"]),
             f"drift {self.drift:.3f} is above {t['drift']}" * (not self.drift <= t["drift"]),
+            f"drift of {self.drift_per_s:.3f} per second is above {t['drift_per_s']}" * (not self.drift_per_s <= t["drift_per_s"]),
             f"{self.flat_blocks} of {self.blocks} blocks are flat" * bool(self.flat_blocks),
             f"{self.still_blocks} of {self.blocks} blocks stand still" * bool(self.still_blocks),
         ]
@@ -166,7 +168,7 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
     reference_change, change, deviation = figures[..., 4], figures[..., 5], figures[..., 6]
     return Loss(
         profile.name, *names, by_second, [round(float(e), 6) for e in np.mean(forced, axis=0)], _decibels(float(np.mean(decoded))),
-        round(max(abs(x - 1) for s in by_second for x in (s.sharpness, s.brightness)), 4), int((deviation < FLAT).sum()),
+        round(max(abs(x - 1) for s in by_second for x in (s.sharpness, s.brightness)), 4), round(_slope(by_second), 4), int((deviation < FLAT).sum()),
         int((change < STILL * reference_change).sum()), deviation.size, asdict(profile.quality), machine(),
     )  # fmt: skip
 
@@ -196,6 +198,15 @@ def _figures(a: np.ndarray, b: np.ndarray, square_error: np.ndarray) -> list[flo
 
 def _second(rows: np.ndarray) -> Second:
     return Second(_decibels(float(rows[:, 0].mean())), *(round(float(x), 4) for x in rows[:, 1:4].mean(0)))
+
+
+def _slope(seconds: list[Second]) -> float:
+    """Largest slope of sharpness or brightness against the reference, per second; 0 for a single second."""
+    if len(seconds) < 2:
+        return 0.0
+    return max(
+        abs(float(np.polyfit(range(len(seconds)), values, 1)[0])) for values in zip(*((s.sharpness, s.brightness) for s in seconds), strict=True)
+    )
 
 
 def _decibels(square_error: float) -> float:

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from aapt_deploy.build import Built
     from aapt_deploy.bundle import Bundle
     from aapt_deploy.doctor import Check
+    from aapt_deploy.doctor_tensorrt import Findings
     from aapt_deploy.engine.plan_layers import LayerTime
-    from aapt_deploy.export import Parity
     from aapt_deploy.latency import Latency
+    from aapt_deploy.models.fp8 import Coverage
+    from aapt_deploy.parity import Parity
     from aapt_deploy.plan import Plan
     from aapt_deploy.profile_diff import Change, Difference
     from aapt_deploy.quality import Loss
@@ -27,6 +29,13 @@ def parity(rows: "Sequence[Parity]", out: Path) -> None:
     cells = [(row.graph, row.case, f"{row.error:.1e}", f"{row.relative:.1e}", "ok" if row.ok else "DIFFERS") for row in rows]
     table("ONNX Runtime against PyTorch", ("graph", "case", "max error", "relative", ""), cells)
     say(f"bundle: {out}")
+
+
+def coverage(rows: "Sequence[Coverage]") -> None:
+    """What is in FP8; nothing for an export without it."""
+    for row in rows:
+        rest = "; ".join(f"{share:.1%} {why}" for why, share in sorted(row.rest.items(), key=lambda item: -item[1]))
+        say(f"{row.graph}: {row.fp8:.1%} of {row.gflop:.2f} GFLOP in FP8{'; not: ' + rest if rest else ''}")
 
 
 def engines(rows: "Sequence[Built]") -> None:
@@ -142,3 +151,12 @@ def demo(result: "Latency", video: Path, bundle: "Bundle") -> None:
     say(f"{verdict}: {result.sustained_fps:.0f} fps of {result.machine['cores']} CPU cores, 24 needed")
     say(f"video: {video}")
     say(f"next: aapt stream {shlex.quote(str(bundle.path))} -o flight.mp4 --seconds 20 --image NAME   (names: {frames})")
+
+
+def tensorrt(findings: "Findings") -> None:
+    here = findings.here
+    rows = [(proof.name, "ok" if proof.ok else "NO", f"{proof.seconds:.1f}", proof.found) for proof in findings.proofs]
+    table(f"{here.gpu} (SM {here.sm}), TensorRT {here.tensorrt}, CUDA {here.cuda}, driver {here.driver}", ("question", "", "s", "found"), rows)
+    best = findings.choices[0]
+    say(f"aapt build-engine would take attention in form {best.form} for an fp8 bundle: {best.reason}")
+    say(f"receipt: {findings.receipt}")

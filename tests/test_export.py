@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,9 +18,10 @@ from aapt_deploy import __version__, build, export, graph_file
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine import open_engines
 from aapt_deploy.errors import OutputError, ParityError
-from aapt_deploy.export import FP32_TOLERANCE, compare, export_bundle
+from aapt_deploy.export import export_bundle
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, VERSION
+from aapt_deploy.parity import FP32_TOLERANCE, compare
 from aapt_deploy.profiles import Profile
 from aapt_deploy.signature import GRAPHS, NEXT, signatures
 from aapt_deploy.video import read_image
@@ -111,19 +113,20 @@ def tampered(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_graph_that_disagrees_with_pytorch_leaves_no_bundle(
-    made: Made, loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
 ) -> None:
-    """The exporter is replaced by the shared bundle's graphs, one of them with one weight changed."""
+    """One weight of the generator is changed after it was written."""
+    write = export._write
 
-    def shipped(module: object, signature: object, profile: object) -> onnx.ModelProto:
-        name = getattr(signature, "name", "")
-        model = graph(made.path, name)
-        del model.metadata_props[:]
-        if name == "generator":
-            tampered(model)
-        return model
+    def spoil(model: onnx.ModelProto, path: Path, *arguments: Any) -> list[str]:
+        used = write(model, path, *arguments)
+        if path.name == "generator.onnx":
+            written = onnx.load(path)
+            tampered(written)
+            onnx.save(written, path)
+        return used
 
-    monkeypatch.setattr(export, "to_onnx", shipped)
+    monkeypatch.setattr(export, "_write", spoil)
     path = tmp_path / "bundle"
     if existing:
         path.mkdir()
@@ -187,6 +190,7 @@ def test_large_weights_lie_beside_their_graphs_and_everything_works(
     loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Path
 ) -> None:
     monkeypatch.setattr(graph_file, "INLINE_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(graph_file, "HOLLOW_LIMIT_BYTES", 1000)
     monkeypatch.setattr(build, "cores", lambda: 1)
     path = tmp_path / "bundle"
     assert all(row.ok for row in export_bundle(loaded, path, False, silent))

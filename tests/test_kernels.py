@@ -51,6 +51,20 @@ def test_parameters_are_the_flat_abi(code: Compiled) -> None:
         assert kinds == ["u64"] * len(abi.inputs) + ["u32"] * len(abi.numbers) + ["u64"] * len(abi.outputs)
 
 
+def test_a_plan_may_hold_the_kernels_with_their_launches(code: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "compiled", lambda head_dim: code)
+    for name in ("aapt_pack", "aapt_attend"):
+        shape, launch = kernels.launch_shape(name, 300, 3), kernels.ptx_launch(name, 300, 3, 64)
+        assert (launch.grid, launch.block) == ((shape.x, shape.y, 1), (shape.threads, 1, 1))
+        assert f".entry {launch.name}(" in launch.ptx and launch.ptx.startswith("//")
+
+
+def test_a_layout_without_kernels_is_refused() -> None:
+    with pytest.raises(MachineError, match="no kernels for caches in layout token_major") as caught:
+        kernels.launcher("token_major", 64)
+    assert "--attention native" in caught.value.hint
+
+
 def test_the_source_names_its_parameters_as_the_table_does() -> None:
     source = kernels.source_file().read_text()
     for name, abi in ABI.items():

@@ -21,20 +21,41 @@ PACKAGE = ROOT / "aapt_deploy"
 TIERS = (
     ("cli", "__main__"),
     ("cli_train",),
-    ("export", "build", "latency", "plan", "profile_diff", "quality", "stream", "doctor", "initialise", "train/"),
-    ("rollout", "starts"),
-    ("models/", "engine/", "video", "controls", "graph_file"),
+    ("build_tensorrt",),  # made of build, plan and parity_tensorrt
+    (
+        "export",
+        "quantize",
+        "build",
+        "latency",
+        "plan",
+        "profile_diff",
+        "quality",
+        "stream",
+        "doctor",
+        "initialise",
+        "train/",
+        "parity_tensorrt",
+        "probes",
+        "doctor_tensorrt",
+    ),
+    ("rollout", "starts", "parity"),
+    ("models/", "engine/", "video", "controls", "graph_file", "graph_bf16", "lower_tensorrt", "probe_graphs"),
+    ("scales",),
     ("ops/",),
-    ("profiles", "signature", "bundle", "camera", "prompts", "rope", "machine", "assets/", "console", "reports", "options"),
+    ("profiles", "signature", "bundle", "camera", "prompts", "rope", "machine", "assets/", "console", "reports", "options", "proofs"),
     ("errors", "__init__"),
 )
 GROUND = len(TIERS) - 2  # the nouns may build upon each other, as long as it is not in a circle
-BRIDGES = {("__main__", "cli"), ("engine/eager", "models/")}  # inside one tier: the entry point, and torch modules run as an engine
+BRIDGES = {  # inside one tier: the entry point, torch modules run as an engine, a graph in two steps
+    ("__main__", "cli"), ("engine/eager", "models/"), ("lower_tensorrt", "graph_bf16"),
+}  # fmt: skip
 
 # Heavy package -> modules that may import it while they are imported, and modules that may do so inside a function.
 AT_MODULE_LEVEL = {
     "torch": (
         "export",
+        "parity",
+        "quantize",
         "initialise",
         "plan",
         "engine/eager",
@@ -44,13 +65,25 @@ AT_MODULE_LEVEL = {
         "ops/block_causal_attention/cuda_op",
         "ops/block_causal_attention/triton_op",
     ),
-    "onnx": ("export", "build", "graph_file", "ops/block_causal_attention/onnx_function"),
-    "onnxruntime": ("export", "engine/ort"),
+    "onnx": (
+        "export",
+        "parity",
+        "build",
+        "graph_file",
+        "graph_bf16",
+        "lower_tensorrt",
+        "probe_graphs",
+        "ops/block_causal_attention/onnx_function",
+        "ops/block_causal_attention/onnx_tensorrt",
+    ),
+    "onnxscript": ("export",),
+    "onnxruntime": ("parity", "engine/ort"),
     "av": ("video",),
-    "tensorrt": ("engine/trt_api", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot"),
+    "tensorrt": ("engine/trt_api", "engine/trt_probe_plugin", "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot"),
 }
 IN_FUNCTIONS = {
-    "onnxruntime": ("build", "doctor"),
+    "modelopt": ("quantize",),
+    "onnxruntime": ("build", "doctor", "parity_tensorrt"),
     "cuda": ("ops/block_causal_attention/kernels", "engine/cuda"),
     "matplotlib": ("train/evaluate", "quality"),
 }

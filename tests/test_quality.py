@@ -111,12 +111,13 @@ def test_real_engines_are_within_the_thresholds(bundle: Path) -> None:
         ("seconds", [quality.Second(29.5, 0.95, 1, 1)], "PSNR 29.5 dB is below 30.0"),
         ("seconds", [quality.Second(40.0, 0.85, 1, 1)], "SSIM 0.8500 is below 0.9"),
         ("drift", 0.16, "drift 0.160 is above 0.15"),
+        ("drift_per_s", 0.06, "drift of 0.060 per second is above 0.05"),
         ("flat_blocks", 1, "1 of 2 blocks are flat"),
         ("still_blocks", 2, "2 of 2 blocks stand still"),
     ],
 )
 def test_each_threshold_fails_alone(field: str, value: object, words: str) -> None:
-    good = Loss("p", "a", "b", [quality.Second(40.0, 0.95, 1.0, 1.0)], [0.01, 0.02], 50.0, 0.01, 0, 0, 2, THRESHOLDS, {})
+    good = Loss("p", "a", "b", [quality.Second(40.0, 0.95, 1.0, 1.0)], [0.01, 0.02], 50.0, 0.01, 0.001, 0, 0, 2, THRESHOLDS, {})
     assert good.failures == []
     (failure,) = dataclasses.replace(good, **{field: value}).failures
     assert words in failure

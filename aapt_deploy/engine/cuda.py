@@ -17,17 +17,29 @@ runs it over an emulated driver, tests/tensorrt_bindings checks every call again
 import contextlib
 import math
 import mmap
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aapt_deploy.errors import MachineError
+from aapt_deploy.proofs import Here
 
 POLL_S = 50e-6  # between two questions whether a stream is done
 HINT = "aapt doctor tells what this machine lacks"
+
+
+def driver_release() -> str:
+    """Release of the NVIDIA kernel driver, such as "580.65.06"; "" where it does not tell."""
+    try:
+        found = re.search(r"\b\d{3,}(\.\d+)+\b", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+    except OSError:
+        return ""
+    return found[0] if found else ""
 
 
 def with_driver() -> "Device":
@@ -75,6 +87,21 @@ class Device:
     def use(self) -> None:
         """Make the context current in the calling thread."""
         self.call(self._driver.cuCtxSetCurrent, self._context)
+
+    @property
+    def cuda(self) -> str:
+        """The newest CUDA that the driver supports: "13.0"."""
+        version = int(self.call(self._driver.cuDriverGetVersion))
+        return f"{version // 1000}.{version % 1000 // 10}"
+
+    def here(self, tensorrt: str, kernels: str) -> Here:
+        """What proofs and plans on this machine hold for: this GPU and driver, and what the caller knows of TensorRT and our kernels' hash."""
+        return Here(tensorrt, self.sm, self.cuda, driver_release(), self.name, kernels)
+
+    @property
+    def free_bytes(self) -> int:
+        """Device memory that nobody uses at this moment."""
+        return int(self._driver.cuMemGetInfo()[1])
 
     def memory(self, size: int) -> int:
         """Address of `size` bytes, not initialised. Raises MachineError when the device is full."""

@@ -29,13 +29,18 @@ class Threads:
     spinning: bool
 
 
-def open_session(path: Path, threads: Threads, profiling: Path | None = None) -> onnxruntime.InferenceSession:
-    """A session on the CPU. Raises BundleError when ONNX Runtime refuses the graph."""
+def open_session(path: Path, threads: Threads, profiling: Path | None = None, fuse: bool = True) -> onnxruntime.InferenceSession:
+    """A session on the CPU. Without `fuse`, Q/DQ pairs stay where they are: FP8 has no fused operators here.
+
+    Raises BundleError when ONNX Runtime refuses the graph.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads.count
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.spinning else "0")
+    if not fuse:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profiling is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profiling)
     try:
@@ -140,7 +145,7 @@ class OrtEngines:
         self.precision = precision
         self.engines: dict[str, OrtEngine | OrtGenerator] = {}
         for name, signature in signatures(profile).items():
-            session = open_session(graphs[name], threads)
+            session = open_session(graphs[name], threads, fuse=precision != "fp8")
             self.engines[name] = OrtGenerator(session, profile) if name == "generator" else OrtEngine(session, signature)
 
     def __getitem__(self, graph: str) -> OrtEngine | OrtGenerator:

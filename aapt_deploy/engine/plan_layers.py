@@ -14,6 +14,7 @@ from aapt_deploy.errors import BundleError, ParityError
 
 DTYPE_KEYS = ("DataType", "Datatype", "Format/Datatype")
 FP8_WORDS = ("FP8", "E4M3")
+ATTENTION_WORDS = ("mha", "attention")  # "fmha_v2_...", "_gemm_mha_v2", "Attention"
 SHOWN = 8  # layer names in an error
 
 
@@ -36,6 +37,11 @@ class Layer:
         return self.kind.lower() == "reformat"
 
     @property
+    def is_attention(self) -> bool:
+        """TensorRT's own fused attention, by what its kernels and layers are called."""
+        return not self.is_plugin and any(word in f"{self.kind} {self.tactic}".lower() for word in ATTENTION_WORDS)
+
+    @property
     def reads_fp8(self) -> bool:
         return any(word in kind.upper() for kind in self.inputs for word in FP8_WORDS)
 
@@ -48,6 +54,7 @@ class Audit:
     plugins: int
     fp8: int  # layers that compute on FP8 inputs, plugins and reformats not counted
     reformats: int
+    attention: int = 0  # layers of TensorRT's own fused attention
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def audit(layers: list[Layer], plugin_layers: int, fp8_layers: int = 0) -> Audit
         raise ParityError(
             f"the plan computes {len(fp8)} layers in FP8 instead of {fp8_layers}; not in FP8: {_first(names)}", "export again with --precision fp8"
         )
-    return Audit(len(layers), len(plugins), len(fp8), sum(layer.is_reformat for layer in layers))
+    return Audit(len(layers), len(plugins), len(fp8), sum(layer.is_reformat for layer in layers), sum(layer.is_attention for layer in layers))
 
 
 def _first(names: str) -> str:

@@ -291,7 +291,7 @@ def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
         if entry.plugin == "python":
             from aapt_deploy.ops.block_causal_attention import trt_plugin
 
-            trt_plugin.register(lambda layout, head_dim: kernels.load(head_dim))
+            trt_plugin.register(kernels.launcher)
         plans = {name: trt_api.open_plan(file) for name, file in files.items()}
     except BaseException:
         device.close()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol, SupportsFloat, TypeVar
 
 from aapt_deploy.engine.plan_layers import Layer, read_layers
+from aapt_deploy.engine.trt_errors import hint
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
 
@@ -242,26 +243,13 @@ def _interruptible(work: Callable[[], T], monitor: Monitor) -> T:
     return answers[0]
 
 
-HINTS = (  # words of TensorRT -> what a user can do
-    ("FP8 support", "FP8 needs SM 89 or newer; export with --precision bf16 for this GPU"),
-    ("out of memory", "close other programs on the GPU, or take a smaller profile"),
-    ("OutOfMemory", "close other programs on the GPU, or take a smaller profile"),
-    ("Could not find any implementation", "give more workspace memory, or build without our plugin to see whether it is to blame"),
-    ("supported formats", "the graph's types are not the ones that our kernels read; export and build with the same aapt_deploy"),
-    ("lugin not found", "the plugin is not registered under the graph's namespace and version; export and build with the same aapt_deploy"),
-    ("No importer registered", "this TensorRT does not know the operator; install a newer one: pip install 'aapt_deploy[tensorrt]'"),
-    ("Cannot open", "the graph or the file with its weights is missing; export the bundle again"),
-)
-
-
 def _explain(what: str, nodes: list[str], messages: Messages, failures: Sequence[Exception]) -> NoReturn:
     """Raise what our plugin raised, else what TensorRT said last, with what can be done about it."""
     if failures and isinstance(failures[-1], AaptError):
         raise failures[-1]
     reasons = [*(f"our plugin: {failure}" for failure in failures[-1:]), *nodes[:3], *messages.kept[-1:]] or ["it gave no reason"]
     text = "; ".join(reasons)
-    hint = next((hint for words, hint in HINTS if words in text), "see TensorRT's messages above; aapt doctor tells the versions to report")
-    raise BundleError(f"{what}: {text}", hint)
+    raise BundleError(f"{what}: {text}", hint(text))
 
 
 # Running

@@ -6,6 +6,7 @@ Weights are stored in float16 or float32 and run in float32. Nothing is unpickle
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from aapt_deploy import profiles
 from aapt_deploy.errors import CheckpointError, OutputError
 from aapt_deploy.models.generator import Generator
+from aapt_deploy.models.layers import spatial_rope
 from aapt_deploy.models.vae import Vae
 from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
 
@@ -35,15 +37,30 @@ class StartFrame(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The networks of one checkpoint, in evaluation mode, and where they came from."""
+class Stored:
+    """A checkpoint on the disk that was found whole. Weights are read one by one, when they are asked for."""
 
     profile: Profile
-    generator: Generator
-    vae: Vae
     sha256: str
     path: Path
     start_frames: dict[str, StartFrame]
+
+    def tensor(self, name: str) -> Tensor:
+        """One weight, `generator.*` or `vae.*`, in float32. Raises CheckpointError when the file has gone."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                value: Tensor = file.get_tensor(name)
+                return value.float()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"checkpoint {self.path} cannot be read any more: {error}", "leave the file alone while it is in use") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint(Stored):
+    """The networks of one checkpoint, in evaluation mode, and where they came from."""
+
+    generator: Generator
+    vae: Vae
 
 
 def save(path: Path, profile: Profile, generator: Generator, vae: Vae, training: dict[str, object], start_frames: dict[str, StartFrame]) -> None:
@@ -63,7 +80,16 @@ def save(path: Path, profile: Profile, generator: Generator, vae: Vae, training:
 
 
 def load(path: Path, sha256: str | None = None) -> Checkpoint:
-    """Read a checkpoint; with `sha256`, only if the file has that hash.
+    """Read a checkpoint with its networks. Raises as `stored` does."""
+    found = stored(path, sha256)
+    generator, vae = build(found.profile)
+    for part, module in (("generator", generator), ("vae", vae)):
+        module.load_state_dict({name: found.tensor(f"{part}.{name}") for name in module.state_dict()})
+    return Checkpoint(**vars(found), generator=generator, vae=vae)
+
+
+def stored(path: Path, sha256: str | None = None) -> Stored:
+    """Check a checkpoint, one tensor at a time, and keep no weight; with `sha256`, only if the file has that hash.
 
     Raises CheckpointError for a file that is missing, damaged or another format, and for tensors that are missing, surplus, misshapen, mistyped or
     not finite (all of them in one message), and ProfileError for the profile inside.
@@ -74,17 +100,39 @@ def load(path: Path, sha256: str | None = None) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            names = set(file.keys())
+            starts = {name: file.get_tensor(name) for name in names if name.startswith(START)}
+            if metadata.get("format") != FORMAT or "profile" not in metadata:
+                found = metadata.get("format", "no format entry")
+                raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: {found}", "write it with `aapt train` or `aapt init`")
+            profile = profiles.loads(metadata["profile"], f"inside {path}")
+            start_frames = _start_frames(profile, metadata, starts, path)
+            weights = ((name, file.get_tensor(name)) for name in sorted(names - {START + name for name in start_frames}))
+            _refuse_unfit(profile, weights, path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is not a readable safetensors file: {error}", "fetch it again, or convert it") from None
-    if metadata.get("format") != FORMAT or "profile" not in metadata:
-        found = metadata.get("format", "no format entry")
-        raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: {found}", "write it with `aapt train` or `aapt init`")
-    profile = profiles.loads(metadata["profile"], f"inside {path}")
-    start_frames = _start_frames(profile, metadata, tensors, path)
-    generator, vae = build(profile)
-    _fill({"generator": generator, "vae": vae}, tensors, path)
-    return Checkpoint(profile, generator, vae, digest, path, start_frames)
+    return Stored(profile, digest, path, start_frames)
+
+
+def hollow(profile: Profile) -> tuple[Generator, Vae]:
+    """The networks as `build` makes them, but every weight is a single zero seen as its full shape: for tracing, in no memory."""
+    with torch.device("meta"):
+        generator, vae = build(profile)
+    for module in (generator, vae):
+        for name, value in module.state_dict().items():
+            put(module, name, torch.zeros(()).expand(value.shape))
+    generator.spatial_rope = spatial_rope(profile)  # computed, not stored
+    return generator, vae
+
+
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set one parameter or buffer of `module` by its path."""
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if leaf in owner._parameters:
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        setattr(owner, leaf, value)
 
 
 def build(profile: Profile) -> tuple[Generator, Vae]:
@@ -114,18 +162,24 @@ def _start_frames(profile: Profile, metadata: dict[str, str], tensors: dict[str,
     return frames
 
 
-def _fill(modules: dict[str, nn.Module], tensors: dict[str, Tensor], path: Path) -> None:
-    wanted = {f"{part}.{name}": t for part, module in modules.items() for name, t in module.state_dict().items()}
-    both = wanted.keys() & tensors.keys()
-    problems = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "surplus": sorted(tensors.keys() - wanted.keys()),
-        "misshapen": sorted(f"{n} {list(tensors[n].shape)} instead of {list(wanted[n].shape)}" for n in both if tensors[n].shape != wanted[n].shape),
-        "mistyped": sorted(f"{n} {tensors[n].dtype}" for n in both if tensors[n].dtype not in STORED),
-        "not finite": sorted(n for n in both if tensors[n].dtype in STORED and not torch.isfinite(tensors[n]).all()),
-    }
+def _refuse_unfit(profile: Profile, weights: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Compare the file's weights with what the profile asks for, one after the other."""
+    with torch.device("meta"):
+        generator, vae = build(profile)
+    wanted = {f"{part}.{name}": t.shape for part, module in (("generator", generator), ("vae", vae)) for name, t in module.state_dict().items()}
+    problems: dict[str, list[str]] = {kind: [] for kind in ("missing", "surplus", "misshapen", "mistyped", "not finite")}
+    for name, tensor in weights:
+        shape = wanted.pop(name, None)
+        if shape is None:
+            problems["surplus"].append(name)
+            continue
+        if shape != tensor.shape:
+            problems["misshapen"].append(f"{name} {list(tensor.shape)} instead of {list(shape)}")
+        if tensor.dtype not in STORED:
+            problems["mistyped"].append(f"{name} {tensor.dtype}")
+        elif not torch.isfinite(tensor).all():
+            problems["not finite"].append(name)
+    problems["missing"] = sorted(wanted)
     found = [f"{len(names)} {kind}: {', '.join(names[:LISTED])}{', …' if len(names) > LISTED else ''}" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError(f"checkpoint {path} does not fit its profile: {'; '.join(found)}", "export it with the version that trained it")
-    for part, module in modules.items():
-        module.load_state_dict({name: tensors[f"{part}.{name}"].float() for name in module.state_dict()})

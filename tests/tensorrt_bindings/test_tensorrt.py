@@ -25,7 +25,7 @@ from aapt_deploy.errors import MachineError
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODULES = (
-    "engine/trt_api", "engine/trt", "engine/trt_state", "engine/cuda",
+    "engine/trt_api", "engine/trt", "engine/trt_state", "engine/cuda", "engine/trt_probe_plugin", "probes", "build_tensorrt",
     "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot",
 )  # fmt: skip
 

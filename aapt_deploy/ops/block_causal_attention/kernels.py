@@ -2,6 +2,7 @@
 
     compiled(head_dim)    source -> Compiled (PTX, machine code, the assembler's report); from the cache where it was compiled before
     load(head_dim)        Compiled -> Kernels on the current CUDA context; `Kernels` is what TensorRT's plugin and the torch op launch with
+    launcher(layout, ...) the same as the plugin asks for it; ptx_launch(kernel, ...) PTX and launch shape, for a plan that holds the kernels itself
 
 No CUDA toolkit is needed: NVRTC and the driver bindings come as wheels (`pip install 'aapt_deploy[cuda]'`). They are imported inside functions, so
 this module can be read, and its tables used, on a machine that has neither.
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aapt_deploy.errors import MachineError
-from aapt_deploy.ops.block_causal_attention.hopper_fp8 import HEAD_DIMS, tiles
+from aapt_deploy.ops.block_causal_attention.hopper_fp8 import HEAD_DIMS, NAME, tiles
 
 SM = 90  # Hopper; the instructions exist nowhere else, so nothing newer can run them either
 PTX_VERSION = "8.6"
@@ -133,6 +134,12 @@ def compiled(head_dim: int, folder: Path | None = None, defines: tuple[str, ...]
         found = _compile(nvrtc, source, head_dim, defines, version)
         _keep(path, found.to_bytes())
     return found
+
+
+def compile_source(source: bytes, defines: tuple[str, ...] = ()) -> Compiled:
+    """Another source for the same GPU and PTX version, not kept: the doctor's own small kernels. Raises MachineError as `compiled` does."""
+    nvrtc = _nvrtc()
+    return _compile(nvrtc, source, HEAD_DIMS[0], defines, _version(nvrtc))
 
 
 def _keep(path: Path, data: bytes) -> None:
@@ -270,6 +277,28 @@ def load(head_dim: int, defines: tuple[str, ...] = ()) -> Kernels:
     library = call(driver.cuLibraryLoadData, image, [], [], 0, [], [], 0)
     functions = {name: call(driver.cuKernelGetFunction, call(driver.cuLibraryGetKernel, library, name.encode())) for name in ABI}
     return Kernels(driver, library, functions)
+
+
+def launcher(layout: str, head_dim: int) -> Kernels:
+    """What trt_plugin.register wants: the kernels of one cache layout, loaded. Raises MachineError for a layout without kernels, and as `load`."""
+    if layout != NAME:
+        raise MachineError(f"there are no kernels for caches in layout {layout}", "build with TensorRT's own attention: --attention native")
+    return load(head_dim)
+
+
+class PtxLaunch(NamedTuple):
+    """A kernel for fixed sizes, as a plan may hold it. Its shared memory is static."""
+
+    name: str
+    ptx: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+
+
+def ptx_launch(kernel: str, tokens: int, heads: int, head_dim: int) -> PtxLaunch:
+    """`kernel` for a block of T tokens and H heads. Needs NVRTC and no GPU; raises what `compiled` raises."""
+    shape = launch_shape(kernel, tokens, heads)
+    return PtxLaunch(kernel, compiled(head_dim).ptx.decode(), (shape.x, shape.y, 1), (shape.threads, 1, 1))
 
 
 def _call(driver: Any, function: Callable[..., Any], *arguments: Any) -> Any:

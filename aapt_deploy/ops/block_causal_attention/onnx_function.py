@@ -75,7 +75,7 @@ def strip(model: ModelProto) -> ModelProto:
     """`model` without local functions of this domain."""
     stripped = ModelProto()
     stripped.CopyFrom(model)
-    _replace(stripped.functions, [function for function in stripped.functions if function.domain != DOMAIN])
+    replace(stripped.functions, [function for function in stripped.functions if function.domain != DOMAIN])
     return stripped
 
 
@@ -95,8 +95,8 @@ def lower_in_place(model: ModelProto, ring: Ring) -> ModelProto:
     lowered = strip(model)
     _require_opset(lowered)
     graph = lowered.graph
-    ours = [node for node in graph.node if _is_ours(node)]
-    heads, head_dim = _check_interface(lowered, ours, ring)
+    ours = [node for node in graph.node if is_ours(node)]
+    heads, head_dim = check_interface(lowered, ours, ring)
 
     cache_shape = [1, ring.tokens, heads, head_dim]
     inputs: dict[str, list[ValueInfoProto]] = {}
@@ -107,11 +107,11 @@ def lower_in_place(model: ModelProto, ring: Ring) -> ModelProto:
             outputs[block] = helper.make_tensor_value_info(cache + NEXT, TensorProto.FLOAT, cache_shape)
     inputs[ours[0].input[5]] = [helper.make_tensor_value_info(name, TensorProto.INT64, [1]) for name in (SLOT, VALID)]
 
-    nodes = [new for node in graph.node for new in (_in_place_nodes(node, heads) if _is_ours(node) else [node])]
-    _replace(graph.node, nodes)
-    _replace(graph.input, [new for old in graph.input for new in inputs.get(old.name, [old])])
-    _replace(graph.output, [outputs.get(old.name, old) for old in graph.output])
-    _replace(lowered.opset_import, [entry for entry in lowered.opset_import if entry.domain != DOMAIN])
+    nodes = [new for node in graph.node for new in (_in_place_nodes(node, heads) if is_ours(node) else [node])]
+    replace(graph.node, nodes)
+    replace(graph.input, [new for old in graph.input for new in inputs.get(old.name, [old])])
+    replace(graph.output, [outputs.get(old.name, old) for old in graph.output])
+    replace(lowered.opset_import, [entry for entry in lowered.opset_import if entry.domain != DOMAIN])
     for name, values in ((_FLAT, [0, 0, -1]), (_HEADS, [0, 0, heads, head_dim])):
         graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
     return lowered
@@ -135,8 +135,8 @@ def lower_for_plugin(model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.
     lowered = strip(model)
     _require_opset(lowered)
     graph = lowered.graph
-    ours = [node for node in graph.node if _is_ours(node)]
-    heads, head_dim = _check_interface(lowered, ours, ring)
+    ours = [node for node in graph.node if is_ours(node)]
+    heads, head_dim = check_interface(lowered, ours, ring)
     if scales is not None and head_dim not in hopper_fp8.HEAD_DIMS:
         _refuse(model, f"has head_dim {head_dim}; {hopper_fp8.NAME} is for {' and '.join(map(str, hopper_fp8.HEAD_DIMS))}")
     if scales is not None and len(scales) != len(ours):
@@ -149,7 +149,7 @@ def lower_for_plugin(model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.
     tensors: dict[str, ValueInfoProto] = {}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        if not _is_ours(node):
+        if not is_ours(node):
             nodes.append(node)
             continue
         q = known[node.input[0]]
@@ -160,10 +160,10 @@ def lower_for_plugin(model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.
         fields = {} if scales is None else {f"{DOMAIN}.{field}.{layer}": getattr(scales[layer], field) for field in PLUGIN_SCALES}
         graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in fields.items())
         nodes += _plugin_nodes(node, q.elem_type, list(fields))
-    _replace(graph.node, nodes)
+    replace(graph.node, nodes)
     for field in (graph.input, graph.output):
-        _replace(field, [tensors.get(value.name, value) for value in field])
-    _replace(graph.value_info, [value for value in graph.value_info if value.name not in tensors])
+        replace(field, [tensors.get(value.name, value) for value in field])
+    replace(graph.value_info, [value for value in graph.value_info if value.name not in tensors])
     return lowered
 
 
@@ -220,7 +220,7 @@ def _in_place_nodes(node: NodeProto, heads: int) -> list[NodeProto]:
     return nodes
 
 
-def _check_interface(model: ModelProto, ours: list[NodeProto], ring: Ring) -> tuple[int, int]:
+def check_interface(model: ModelProto, ours: list[NodeProto], ring: Ring) -> tuple[int, int]:
     """Heads and head_dim of the caches. Raises BundleError unless every cache enters, and every block leaves, by the graph itself."""
     if not ours:
         _refuse(model, f"has no {DOMAIN}::{NAME} node to lower")
@@ -257,11 +257,11 @@ def _refuse(model: ModelProto, reason: str) -> NoReturn:
     raise BundleError(f"graph {model.graph.name!r} {reason}", "export the checkpoint again with this version")
 
 
-def _is_ours(node: NodeProto) -> bool:
+def is_ours(node: NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type == NAME
 
 
-def _replace(field: Any, values: list[Any]) -> None:
+def replace(field: Any, values: list[Any]) -> None:
     """Give a repeated protobuf field new contents; `values` may come from the field itself."""
     del field[:]
     field.extend(values)

@@ -53,6 +53,21 @@ class Compiled:
 Compile = Callable[[str, int, int, int], Compiled]  # (kernel, tokens T, heads H, head_dim D)
 
 
+_DEFINED: list[Compile] = []  # tensorrt.plugin takes a name once a process
+
+
+def define_once(launch_of: Callable[[str, int, int, int], Any]) -> None:
+    """Define both plugins, unless it was done before. `launch_of` is kernels.ptx_launch: PTX and launch shape of a kernel for given sizes."""
+
+    def compile_kernel(kernel: str, tokens: int, heads: int, head_dim: int) -> Compiled:
+        launch = launch_of(kernel, tokens, heads, head_dim)
+        return Compiled(launch.name, launch.ptx, launch.grid, launch.block)
+
+    if not _DEFINED:
+        define(compile_kernel)
+        _DEFINED.append(compile_kernel)
+
+
 def define(compile_kernel: Compile, lazy: bool = False) -> None:
     """Define both plugins, once a process. They join TensorRT's registry now, or when a network first adds one (`lazy`)."""
     _define_pack(compile_kernel, lazy)
