@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aapt_deploy import __version__
+from aapt_deploy.cli_doctor import doctor
 from aapt_deploy.cli_train import train_app
 from aapt_deploy.errors import AaptError, OutputError, UsageError, VerdictError
 from aapt_deploy.options import Backend, BundleArg, Force, Json, Precision, needing
@@ -39,6 +40,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
     "The four steps: export, build-engine, profile, stream. `aapt demo` runs them in a row on the checkpoint that ships with the package."
 ))  # fmt: skip
 app.add_typer(train_app, name="train")
+app.command()(doctor)
 
 _BadUsage: type[typer.BadParameter] = typer.BadParameter.__bases__[0]  # the parser's UsageError, which has no public name
 
@@ -236,37 +238,6 @@ def demo(
     if as_json:
         typer.echo(json.dumps({"video": str(video), "bundle": str(bundle), "latency": json.loads(latency.json())}))
     raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)
-
-
-@app.command()
-def doctor(
-    tensorrt: Annotated[
-        bool, typer.Option("--tensorrt", help="Ask TensorRT itself, with one micro-engine a question, and keep the answers for build-engine.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Tell what this machine can run, and the fix for what it cannot. Exit 3 if streaming on the CPU (--tensorrt: any plan) would fail.
-
-    The questions of --tensorrt are what we could not try ourselves: they were never run by us on TensorRT.
-    """
-    from aapt_deploy import console, reports
-
-    if tensorrt:
-        from aapt_deploy import doctor_tensorrt
-
-        with console.steps("asking TensorRT") as step:
-            findings = doctor_tensorrt.examine(step)
-        reports.tensorrt(findings)
-        if as_json:
-            typer.echo(json.dumps({"verified_on": asdict(findings.here), "checks": [asdict(proof) for proof in findings.proofs]}))
-        raise typer.Exit(0 if findings.usable else VerdictError.exit_code)
-    from aapt_deploy.doctor import examine
-
-    checks = examine()
-    reports.doctor(checks)
-    if as_json:
-        typer.echo(json.dumps([asdict(check) for check in checks]))
-    raise typer.Exit(0 if all(check.ok for check in checks if check.needed) else VerdictError.exit_code)
 
 
 @app.command()

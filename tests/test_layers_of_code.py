@@ -20,7 +20,7 @@ PACKAGE = ROOT / "aapt_deploy"
 # From the top down. A module imports from lower tiers only; "name/" stands for a package and everything in it.
 TIERS = (
     ("cli", "__main__"),
-    ("cli_train",),
+    ("cli_train", "cli_doctor"),
     ("build_tensorrt",),  # made of build, plan and parity_tensorrt
     (
         "export",
@@ -89,7 +89,7 @@ IN_FUNCTIONS = {
 }
 HEAVY = ("torch", "tensorrt", "onnx", "onnxscript", "onnxruntime", "av", "cuda", "modelopt", "matplotlib")
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
-WITHOUT_NUMPY = ("cli", "cli_train", "options", "__main__", "__init__", "profiles", "errors", "bundle")
+WITHOUT_NUMPY = ("cli", "cli_train", "cli_doctor", "options", "__main__", "__init__", "profiles", "errors", "bundle")
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

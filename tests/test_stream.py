@@ -215,6 +215,7 @@ def test_an_existing_file_survives_a_stream_that_fails_in_the_middle(bundle: Pat
 
         def __init__(self, *arguments: Any) -> None:
             self.engines = open_engines(*arguments)
+            self.backend = self.engines.backend
             self.decoded = 0
 
         def __getitem__(self, graph: str) -> Any:

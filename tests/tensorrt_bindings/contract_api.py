@@ -296,7 +296,7 @@ def test_ctrl_c_ends_the_build_at_the_next_step(rig: Rig) -> None:
     rig.script["Builder.build_serialized_network"] = building(steps, released)
     with pytest.raises(KeyboardInterrupt):
         rig.build(progress=told)
-    assert steps == [True, False]
+    assert steps in ([False], [True, False])  # the main thread notices during the step that was interrupted, or before the next one
 
 
 def test_a_failing_progress_bar_ends_the_build_and_is_told(rig: Rig) -> None:
