@@ -18,7 +18,7 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.train import evaluate, generator_stages, loop, recipe, stages
 from aapt_deploy.train.generator_stages import GeneratorStages
-from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe, gan
+from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage, gan
 from aapt_deploy.train.setup import ALONE, Setup
 
 __all__ = ["clips"]  # a fixture
@@ -29,10 +29,11 @@ WHOLE = Recipe(
     sample_seconds=0,
     flow=(FlowStage(Optimiser(4, 2, 1e-3, 1, accumulate=2), blocks=2),),
     consistency=(ConsistencyStage(Optimiser(4, 2, 1e-3, 1), blocks=2),),
+    trajectory=(TrajectoryStage(Optimiser(4, 2, 1e-3, 1), blocks=2, worn=0.5, fade_blocks=3),),
     adversarial=(GAME, dataclasses.replace(GAME, extensions=1, overlap=2, head_start=0, attention="bidirectional", logits="clip")),
 )
-NAMES = ["adapted", "consistency-1", "adversarial-1", "adversarial-2"]
-FILES = ["generator-1", "consistency-1", "adversarial-1", "discriminator-1", "adversarial-2", "discriminator-2"]
+NAMES = ["adapted", "consistency-1", "trajectory-1", "adversarial-1", "adversarial-2"]
+FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1", "adversarial-2", "discriminator-2"]
 
 
 def run(folder: Path, setup: Setup = ALONE, last: int | None = None) -> list[tuple[str, tuple[float, ...] | None]]:
@@ -55,15 +56,16 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_changes_the_generator_and_leaves_its_files(straight: Path) -> None:
     weights = [load_file(straight / f"{name}.safetensors")["visual.0.qkv.weight"] for name in FILES]
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
-    assert {path.stem for path in straight.glob("*.state")} == {"generator-1", "consistency-1", "adversarial-1", "adversarial-2"}
+    assert {path.stem for path in straight.glob("*.state")} == {"generator-1", "consistency-1", "trajectory-1", "adversarial-1", "adversarial-2"}
     assert not list(straight.glob("*.tmp"))
 
 
 KILL = [  # function that a stage calls once per batch, the call that is the last, stages before, and the files these leave
     ("generator_loss", 6, 0, 0),
     ("consistency_loss", 3, 1, 1),
-    ("adversarial_update", 3, 2, 2),  # the generator has had one update less than the discriminator
-    ("adversarial_update", 3, 3, 4),
+    ("trajectory_loss", 3, 2, 2),
+    ("adversarial_update", 3, 3, 3),  # the generator has had one update less than the discriminator
+    ("adversarial_update", 3, 4, 5),
 ]
 
 
@@ -115,7 +117,7 @@ def test_mixed_precision_is_close_and_keeps_float32_weights(straight: Path, tmp_
 def test_a_damaged_discriminator_is_named(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in FILES[:4]:
+    for name in FILES[:5]:
         (folder / f"{name}.safetensors").write_bytes((straight / f"{name}.safetensors").read_bytes()[: -9 if name == "discriminator-1" else None])
     with pytest.raises(CheckpointError, match=r"discriminator-1\.safetensors") as caught:
         run(folder)
@@ -123,7 +125,7 @@ def test_a_damaged_discriminator_is_named(straight: Path, tmp_path: Path) -> Non
 
 
 def test_a_segment_longer_than_the_clips_is_refused(tmp_path: Path) -> None:
-    long = dataclasses.replace(WHOLE, flow=(), consistency=(), adversarial=(dataclasses.replace(GAME, blocks=40),))
+    long = dataclasses.replace(WHOLE, flow=(), consistency=(), trajectory=(), adversarial=(dataclasses.replace(GAME, blocks=40),))
     with pytest.raises(InputError, match="40 blocks, the clips have 6") as caught:
         list(GeneratorStages(Generator(TINY), toy_latents(), long, tmp_path, lambda text: None, Setup()).all(True, None))
     assert "--blocks 40" in caught.value.hint
@@ -156,12 +158,12 @@ def test_a_run_from_checkpoints_skips_what_they_stand_for(clips: Path, tmp_path:
     adapted = checkpoint.load(tmp_path / "a" / "checkpoint-adapted.safetensors")
     assert adapted.profile == TINY
     assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint*")) == sorted(
-        ["checkpoint.safetensors", *(f"checkpoint-{name}.safetensors" for name in NAMES[:3])]
+        ["checkpoint.safetensors", *(f"checkpoint-{name}.safetensors" for name in NAMES[:4])]
     )
     told.clear()
-    start = stages.Start(adapted.path, tmp_path / "a" / "checkpoint-consistency-1.safetensors")
+    start = stages.Start(adapted.path, tmp_path / "a" / "checkpoint-trajectory-1.safetensors")
     again = checkpoint.load(stages.train(clips, tmp_path / "b", TINY, short, told.append, start=start))
-    assert not any(line.startswith(("fitting", "VAE", "generator", "consistency")) for line in told)
+    assert not any(line.startswith(("fitting", "VAE", "generator", "consistency", "trajectory")) for line in told)
     for a, b in zip(one_step.generator.parameters(), again.generator.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-2)  # the start was rounded to float16
     assert all(torch.equal(a, b) for a, b in zip(one_step.vae.parameters(), again.vae.parameters(), strict=True))
@@ -196,7 +198,7 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
 @pytest.mark.slow
 def test_one_command_renders_trains_and_judges(aapt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     game = dataclasses.replace(GAME, optimiser=gan(1, 2, 1e-3))
-    short = dataclasses.replace(WHOLE, flow=(FlowStage(Optimiser(1, 2, 1e-3, 1), 2),), consistency=(), adversarial=(game,))
+    short = dataclasses.replace(WHOLE, flow=(FlowStage(Optimiser(1, 2, 1e-3, 1), 2),), consistency=(), trajectory=(), adversarial=(game,))
     monkeypatch.setitem(recipe.RECIPES, "demo", short)
     monkeypatch.setattr(evaluate, "TEACHING_WORLDS", 12)
     ran = aapt("train", "all", tmp_path, "--worlds", 1, "--flights", 2, "--seconds", 5, "--profile", "tiny-cpu")

@@ -18,15 +18,16 @@ from aapt_deploy.models.discriminator import Discriminator
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.train.adversarial import adversarial_update
 from aapt_deploy.train.consistency import consistency_loss
-from aapt_deploy.train.draws import coin
+from aapt_deploy.train.draws import coin, numbers
 from aapt_deploy.train.flow import Latents, flow_loss
 from aapt_deploy.train.loop import Learner, fit, fit_together
-from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe
+from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage
 from aapt_deploy.train.setup import ALONE, Setup, whole
 from aapt_deploy.train.student_forcing import forced_flow_loss
+from aapt_deploy.train.trajectory import measure_fade, trajectory_loss
 
 ONE_STEP = (1.0,)
-SEEDS = {"generator": 0, "consistency": 1000, "adversarial": 2000}  # so that no two stages draw the same numbers
+SEEDS = {"generator": 0, "consistency": 1000, "adversarial": 2000, "trajectory": 3000}  # so that no two stages draw the same numbers
 
 
 def part(path: Path, module: nn.Module, make: Callable[[], None], setup: Setup = ALONE, together: bool = True) -> None:
@@ -97,6 +98,9 @@ class GeneratorStages:
             for number, distillation in enumerate(self.recipe.consistency, start=1):
                 part(self.run / f"consistency-{number}.safetensors", self.generator, partial(self._distil, number, distillation, teacher), self.setup)
                 yield f"consistency-{number}", ONE_STEP
+            for number, regression in enumerate(self.recipe.trajectory, start=1):
+                part(self.run / f"trajectory-{number}.safetensors", self.generator, partial(self._regress, number, regression, teacher), self.setup)
+                yield f"trajectory-{number}", ONE_STEP
         for number, game in enumerate(self.recipe.adversarial, start=1):
             part(self.run / f"adversarial-{number}.safetensors", self.generator, partial(self._play, number, game, teacher), self.setup)
             yield f"adversarial-{number}", game.timesteps
@@ -130,6 +134,19 @@ class GeneratorStages:
             return consistency_loss(student, teacher, batch, stage, rng)
 
         self._fit("consistency", number, stage.optimiser, loss)
+
+    def _regress(self, number: int, stage: TrajectoryStage, teacher: Generator) -> None:
+        fade = torch.ones(len(self.generator.step_spread))
+        if stage.worn:
+            with self.setup.autocast():
+                fade = measure_fade(self.generator, self.latents, stage, numbers(self.recipe.seed + SEEDS["trajectory"] + number, 0, 1))
+            self.report(f"trajectory stage {number}: a rollout of {stage.fade_blocks} blocks leaves {float(fade.mean()):.2f} of its detail")
+
+        def loss(student: Generator, rng: torch.Generator) -> Tensor:
+            batch = self.latents.draw(student.profile, stage, rng).to(student.step_spread.device)
+            return trajectory_loss(student, teacher, batch, stage, fade, rng)
+
+        self._fit("trajectory", number, stage.optimiser, loss)
 
     def _play(self, number: int, stage: AdversarialStage, adapted: Generator) -> None:
         if stage.blocks > (available := self.latents.conditions.shape[1]):

@@ -62,6 +62,18 @@ class ConsistencyStage:
 
 
 @dataclass(frozen=True)
+class TrajectoryStage:
+    """Distillation to one step by regression on the teacher's samples, with histories worn as by long rollouts (trajectory.py)."""
+
+    optimiser: Optimiser
+    blocks: int  # blocks per sample after the sink
+    worn: float = 0.0  # share of clips whose history the student sees worn
+    fade_blocks: int = 72  # length of the rollouts on which wear is measured; only used with `worn`
+    previous_noise: float = 0.0  # as in FlowStage, for the student alone
+    far_sink: float = 0.3  # as in FlowStage
+
+
+@dataclass(frozen=True)
 class AdversarialStage:
     """Student forcing under a discriminator (App. B, stage 3); with `extensions`, long video in segments."""
 
@@ -90,6 +102,7 @@ class Recipe:
     vae: VaeStage
     flow: tuple[FlowStage, ...]
     consistency: tuple[ConsistencyStage, ...] = ()
+    trajectory: tuple[TrajectoryStage, ...] = ()
     adversarial: tuple[AdversarialStage, ...] = ()
     seed: int = 0
     sample_seconds: int = 10  # of sample video after each stage; 0 for none
