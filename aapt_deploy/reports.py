@@ -137,7 +137,8 @@ def evaluation(record: dict[str, Any], out: Path) -> None:
 
     for name, result in record["made"].items():
         rows = [row(f"{w['from_s']}-{w['from_s'] + record['window_s']}", w) for w in result["windows"]]
-        table(f"{name}: {record['flights']} flights", columns, [*rows, row("true", record["true"]["window"])])
+        true = [row(f"true, {w['from_s']}-{w['from_s'] + record['window_s']}", w) for part in ("window", "last") if (w := record["true"].get(part))]
+        table(f"{name}: {record['flights']} flights", columns, [*rows, *true])
         last = result["seconds"][-1]
         say(f"after {len(result['seconds']) - 1} s: terrain {last['terrain']:.2f} (start frame kept: {last['still']:.2f}), "
             f"recognised {last['recognised']:.0%}")  # fmt: skip

@@ -147,8 +147,23 @@ def test_plans_repeat_and_stay_above_the_ground(planned: list[Plan]) -> None:
         np.testing.assert_array_equal(plan.true[-1, 1], world.render(poses[-1]))
 
 
+def test_a_long_plan_stays_above_the_ground_to_its_end_and_shows_it() -> None:
+    (plan,) = plans(DEMO, 1, 100)
+    (short,) = plans(DEMO, 1, 30)
+    assert (plan.start, plan.velocities[:30]) == (short.start, short.velocities) and len(plan.velocities) == 100
+    np.testing.assert_array_equal(plan.true, short.true)
+    world, poses = World(plan.seed, Look()), [plan.start]
+    for velocity in plan.velocities:
+        poses.append(poses[-1].moved(velocity, 1 / 6))
+    for first in range(0, 100, 30):  # no stretch touches the ground
+        assert headroom(world, poses[first : first + 31]) > CLEARANCE
+    assert len(plan.true) == 31 and len(plan.late) == 30 and len(short.late) == 0
+    np.testing.assert_array_equal(plan.late[-1, 1], world.render(poses[-1]))
+    np.testing.assert_array_equal(plan.late[0, 1], world.render(poses[71]))
+
+
 def test_a_pitch_at_its_stop_is_no_command() -> None:
-    plan = Plan(0, Look(), Pose(), (Velocity(pitch=0.16),) * 12, np.zeros(0))
+    plan = Plan(0, Look(), Pose(), (Velocity(pitch=0.16),) * 12, np.zeros(0), np.zeros(0))
     pitch = plan.commands(DEMO)[:, 2]
     assert pitch[0] == pytest.approx(0.16 / 24) and pitch[-1] == 0
     assert pitch.sum() * 4 == pytest.approx(0.22)
@@ -174,7 +189,7 @@ def test_a_perfect_generator_scores_one(planned: list[Plan]) -> None:
     seen = joined([track.rows(slice(1, None)) for track in tracks])
     commands = [plan.commands(DEMO) for plan in planned]
     truth = evaluate.Truth(
-        planned, tracks, Crowd(seen.features), Response.fit(np.concatenate(commands), seen.motion),
+        planned, tracks, [], Crowd(seen.features), Response.fit(np.concatenate(commands), seen.motion),
         Classifier(seen.features, [plan.look for plan in planned for _ in range(6)]), commands,
     )  # fmt: skip
     judged = evaluate._judge([evaluate.Flown(track, np.zeros(0)) for track in tracks], truth, per_second=6)
@@ -201,6 +216,7 @@ def test_evaluate_writes_a_record_curves_and_frames(aapt: Any, bundle: Path, tmp
     assert [w["from_s"] for w in made["windows"]] == [0, 5] and len(made["seconds"]) == 6
     assert finite(made["windows"]) and finite(made["seconds"]) and finite(made["drift_per_minute"]) and finite(record["true"])
     assert 0 < made["windows"][0]["sharpness"] != 1
+    assert record["true"]["last"]["from_s"] == 5 and record["true"]["last"]["sharpness"] != 1
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "evaluation.json", "sheet-bundle.png"]
     assert "after 5 s: terrain" in ran.err and "true" in ran.err
 

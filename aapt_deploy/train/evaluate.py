@@ -59,6 +59,7 @@ class Truth(NamedTuple):
 
     plans: list[Plan]
     tracks: list[Track]  # of plan.true
+    late: list[Track]  # of plan.late, if it has any
     crowd: Crowd
     response: Response
     classifier: Classifier
@@ -132,7 +133,8 @@ def _truth(profile: Profile, flights: int, blocks: int, report: Report) -> Truth
     commands = [plan.commands(profile) for plan in planned]
     seen = joined([track.rows(slice(1, None)) for track in tracks])
     response = Response.fit(np.concatenate([c[: len(t.motion) - 1] for c, t in zip(commands, tracks, strict=True)]), seen.motion)
-    return Truth(planned, tracks, Crowd(seen.features), response, _classifier(profile, report), commands)
+    late = [measure(plan.late) for plan in planned if len(plan.late)]
+    return Truth(planned, tracks, late, Crowd(seen.features), response, _classifier(profile, report), commands)
 
 
 def _classifier(profile: Profile, report: Report) -> Classifier:
@@ -176,7 +178,7 @@ def _judge(flown: list[Flown], truth: Truth, per_second: int) -> dict[str, Any]:
     """All figures of one bundle."""
     size, blocks = WINDOW_S * per_second, len(truth.plans[0].velocities)
     tracks = [f.track for f in flown]
-    windows = [_window(tracks, truth, slice(1 + first, 1 + first + size)) for first in range(0, blocks, size)]
+    windows = [_window([track.rows(slice(1 + first, 1 + first + size)) for track in tracks], truth, first) for first in range(0, blocks, size)]
     seconds = [_moment(tracks, truth, second * per_second) for second in range(min(TRUE_SECONDS, blocks // per_second) + 1)]
     result: dict[str, Any] = {"windows": windows, "seconds": seconds}
     if len(windows) > 1:
@@ -188,15 +190,15 @@ def _judge(flown: list[Flown], truth: Truth, per_second: int) -> dict[str, Any]:
     return result
 
 
-def _window(tracks: list[Track], truth: Truth, chosen: slice) -> dict[str, Any]:
-    made = joined([track.rows(chosen) for track in tracks])
+def _window(tracks: list[Track], truth: Truth, first: int) -> dict[str, Any]:
+    """The figures of flights whose rows are those of the blocks from `first` on."""
+    made, each = joined(tracks), len(tracks[0].gradient)
     true = joined([track.rows(slice(1, None)) for track in truth.tracks])
-    commands = np.concatenate([c[chosen.start - 1 : chosen.stop - 1] for c in truth.commands])
-    each = len(made.gradient) // len(tracks)
+    commands = np.concatenate([c[first : first + each] for c in truth.commands])
     starts = np.stack([track.colour[0] for track in truth.tracks]).repeat(each, axis=0)
     looks = [plan.look for plan in truth.plans for _ in range(each)]
     return {
-        "from_s": round((chosen.start - 1) / (chosen.stop - chosen.start) * WINDOW_S),
+        "from_s": round(first / each * WINDOW_S),
         "sharpness": _rounded(made.gradient.mean() / true.gradient.mean()), "colour": _rounded(np.abs(made.colour - starts).mean()),
         "distance": _rounded(truth.crowd.distance(made.features)), "dynamics": _rounded(made.change.mean() / true.change.mean()),
         "gains": _rounded(Response.fit(commands, made.motion).against(truth.response)),
@@ -218,14 +220,17 @@ def _moment(tracks: list[Track], truth: Truth, block: int) -> dict[str, float]:
 
 
 def _judge_true(truth: Truth, per_second: int) -> dict[str, Any]:
-    """The same figures for the true flights: what a perfect generator would score over its first seconds. Two halves give the distance."""
+    """The same figures for the true flights: what a perfect generator would score at first and at last. Two halves give the first distance."""
     size = len(truth.tracks[0].gradient) - 1
     features = [track.features[1:] for track in truth.tracks]
-    window = _window(truth.tracks, truth, slice(1, 1 + size))
+    window = _window([track.rows(slice(1, None)) for track in truth.tracks], truth, 0)
     if len(features) > 1:
         halves = [np.concatenate(features[i::2]) for i in (0, 1)]
         window["distance"] = _rounded(truth.crowd.distance(halves[1], halves[0]))
-    return {"window": window, "seconds": size / per_second}
+    result: dict[str, Any] = {"window": window, "seconds": size / per_second}
+    if truth.late:
+        result["last"] = _window(truth.late, truth, len(truth.commands[0]) - size)
+    return result
 
 
 def _rounded(value: Any) -> Any:
@@ -255,7 +260,9 @@ def _curves(path: Path, record: dict[str, Any]) -> None:
     for axes, (title, read) in zip(figure.subplots(2, 3).ravel(), reads.items(), strict=True):
         for name, result in record["made"].items():
             axes.plot([w["from_s"] + WINDOW_S / 2 for w in result["windows"]], [read(w) for w in result["windows"]], marker=".", label=name)
-        axes.axhline(read(record["true"]["window"]), color="grey", linestyle="--", linewidth=1, label="true flights")
+        true = [read(record["true"][name]) for name in ("window", "last") if name in record["true"]]
+        ends = [WINDOW_S / 2, record["seconds"] - WINDOW_S / 2]
+        axes.plot(ends, [true[0], true[-1]], color="grey", linestyle="--", linewidth=1, label="true flights")
         axes.set(title=title, xlabel="seconds")
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     figure.axes[0].legend()

@@ -1,7 +1,8 @@
 """Flights to judge a generator by: held-out worlds, random cameras, flown by the renderer and by a bundle's engines from the same first frame.
 
-Every block is looked at through its last two frames: a picture, and how it moves. The renderer flies the first five seconds only: later the
-two have left each other's sight, and a generated minute is compared with true flights as a crowd.
+Every block is looked at through its last two frames: a picture, and how it moves. The renderer flies the first five seconds, in which both see
+the same land, and the last five, to tell what a minute of such flying does to true pictures; between them it only makes sure that no ground is
+in the way.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from aapt_deploy.train.worlds import CLEARANCE, World, headroom, random_velociti
 
 FIRST_WORLD = VALIDATION_SEED + 5000
 TRUE_SECONDS = 5
-PLANS = 400  # flights to try in a world before it is passed over
+PLANS = 400  # starts to try in a world before it is passed over
+TURNS = 40  # ways on to try in every later stretch, before another start is tried
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Plan:
     start: Pose
     velocities: tuple[Velocity, ...]
     true: np.ndarray  # uint8 [1 + m, 2, H, W, 3]: the start frame twice, then the last two frames of each of the first m blocks
+    late: np.ndarray  # uint8 [m, 2, H, W, 3]: likewise of the last m blocks; none in a flight that has no others
 
     def commands(self, profile: Profile) -> np.ndarray:
         """Camera motion between the last two frames of each block, float64 [n, 4]: yaw (rad), strafe, pitch (rad), forward (world units)."""
@@ -46,7 +49,7 @@ class Plan:
 
 
 def plans(profile: Profile, flights: int, blocks: int) -> Iterator[Plan]:
-    """`flights` plans of `blocks` blocks, one per world, whose first TRUE_SECONDS stay above the ground. Deterministic."""
+    """`flights` plans of `blocks` blocks, one per world, that stay above the ground. Deterministic."""
     found, seed = 0, FIRST_WORLD
     while found < flights:
         plan = _plan(profile, seed, blocks)
@@ -60,18 +63,41 @@ def _plan(profile: Profile, seed: int, blocks: int) -> Plan | None:
     """The flight over world `seed`, or None where none of PLANS has the room."""
     video, rng = profile.video, np.random.default_rng((seed, 2))
     world = World(seed, Look(), video.width, video.height)
-    block_s, paired = video.temporal_stride / video.fps, min(blocks, TRUE_SECONDS * video.fps // video.temporal_stride)
+    stretch = min(blocks, TRUE_SECONDS * video.fps // video.temporal_stride)
     for _ in range(PLANS):
-        start, velocities = start_pose(world, rng), random_velocities(rng, blocks)
-        poses = [start]
-        for velocity in velocities[:paired]:
-            poses += [poses[-1].moved(velocity, block_s - 1 / video.fps), poses[-1].moved(velocity, block_s)]
-        if headroom(world, poses) > CLEARANCE:
+        start = start_pose(world, rng)
+        flown = _flight(profile, world, start, blocks, stretch, rng)
+        if flown is not None:
             break
     else:
         return None
-    frames = np.stack([world.render(pose) for pose in [start, *poses]])  # [2 + 2m, H, W, 3]
-    return Plan(seed, world.look, start, tuple(velocities), frames.reshape(-1, 2, *frames.shape[1:]))
+    velocities, poses = flown
+    late = poses[2 * (blocks - stretch) :] if blocks > stretch else []
+    frames = np.stack([world.render(pose) for pose in [start, start, *poses[: 2 * stretch], *late]])  # [2 + 2m (+ 2m), H, W, 3]
+    pairs = frames.reshape(-1, 2, *frames.shape[1:])
+    return Plan(seed, world.look, start, velocities, pairs[: 1 + stretch], pairs[1 + stretch :])
+
+
+def _flight(
+    profile: Profile, world: World, start: Pose, blocks: int, stretch: int, rng: np.random.Generator
+) -> tuple[tuple[Velocity, ...], list[Pose]] | None:
+    """Velocities of `blocks` blocks, and the poses of the last two frames of each, found stretch by stretch; None where the ground is in the way."""
+    fps, seconds = profile.video.fps, profile.video.temporal_stride / profile.video.fps
+    velocities: list[Velocity] = []
+    poses: list[Pose] = []
+    while len(velocities) < blocks:
+        for _ in range(TURNS if velocities else 1):
+            turn = random_velocities(rng, min(stretch, blocks - len(velocities)))
+            tried = [poses[-1] if poses else start]
+            for velocity in turn:
+                tried += [tried[-1].moved(velocity, seconds - 1 / fps), tried[-1].moved(velocity, seconds)]
+            if headroom(world, tried) > CLEARANCE:
+                break
+        else:
+            return None
+        velocities += turn
+        poses += tried[1:]
+    return tuple(velocities), poses
 
 
 def fly(engines: Engines, profile: Profile, plan: Plan) -> Iterator[np.ndarray]:
