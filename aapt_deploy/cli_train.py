@@ -42,7 +42,7 @@ def train_run(
     folder: Annotated[Path, typer.Argument(help="Folder of clips, made by `aapt train data`.")],
     run: Annotated[Path, typer.Option("--run", help="Folder of the run; an interrupted run goes on.")] = Path("runs/demo"),
     profile: ProfileName = "demo-cpu",
-    chosen: Annotated[str, typer.Option("--recipe", help="demo, demo-clip, demo-bidirectional, demo-bidirectional-clip, or paper.")] = "demo",
+    chosen: Annotated[str, typer.Option("--recipe", help="demo, demo-causal, -clip, -bidirectional-clip, -consistency, or paper.")] = "demo",
     start: Annotated[Path | None, typer.Option("--from", help="Checkpoint with a VAE and a flow-matching generator: go on from there.")] = None,
     distilled: Annotated[Path | None, typer.Option(help="With --from: a one-step checkpoint, in the place of distillation.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

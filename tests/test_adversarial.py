@@ -18,6 +18,7 @@ from aapt_deploy.prompts import VOCABULARY_SIZE
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train.adversarial import Rollout, adversarial_update, discriminator_loss, frozen
 from aapt_deploy.train.consistency import consistency_loss, times
+from aapt_deploy.train.draws import coin, numbers
 from aapt_deploy.train.flow import Clips, flow_loss
 from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, gan
 from aapt_deploy.train.student_forcing import Streams
@@ -369,6 +370,26 @@ def test_long_video_overlaps_goes_on_and_is_judged_segment_by_segment() -> None:
             _, last, flown, _ = segments[k - 1]
             assert torch.equal(frames[:, : 1 + stage.overlap], last[:, -1 - stage.overlap :])
             assert torch.equal(condition[:, : stage.overlap], flown[:, -stage.overlap :])
+
+
+def test_some_segments_may_be_streamed_before_the_first_that_is_judged() -> None:
+    stage, counts = dataclasses.replace(GAME, extensions=0, penalty=0.0, unjudged=2), set()
+    for step in range(12):
+        judge, generator, rng = Judge(), drawn_generator(), numbers(3, step, 0)
+        adversarial_update(generator, judge, toy_latents(), stage, rng, 0, 1.0)  # type: ignore[arg-type]
+        rng = numbers(3, step, 0)
+        before = int(coin(rng, 3) * 3)
+        counts.add(before)
+        real = toy_latents().clips(2, 4, rng)
+        rollout, shown = Rollout(generator, real.frames[:, 0], real.text, stage, rng), real.frames[:, :1]
+        with torch.no_grad():
+            for _ in range(before):
+                shown, real = rollout.extend(real.condition)[:, -1:], toy_latents().clips(2, 4, rng)
+            made = rollout.extend(real.condition)
+        frames = judge.batches[0][0]
+        assert torch.equal(frames, torch.cat([torch.cat([shown, made], dim=1), real.frames]))
+        assert generator.visual[0].qkv.weight.grad is not None
+    assert counts == {0, 1, 2}
 
 
 def test_the_gradients_of_all_segments_add_up() -> None:

@@ -174,9 +174,9 @@ def test_the_command_line_names_recipes_and_refuses_a_lone_option(aapt: Any, tmp
     assert ran.code == UsageError.exit_code and "--from" in ran.err
     with pytest.raises(UsageError, match="recipe 'none' does not exist") as caught:
         recipe.named("none")
-    assert "demo-bidirectional" in caught.value.hint
+    assert "demo-bidirectional-clip" in caught.value.hint
     heads = {name: {(s.attention, s.logits) for s in made.adversarial} for name, made in recipe.RECIPES.items()}
-    assert heads["demo"] == heads["paper"] == {("causal", "frame")}
+    assert heads["paper"] == {("causal", "frame")}
     assert set().union(*heads.values()) == {(a, b) for a in ("causal", "bidirectional") for b in ("frame", "clip")}
 
 

@@ -8,6 +8,7 @@ is detached, so that a gradient reaches the past through keys and values alone. 
 
 Long video goes on from there: the cache is detached, a segment of `blocks` of which `overlap` are the last ones again is made and judged against
 another real clip, whose camera path it follows; gradients of all segments add up to one update. Nothing here asks for the true next frame.
+Drift shows late, so up to `unjudged` segments may be streamed without gradient before the first that is judged: an addition to the paper.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from aapt_deploy.models.discriminator import Discriminator
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.rope import temporal_rope
+from aapt_deploy.train.draws import coin
 from aapt_deploy.train.flow import FAR, Clips, Latents
 from aapt_deploy.train.recipe import AdversarialStage
 from aapt_deploy.train.setup import is_sharded
@@ -72,11 +74,16 @@ def adversarial_update(
     warming = step < stage.head_start
     penalty = 0.0 if step % stage.penalty_every else stage.penalty * stage.penalty_every
     batch, segments = stage.optimiser.batch, 1 + stage.extensions
+    before = int(coin(rng, 3) * (stage.unjudged + 1))  # segments; as many in all batches of the update
     device = generator.step_spread.device
     real = latents.clips(batch, stage.blocks, rng).to(device)
     with torch.set_grad_enabled(not warming):
         rollout = Rollout(generator, real.frames[:, 0], real.text, stage, rng)
     text, shown, conditions = real.text, real.frames[:, :1], real.condition[:, :0]
+    for _ in range(before):
+        with torch.no_grad():
+            shown = rollout.extend(real.condition)[:, -1:]
+        real = latents.clips(batch, stage.blocks, rng).to(device)
     figures: list[dict[str, Tensor]] = []
     for segment in range(segments):
         if segment:

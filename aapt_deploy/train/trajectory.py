@@ -20,7 +20,8 @@ from aapt_deploy.train.recipe import TrajectoryStage
 from aapt_deploy.train.student_forcing import Streams
 
 FURTHEST = 1.2  # times the measured fading, at most
-OVER = 0.45  # share of worn histories with too much contrast instead of too little
+OVER = 0.28  # share of worn histories with too much contrast instead of too little: more, and rollouts turn grey; less, and colours run away
+LEVEL, TINT = 0.14, 0.08  # deviation of errors in a channel's level, for the whole picture and in places; stronger ones, too, teach grey
 BEND = 0.1  # where the loss goes from square to linear, in deviations of a step
 GRID = (3, 4)  # of a tint that varies over the picture
 
@@ -53,11 +54,11 @@ def worn(previous: Tensor, fade: Tensor, share: float, rng: torch.Generator) -> 
     clip = (b, 1, c)
     far = FURTHEST * torch.rand(b, 1, 1, generator=rng) * (torch.rand(b, 1, 1, generator=rng) < share)
     faded = fade.cpu().log() * far * (0.3 + 1.1 * torch.rand(clip, generator=rng))
-    raised = far * (0.1 + 0.6 * torch.rand(b, 1, 1, generator=rng) * (0.4 + 1.2 * torch.rand(clip, generator=rng)))
+    raised = far * (0.05 + 0.55 * torch.rand(b, 1, 1, generator=rng) * (0.4 + 1.2 * torch.rand(clip, generator=rng)))
     gain = torch.where(torch.rand(b, 1, 1, generator=rng) < OVER, raised, faded) + 0.08 * torch.sign(far) * torch.randn(b, n, c, generator=rng)
     coarse = far * torch.linspace(1, 0.1, c)  # the first channels carry light and colour
     tint = F.interpolate(torch.randn(b, c, *GRID, generator=rng), size=(h, w), mode="bilinear")[:, None]  # [B, 1, C, h, w]
-    level = 0.45 * torch.randn(clip, generator=rng)[..., None, None] + 0.35 * tint
+    level = LEVEL * torch.randn(clip, generator=rng)[..., None, None] + TINT * tint
     mean = previous.mean((3, 4), keepdim=True)
     gain, level = gain.exp()[..., None, None].to(previous), (coarse[..., None, None] * level).to(previous)
     return torch.cat([previous[:, :1], (mean + level + gain * (previous - mean))[:, 1:]], dim=1)
