@@ -2,7 +2,7 @@
 
     onnxruntime   caches written in place; fp32, and int8 with dynamic linears and a statically calibrated decoder; of a bundle in fp8 only that,
                   computed in fp32 between the roundings: to see what FP8 costs in pictures, not to be fast
-    torch         the checkpoint's own modules, eager; the reference
+    torch         the checkpoint's own modules, eager; the reference, in fp32, and on demand in bf16, which FP8 is compared with
     tensorrt      build_tensorrt.py
 
 Each engine is run and compared with the fp32 engine before it joins the bundle.
@@ -34,7 +34,8 @@ from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.signature import signatures
 from aapt_deploy.starts import Start, all_starts
 
-PRECISIONS = {"onnxruntime": ("fp32", "int8", "fp8"), "torch": ("fp32",)}
+PRECISIONS = {"onnxruntime": ("fp32", "int8", "fp8"), "torch": ("fp32", "bf16")}
+ON_DEMAND = "bf16"  # built only when it is named
 ELSEWHERE = {"tensorrt": "aapt_deploy.build_tensorrt"}  # backends with a module of their own
 TUNING_BLOCKS = 10  # measured for each thread setting
 QUALITY_BLOCKS = 6  # compared with fp32: one second
@@ -70,7 +71,7 @@ def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Re
         raise UsageError(f"--attention is for {', '.join(ELSEWHERE)}, not for {backend}", "leave it out")
     if precision is not None and precision not in PRECISIONS[backend]:
         raise UsageError(f"precision {precision!r} does not exist for {backend}", f"precisions: {', '.join(PRECISIONS[backend])}")
-    wanted = _possible(bundle, backend) if precision is None else (precision,)
+    wanted = tuple(name for name in _possible(bundle, backend) if name != ON_DEMAND) if precision is None else (precision,)
     if not set(wanted) <= set(_possible(bundle, backend)):
         graphs = bundle.manifest.get("precision", "fp32")
         raise UsageError(
@@ -110,7 +111,7 @@ def _build_one(bundle: Bundle, backend: str, precision: str, report: Report) -> 
         psnr = None
         if precision != "fp32":
             report(f"{key}: comparing with fp32")
-            reference = _open_torch(bundle, "fp32") if precision == "fp8" else open_engines(bundle, backend, "fp32")
+            reference = open_engines(bundle, backend, "fp32") if precision == "int8" else _open_torch(bundle, "fp32")
             psnr = round(float(np.mean([psnr_db(reference, engines, bundle.profile, start) for start in starts])), 2)
             reference.close()
         engines.close()

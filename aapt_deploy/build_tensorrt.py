@@ -29,7 +29,7 @@ from aapt_deploy import console, proofs
 from aapt_deploy.build import Built, Report, median_step_ms
 from aapt_deploy.bundle import Bundle, Stage
 from aapt_deploy.engine import cuda, plan_layers
-from aapt_deploy.engine.plan_receipt import Receipt
+from aapt_deploy.engine.plan_receipt import Receipt, graph_sha256
 from aapt_deploy.engine.trt import Options, TrtEngines
 from aapt_deploy.errors import BundleError, MachineError, OutputError, ParityError, UsageError
 from aapt_deploy.lower_tensorrt import Lowered, lower
@@ -327,12 +327,12 @@ def _place(stage: Stage, order: Order, finished: dict[str, Finished]) -> None:
             os.link(done.path, target)
         except OSError:  # another file system
             shutil.copyfile(done.path, target)
-    here, files = order.here, order.bundle.manifest["files"]
+    here = order.here
     ours = order.choice.form != NATIVE
     receipts = {
         name: Receipt(
-            here.tensorrt, here.sm, here.kernels if ours and name == "generator" else "", files[f"{name}.onnx"]["sha256"], here.cuda, here.driver,
-            here.gpu,
+            here.tensorrt, here.sm, here.kernels if ours and name == "generator" else "", graph_sha256(order.bundle.manifest["files"], name),
+            here.cuda, here.driver, here.gpu,
         ).to_dict()
         for name in finished
     }  # fmt: skip
@@ -345,10 +345,7 @@ def _place(stage: Stage, order: Order, finished: dict[str, Finished]) -> None:
         "audit": {name: done.audit for name, done in finished.items()},
     }  # fmt: skip
     if ours and order.scales is not None:
-        from safetensors.numpy import save_file
-
-        tensors = {f"{name}.{layer:02d}": array for layer, scales in enumerate(order.scales) for name, array in vars(scales).items()}
-        save_file(tensors, stage.path / SCALES)
+        shutil.copyfile(order.bundle.checked(SCALES), stage.path / SCALES)  # what the plan holds as constants, the runtime packs prompts with
         stage.entry["scales"] = f"{stage.relative}/{SCALES}"
 
 

@@ -155,6 +155,7 @@ def quality(
     backend: Backend = "onnxruntime",
     precision: Precision = None,
     reference: Annotated[str, typer.Option(help="Engine to compare with, as BACKEND-PRECISION.")] = "onnxruntime-fp32",
+    reference_bundle: Annotated[Path | None, typer.Option(help="Bundle of the same checkpoint that holds the reference. Default: BUNDLE.")] = None,
     seconds: Annotated[int, typer.Option(min=1, help="Length of each rollout, one per start frame.")] = 5,
     plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG (needs matplotlib).")] = None,
     as_json: Json = False,
@@ -163,7 +164,7 @@ def quality(
     from aapt_deploy import console, reports
 
     with console.progress(f"comparing engines of {bundle}") as progress:
-        loss = _quality(bundle, backend, precision, reference, seconds, progress)
+        loss = _quality((bundle, reference_bundle), backend, precision, reference, seconds, progress)
     if plot is not None:
         with needing("train"):
             from aapt_deploy import quality as measured
@@ -183,7 +184,7 @@ def stream(
     seconds: Annotated[float | None, typer.Option(help="Length of the video. Default: until Ctrl-C.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same frames.")] = 0,
     image: Annotated[str | None, typer.Option(help="Picture to start from, or the name of a start frame.")] = None,
-    prompt: Annotated[str | None, typer.Option(help='Look of the world, such as "desert at dusk, clear".')] = None,
+    prompt: Annotated[str | None, typer.Option(help='Look of the world ("desert at dusk, clear"); else a text encoder\'s .npy.')] = None,
     controls: Annotated[str | None, typer.Option(help="File with JSON lines of camera velocities, or - for stdin.")] = None,
     realtime: Annotated[bool | None, typer.Option("--realtime/--fast", help="Pace at the profile's fps. Default: only with --controls -.")] = None,
     backend: Backend = "onnxruntime",
@@ -334,15 +335,17 @@ def _plan(bundle_or_preset: Path) -> "Plan":
         return plan.plan(shape)
 
 
-def _quality(bundle: Path, backend: str, precision: str | None, reference: str, seconds: int, progress: Callable[[str], None]) -> "Loss":
+def _quality(
+    bundles: tuple[Path, Path | None], backend: str, precision: str | None, reference: str, seconds: int, progress: Callable[[str], None]
+) -> "Loss":
     from aapt_deploy.bundle import Bundle
 
-    opened = Bundle.open(bundle)
+    opened, other = (path and Bundle.open(path) for path in bundles)
     with needing("export"):
         from aapt_deploy import quality
         from aapt_deploy.engine import precision_of
 
-        return quality.compare(opened, reference, f"{backend}-{precision_of(opened, backend, precision)}", seconds, progress)
+        return quality.compare(opened, reference, f"{backend}-{precision_of(opened, backend, precision)}", seconds, progress, other)
 
 
 def _stream(bundle: Path, request: "Request", progress: Callable[[str], None]) -> "Streamed":

@@ -1,4 +1,4 @@
-"""`aapt quality`: what one engine of a bundle loses against another, pass by pass and over a whole rollout.
+"""`aapt quality`: what one engine of a checkpoint loses against another, pass by pass and over a whole rollout.
 
     teacher-forced   both get the same inputs, block by block, along the reference's rollout; each keeps its own cache. Error of the clean latent,
                      relative to the latent's own size, and of the frames decoded from it
@@ -9,11 +9,13 @@
 The profile's [quality] holds the thresholds. Whether a checkpoint is good is another question: `aapt train evaluate`.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,19 +128,26 @@ class Twins:
         pass  # the two are their opener's
 
 
-def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, report: Report) -> Loss:
-    """Compare two engines of `bundle`, named "<backend>-<precision>", from every start frame.
+def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, report: Report, elsewhere: Bundle | None = None) -> Loss:
+    """Compare two engines of `bundle`, named "<backend>-<precision>", from every start frame. The reference may be another bundle's, `elsewhere`.
 
-    Raises UsageError for a name the bundle has no engine of, and for an engine compared with itself.
+    Raises UsageError for a name the bundle has no engine of, for an engine compared with itself, and for bundles of two checkpoints.
     """
-    if reference == candidate:
+    if reference == candidate and (elsewhere is None or elsewhere.path.resolve() == bundle.path.resolve()):
         raise UsageError(f"{candidate} is compared with itself", f"engines of {bundle.path}: {', '.join(sorted(bundle.engines))}")
-    opened = [_open(bundle, name) for name in (reference, candidate)]
-    try:
+    if elsewhere is not None and (_source(elsewhere) != _source(bundle) or elsewhere.profile != bundle.profile):
+        raise UsageError(f"{elsewhere.path} and {bundle.path} are not of one checkpoint and profile", "export both from the same checkpoint")
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for holder, name in ((elsewhere or bundle, reference), (bundle, candidate)):
+            opened.append(_open(holder, name))
+            stack.callback(opened[-1].close)
         return _compare(bundle, (reference, candidate), opened, seconds, report)
-    finally:
-        for engines in opened:
-            engines.close()
+
+
+def _source(bundle: Bundle) -> Any:
+    """The hash of the checkpoint that a bundle was made of."""
+    return bundle.manifest.get("source", {}).get("sha256")
 
 
 def _open(bundle: Bundle, name: str) -> Engines:

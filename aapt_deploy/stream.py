@@ -17,9 +17,8 @@ from aapt_deploy.controls import Control, open_controls
 from aapt_deploy.engine import open_engines
 from aapt_deploy.errors import UsageError
 from aapt_deploy.profiles import Profile
-from aapt_deploy.prompts import parse, token_ids
 from aapt_deploy.rollout import Steer, Steering, rollout
-from aapt_deploy.starts import Start, start
+from aapt_deploy.starts import Start, start, text_of
 from aapt_deploy.video import ReaderGone, open_sink
 
 
@@ -63,7 +62,7 @@ def stream(bundle: Bundle, request: Request, warn: Callable[[str], None], progre
     wanted = frame_count(profile, request.seconds)
     controls = open_controls(request.controls, CRUISE, warn)
     block_s = video.temporal_stride / video.fps
-    steer = _steering(begin, lambda block: controls.at(block, block * block_s), warn)
+    steer = _steering(profile, begin, lambda block: controls.at(block, block * block_s), warn)
     made, first, ended = 0, 0.0, "done"
     with _signals() as caught, open_sink(request.output, request.format, video.width, video.height, video.fps) as sink:
         engines = open_engines(bundle, request.backend, request.precision)
@@ -99,7 +98,7 @@ def frame_count(profile: Profile, seconds: float | None) -> int | None:
     return max(1, round(seconds * profile.video.fps))
 
 
-def _steering(begin: Start, control_at: Callable[[int], Control], warn: Callable[[str], None]) -> Steer:
+def _steering(profile: Profile, begin: Start, control_at: Callable[[int], Control], warn: Callable[[str], None]) -> Steer:
     """What holds in each block. A prompt that cannot be read is a warning here: the stream goes on."""
     text, asked = begin.text, begin.prompt
 
@@ -109,7 +108,7 @@ def _steering(begin: Start, control_at: Callable[[int], Control], warn: Callable
         if begin.text is not None and control.prompt is not None and control.prompt != asked:
             asked = control.prompt
             try:
-                text = token_ids(parse(asked))
+                text = text_of(profile, asked)
             except UsageError as error:
                 warn(f"{error}; the last prompt stays")
         return Steering(control.velocity, text)

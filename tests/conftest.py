@@ -4,6 +4,7 @@ The generator's weights are random, but tamed: its linear predictor pulls every 
 however long a rollout is, and a difference between two engines is not hidden by white or black.
 """
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from aapt_deploy import build, cli, export, initialise, profiles
+from aapt_deploy import build, cli, export, initialise, profiles, quantize
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE, Velocity
 from aapt_deploy.engine import Engines
@@ -27,6 +28,7 @@ from aapt_deploy.models.checkpoint import Checkpoint, StartFrame
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.scales import Scales
 from aapt_deploy.starts import Start, start
 
 # A shell starts its background jobs with Ctrl-C ignored, and processes started from there inherit that: those under test must hear it.
@@ -115,6 +117,34 @@ def copied(bundle: Path, tmp_path: Path) -> Path:
 def bare(made: Made, tmp_path: Path) -> Path:
     """The bundle as `export` leaves it, without engines; the test's own."""
     return Path(shutil.copytree(made.path.with_name("bare"), tmp_path / "bare"))
+
+
+# Three blocks, of which the default rules quantise the middle one.
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint:
+    """A checkpoint of three blocks with heads of 64 channels, which the FP8 cache takes. Do not change it."""
+    model = dataclasses.replace(tiny.model, depth=3, dim=128)
+    return make_checkpoint(tmp_path_factory.mktemp("three") / "three.safetensors", tiny.replace(model=model))
+
+
+@pytest.fixture(scope="session")
+def calibrated(three: Checkpoint) -> Scales:
+    return quantize.calibrate(checkpoint.load(three.path), lambda text: None)
+
+
+class Exported(NamedTuple):
+    """The FP8 bundle of `three`. Do not change it."""
+
+    path: Path
+    rows: list[export.Parity]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint, calibrated: Scales) -> Exported:
+    path = tmp_path_factory.mktemp("fp8") / "bundle"
+    return Exported(path, export.export_bundle(checkpoint.stored(three.path), path, False, lambda text: None, calibrated))
 
 
 @pytest.fixture

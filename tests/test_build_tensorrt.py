@@ -18,11 +18,10 @@ from typing import Any
 import cuda_emulator
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from conftest import frames_of
 from cuda_emulator import Driver
-from native_attention import for_onnxruntime
+from lowered_graphs import computed
 from onnx import TensorProto
 from test_lower_tensorrt import tampered
 from test_trt_engine import assert_same
@@ -32,11 +31,16 @@ from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine import cuda, open_engines
 from aapt_deploy.engine.plan_layers import Layer
 from aapt_deploy.errors import BundleError, MachineError, ParityError, UsageError
+from aapt_deploy.graph_bf16 import fp8_products
+from aapt_deploy.ops.block_causal_attention import NAME
 from aapt_deploy.profiles import Profile
 from aapt_deploy.proofs import Proof
 
 VERSION = "11.4.0.106"
-KINDS = {TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64", TensorProto.UINT8: "UINT8"}
+KINDS = {
+    TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64", TensorProto.UINT8: "UINT8", TensorProto.BFLOAT16: "BF16",
+    TensorProto.FLOAT8E4M3FN: "FP8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,11 @@ class TensorRT:
 
     def open_plan(self, file: Path) -> cuda_emulator.Plan:
         content = file.read_bytes()
-        graph, model = content[:16].decode().strip(), for_onnxruntime(onnx.load_from_string(content[16:]), self.profile.frame_tokens)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        names = [value.name for value in model.graph.output]
+        graph, model = content[:16].decode().strip(), onnx.load_from_string(content[16:])
+        run = computed(model, self.profile.frame_tokens)
 
         def compute(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            found = dict(zip(names, session.run(None, given), strict=True))
+            found = dict(run(given))
             self.change(graph, found)
             return found
 
@@ -87,8 +90,10 @@ class TensorRT:
             for v in values
         ]
         plan = cuda_emulator.Plan(self.driver, tensors, compute)
-        kinds = {"Attention": "fmha", "MatMul": "gemm"}
-        layers = [Layer(node.name, kinds.get(node.op_type, "kgen"), "", ("Float",), ("Float",)) for node in model.graph.node]
+        kinds = {"Attention": "fmha", "MatMul": "gemm", NAME: "PluginV3"}
+        eight = {name for names in fp8_products(model).values() for name in names}
+        types = {node.name: ("FP8" if node.name in eight else "Float",) for node in model.graph.node}
+        layers = [Layer(node.name, kinds.get(node.op_type, "kgen"), "", types[node.name], ("Float",)) for node in model.graph.node]
         plan.layers = lambda: self.layers(layers)  # type: ignore[method-assign]
         return plan
 

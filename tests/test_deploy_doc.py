@@ -12,7 +12,7 @@ from aapt_deploy.cli import app
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "deploy-h100.md").read_text(encoding="utf-8")
-COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    aapt ") and "(to come)" not in line]
+COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    aapt ")]
 MESSAGES = dict(re.findall(r"^\| `([^`]+)`[^|]*\| (\d) \|", TEXT, re.M))
 SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "aapt_deploy").rglob("*.py"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Ran
+from conftest import Exported, Ran
 from test_bundle import rewrite_manifest
 
 from aapt_deploy import quality
@@ -135,6 +135,16 @@ def test_ssim_by_hand() -> None:
             expected.append(lights * (2 * cov + 58.5225) / (x.var() + y.var() + 58.5225))
     assert ssim(a, b) == pytest.approx(np.mean(expected), abs=1e-9)
     assert ssim(a, a) == pytest.approx(1)
+
+
+def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(bundle: Path, copied: Path, exported: Exported) -> None:
+    opened, other = Bundle.open(bundle), Bundle.open(copied)
+    same = compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, lambda text: None, other)
+    assert same.failures == [] and max(same.latent_error) == 0
+    with pytest.raises(UsageError, match="compared with itself"):
+        compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, lambda text: None, Bundle.open(bundle))
+    with pytest.raises(UsageError, match="not of one checkpoint and profile"):
+        compare(opened, "torch-fp32", "onnxruntime-fp32", 1, lambda text: None, Bundle.open(exported.path))
 
 
 # --- the command ---

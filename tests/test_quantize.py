@@ -1,6 +1,5 @@
 """FP8: scales that rollouts gave, graphs that round where they say, and engines that run them."""
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import Ran, make_checkpoint
+from conftest import Exported, Ran, make_checkpoint
 from onnx import TensorProto, numpy_helper
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -34,33 +33,6 @@ silent = lambda text: None
 # Three blocks: only the middle one is quantised.
 KEPT = ("text_in", "time_*", "*.first.*", "*.last.*")
 QUANTISED = {f"{stream}.1.{name}" for stream in ("text", "visual") for name in ("qkv", "out", "w1", "w2")}
-
-
-@pytest.fixture(scope="session")
-def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint:
-    """A checkpoint of three blocks with heads of 64 channels, which the FP8 cache takes."""
-    model = dataclasses.replace(tiny.model, depth=3, dim=128)
-    return make_checkpoint(tmp_path_factory.mktemp("three") / "three.safetensors", tiny.replace(model=model))
-
-
-@pytest.fixture(scope="session")
-def calibrated(three: Checkpoint) -> Scales:
-    return quantize.calibrate(checkpoint.load(three.path), silent)
-
-
-class Exported:
-    """The FP8 bundle of `three`, made by the command line once."""
-
-    path: Path
-    rows: list[parity.Parity]
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint, calibrated: Scales) -> Exported:
-    made = Exported()
-    made.path = tmp_path_factory.mktemp("fp8") / "bundle"
-    made.rows = export.export_bundle(checkpoint.stored(three.path), made.path, False, silent, calibrated)
-    return made
 
 
 # --- rules ---

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from conftest import frames_of
 from cuda_emulator import Driver
-from safetensors.numpy import save_file
 from test_trt_engine import assert_same, by_onnx, tensors_of, toy_scales
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine import cuda, open_engines, trt
-from aapt_deploy.engine.plan_receipt import Receipt
-from aapt_deploy.errors import AaptError, BundleError, MachineError
+from aapt_deploy.engine.plan_receipt import Receipt, graph_sha256
+from aapt_deploy.errors import AaptError, BundleError, InputError, MachineError
 from aapt_deploy.profiles import Profile
+from aapt_deploy.scales import FILE, Scales, save
 from aapt_deploy.signature import signatures
 
 VERSION = "11.4.0.106"
@@ -70,9 +70,8 @@ def built(path: Path, change: Callable[[dict[str, Any]], None] = lambda entry: N
             "receipts": {name: receipt(opened, name).to_dict() for name in names},
         }  # fmt: skip
         if scales:
-            layers = enumerate(toy_scales(opened.profile))
-            save_file({f"{name}.{layer:02d}": array for layer, s in layers for name, array in vars(s).items()}, stage.path / "scales.safetensors")
-            stage.entry["scales"] = f"{stage.relative}/scales.safetensors"
+            save(Scales({}, toy_scales(opened.profile)), stage.path / FILE)
+            stage.entry["scales"] = f"{stage.relative}/{FILE}"
         change(stage.entry)
     return Bundle.open(path)
 
@@ -184,21 +183,22 @@ def test_without_room_on_the_gpu_the_profile_s_need_is_named(copied: Path, here:
 def test_scales_are_read_and_checked(copied: Path, tiny: Profile) -> None:
     opened = built(copied, scales=True)
     file = opened.engines["tensorrt-fp32"]["scales"]
-    for found, wanted in zip(trt.read_scales(opened, file), toy_scales(tiny), strict=True):
+    for found, wanted in zip(trt._scales(opened, file), toy_scales(tiny), strict=True):
         assert all(np.array_equal(array, getattr(wanted, name)) for name, array in vars(found).items())
-    opened = built(copied, lambda entry: None, scales=True)
-    path = copied / opened.engines["tensorrt-fp32"]["scales"]
-    for damage in (b"no tensors", None):
-        if damage is None:
-            save_file({"q_scale.00": np.ones(3, np.float32)}, path)
-        else:
-            path.write_bytes(damage)
-        with pytest.raises(BundleError, match="does not match"):
-            trt.read_scales(Bundle.open(copied), opened.engines["tensorrt-fp32"]["scales"])
-        loose = Bundle.open(copied)
-        loose._seen.add(opened.engines["tensorrt-fp32"]["scales"])  # as if it had been sealed like that
-        with pytest.raises(BundleError, match="do not fit"):
-            trt.read_scales(loose, opened.engines["tensorrt-fp32"]["scales"])
+    (copied / file).write_bytes(b"no tensors")
+    with pytest.raises(BundleError, match="does not match"):
+        trt._scales(Bundle.open(copied), file)
+    loose = Bundle.open(copied)
+    loose._seen.add(file)  # as if it had been sealed like that
+    with pytest.raises(InputError, match="cannot be read"):
+        trt._scales(loose, file)
+
+
+def test_a_graph_s_hash_is_that_of_its_weights_too() -> None:
+    files = {"a.onnx": {"sha256": "1" * 64}, "b.onnx": {"sha256": "1" * 64}, "b.onnx.data": {"sha256": "2" * 64}}
+    alone, both = graph_sha256(files, "a"), graph_sha256(files, "b")
+    assert alone == "1" * 64 != both and graph_sha256(files | {"b.onnx.data": {"sha256": "3" * 64}}, "b") != both
+    assert graph_sha256(files, "c") == ""
 
 
 # --- the device ---

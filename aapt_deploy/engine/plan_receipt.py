@@ -4,6 +4,8 @@ A plan runs only on the GPU architecture and with the TensorRT release that buil
 does not know our kernels or the graph. Versions are names, never numbers of enums: those move between releases.
 """
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -41,6 +43,12 @@ class Receipt:
         if not isinstance(entry, dict) or entry.keys() != wanted.keys() or any(type(entry[name]) is not kind for name, kind in wanted.items()):
             raise BundleError(f"plan {plan} has no whole receipt", "build the engine again: aapt build-engine")
         return cls(**entry)
+
+
+def graph_sha256(files: Mapping[str, Any], graph: str) -> str:
+    """Hash of an exported graph by the manifest's `files`: of its structure and of the weights beside it; "" for a graph that is not there."""
+    parts = [str(files[name]["sha256"]) for name in (f"{graph}.onnx", f"{graph}.onnx.data") if name in files]
+    return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else "".join(parts)
 
 
 def check(receipt: Receipt, here: Machine, graph_sha256: str, plan: str) -> None:

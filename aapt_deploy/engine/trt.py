@@ -274,7 +274,7 @@ def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
     """The engines of `bundle` in `precision`, ready to run: graphs captured, everything allocated.
 
     Raises MachineError without TensorRT, driver or GPU, or with another TensorRT or GPU than the plans were built for; BundleError for plans that are
-    stale, changed or not whole. No plan is deserialised before all of them have passed.
+    stale, changed or not whole; InputError for damaged scales. No plan is deserialised before all of them have passed.
     """
     entry = Entry.of(bundle, precision)
     device = with_driver()
@@ -285,9 +285,9 @@ def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
         version = trt_api.version()
         for name, receipt in entry.receipts.items():
             here = Machine(version, device.sm, kernels.source_hash() if receipt.kernels else "")
-            plan_receipt.check(receipt, here, _graph_hash(bundle, name), entry.graphs[name])
+            plan_receipt.check(receipt, here, plan_receipt.graph_sha256(bundle.manifest["files"], name), entry.graphs[name])
         files = {name: bundle.checked(file) for name, file in entry.graphs.items()}
-        scales = read_scales(bundle, entry.scales) if entry.scales else []
+        caches = _scales(bundle, entry.scales) if entry.scales else []
         if entry.plugin == "python":
             from aapt_deploy.ops.block_causal_attention import trt_plugin
 
@@ -296,30 +296,10 @@ def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
     except BaseException:
         device.close()
         raise
-    return TrtEngines(bundle.profile, plans, device, precision, Options(entry.captured, scales))
+    return TrtEngines(bundle.profile, plans, device, precision, Options(entry.captured, caches))
 
 
-def _graph_hash(bundle: Bundle, graph: str) -> str:
-    """Of the exported graph, as the manifest has it."""
-    return str(bundle.manifest["files"].get(f"{graph}.onnx", {}).get("sha256", ""))
+def _scales(bundle: Bundle, file: str) -> list[hopper_fp8.Scales]:
+    from aapt_deploy.scales import load
 
-
-def read_scales(bundle: Bundle, file: str) -> list[hopper_fp8.Scales]:
-    """One set per layer. Raises BundleError when a tensor is missing or has another shape."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    profile, path = bundle.profile, bundle.checked(file)
-    heads, shapes = profile.model.heads, {"q_scale": 1, "k_scale": 1, "k_mean": 2, "v_scale": 2}
-    try:
-        found = load_file(path)
-        layers = []
-        for names in zip(*(layer_names(prefix, profile) for prefix in shapes), strict=True):
-            arrays = [found[name] for name in names]
-            wanted = [(heads, profile.head_dim)[:rank] for rank in shapes.values()]
-            if [array.shape for array in arrays] != wanted or any(array.dtype != np.float32 for array in arrays):
-                raise ValueError(f"{names[0]} to {names[-1]} have shapes {[array.shape for array in arrays]}")
-            layers.append(hopper_fp8.Scales(**dict(zip(shapes, arrays, strict=True))))
-        return layers
-    except (SafetensorError, ValueError, KeyError, AssertionError) as error:
-        raise BundleError(f"scales {path} do not fit: {error}", AGAIN) from None
+    return load(bundle.checked(file), bundle.profile).attention
