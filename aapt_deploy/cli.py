@@ -340,7 +340,7 @@ def _quality(
 ) -> "Loss":
     from aapt_deploy.bundle import Bundle
 
-    opened, other = (path and Bundle.open(path) for path in bundles)
+    opened, other = Bundle.open(bundles[0]), Bundle.open(bundles[1]) if bundles[1] else None
     with needing("export"):
         from aapt_deploy import quality
         from aapt_deploy.engine import precision_of

@@ -2,7 +2,7 @@
 
     teacher-forced   both get the same inputs, block by block, along the reference's rollout; each keeps its own cache. Error of the clean latent,
                      relative to the latent's own size, and of the frames decoded from it
-    free-running     each on its own from the same start and noise: PSNR and SSIM by second, and whether sharpness and brightness leave the
+    free-running     each on its own from the same start and noise: PSNR and SSIM by frame and second, and whether sharpness and brightness leave the
                      reference's. Two rollouts part after some seconds without either being worse, so pictures are compared for the first only
     degenerate       blocks that are flat, or that stand still while the reference's move
 
@@ -12,7 +12,7 @@ The profile's [quality] holds the thresholds. Whether a checkpoint is good is an
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Loss:
     blocks: int
     thresholds: dict[str, float]
     machine: dict[str, str | int]
+    frame_psnr_db: list[float] = field(default_factory=list)  # free-running, frame by frame, over all starts
+    frame_ssim: list[float] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
@@ -162,7 +164,7 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
     profile, starts = bundle.profile, all_starts(bundle)
     per_second = profile.video.fps // profile.video.temporal_stride
     blocks, passes = seconds * per_second, len(profile.sampler.timesteps)
-    forced, decoded, free = [], [], []
+    forced, decoded, free, frames = [], [], [], []
     for number, begin in enumerate(starts, start=1):
         twins = Twins(*opened)
         for _ in islice(_frames(twins, profile, begin), 1 + blocks):
@@ -170,7 +172,9 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
         forced.append(np.array(twins.errors).reshape(blocks, passes).mean(1))
         decoded.append(np.mean(twins.decoded[1:]))
         streams = [_frames(engines, profile, begin) for engines in opened]
-        free.append(np.array([_figures(*pair) for pair in _pairs(streams[0], streams[1], blocks)]))  # [blocks, 7]
+        found = [_figures(*pair) for pair in _pairs(streams[0], streams[1], blocks)]
+        free.append(np.array([[*pictures.mean(0), *others] for pictures, others in found]))  # [blocks, 7]
+        frames.append(np.concatenate([pictures for pictures, _ in found]))  # [frames, 2]
         report(f"{number} of {len(starts)} starts, {seconds} s each")
     figures = np.stack(free)  # [starts, blocks, 7]
     by_second = [_second(figures[:, i : i + per_second].reshape(-1, figures.shape[2])) for i in range(0, blocks, per_second)]
@@ -179,6 +183,7 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
         profile.name, *names, by_second, [round(float(e), 6) for e in np.mean(forced, axis=0)], _decibels(float(np.mean(decoded))),
         round(max(abs(x - 1) for s in by_second for x in (s.sharpness, s.brightness)), 4), round(_slope(by_second), 4), int((deviation < FLAT).sum()),
         int((change < STILL * reference_change).sum()), deviation.size, asdict(profile.quality), machine(),
+        [_decibels(float(e)) for e in np.mean(frames, axis=0)[:, 0]], [round(float(x), 4) for x in np.mean(frames, axis=0)[:, 1]],
     )  # fmt: skip
 
 
@@ -189,20 +194,24 @@ def _frames(engines: Engines, profile: Profile, begin: Start) -> Iterator[np.nda
 
 
 def _pairs(reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blocks: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of luma [T, H, W] of both, and the reference's luma before."""
+    """Blocks of luma [1 + T, H, W] of both, each with the frame before, and the square errors [T] of the frames."""
     before = [luma(next(stream))[-1:] for stream in (reference, candidate)]
     for a, b in islice(zip(reference, candidate, strict=False), blocks):
         pair = luma(a), luma(b)
-        yield np.concatenate([before[0], pair[0]]), np.concatenate([before[1], pair[1]]), np.square(a.astype(np.float64) - b).mean()
+        errors = np.square(a.astype(np.float64) - b).mean((1, 2, 3))
+        yield np.concatenate([before[0], pair[0]]), np.concatenate([before[1], pair[1]]), errors
         before = [pair[0][-1:], pair[1][-1:]]
 
 
-def _figures(a: np.ndarray, b: np.ndarray, square_error: np.ndarray) -> list[float]:
-    """[square error, SSIM, sharpness, brightness, change of a, change of b, deviation of b]; a, b luma [1 + T, H, W] with the frame before."""
-    similar = float(np.mean([ssim(x, y) for x, y in zip(a[1:], b[1:], strict=True)]))
+def _figures(a: np.ndarray, b: np.ndarray, square_errors: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """[square error, SSIM] of every frame, [T, 2], and of the block [sharpness, brightness, change of a, change of b, deviation of b].
+
+    a, b: luma [1 + T, H, W] with the frame before; square_errors [T].
+    """
+    similar = [ssim(x, y) for x, y in zip(a[1:], b[1:], strict=True)]
     changes = [float(np.abs(x[-1] - x[0]).mean()) for x in (a, b)]
     sharp = gradient(b[1:]) / max(gradient(a[1:]), 1e-6)
-    return [float(square_error), similar, sharp, float(b[1:].mean() / max(a[1:].mean(), 1e-6)), *changes, float(b[-1].std())]
+    return np.stack([square_errors, similar], 1), [sharp, float(b[1:].mean() / max(a[1:].mean(), 1e-6)), *changes, float(b[-1].std())]
 
 
 def _second(rows: np.ndarray) -> Second:
@@ -250,7 +259,7 @@ def _box(x: np.ndarray) -> np.ndarray:
 
 
 def plot(loss: Loss, path: Path) -> None:
-    """Errors by block and figures by second, as one picture."""
+    """Errors by block, figures by frame and by second, as one picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -258,9 +267,12 @@ def plot(loss: Loss, path: Path) -> None:
     FigureCanvasAgg(figure)
     curves = {
         "latent error, teacher-forced, by block": [("", loss.latent_error)],
-        "PSNR in dB, free-running": [("", [s.psnr_db for s in loss.seconds])],
-        "SSIM, free-running": [("", [s.ssim for s in loss.seconds])],
-        "against the reference": [("sharpness", [s.sharpness for s in loss.seconds]), ("brightness", [s.brightness for s in loss.seconds])],
+        "PSNR in dB, free-running, by frame": [("", loss.frame_psnr_db)],
+        "SSIM, free-running, by frame": [("", loss.frame_ssim)],
+        "shares by second": [
+            ("sharpness", [s.sharpness for s in loss.seconds]),
+            ("brightness", [s.brightness for s in loss.seconds]),
+        ],
     }
     for axes, (title, lines) in zip(figure.subplots(1, 4), curves.items(), strict=True):
         for label, values in lines:

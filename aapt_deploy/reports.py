@@ -108,7 +108,8 @@ def quality(result: "Loss") -> None:
     table(f"{result.candidate} against {result.reference}, each on its own", ("second", "PSNR dB", "SSIM", "sharpness", "brightness"), rows)
     errors = result.latent_error
     say(f"same inputs: latent error {sum(errors) / len(errors):.4f} a pass, largest block {max(errors):.4f}; decoder {result.decoder_psnr_db:.1f} dB")
-    say(f"drift {result.drift:.3f}; {result.flat_blocks} flat and {result.still_blocks} still blocks of {result.blocks}")
+    blocks = f"{result.flat_blocks} flat and {result.still_blocks} still blocks of {result.blocks}"
+    say(f"drift {result.drift:.3f}, {result.drift_per_s:.3f} a second; {blocks}")
     say("verdict: " + ("; ".join(result.failures).upper() if result.failures else "within the profile's thresholds"))
 
 

@@ -84,6 +84,8 @@ def test_a_known_error_of_the_latent_is_found_at_its_size(spoil: Callable[[str, 
 def test_a_known_error_of_the_decoder_is_found_at_its_size(spoil: Callable[[str, Change], Loss]) -> None:
     loss = spoil("decoder", lambda out: out | {"frames": np.where(out["frames"] > 127, out["frames"] - 3, out["frames"] + 3)})
     assert loss.decoder_psnr_db == pytest.approx(20 * np.log10(255 / 3), abs=0.01)
+    assert loss.frame_psnr_db == pytest.approx([20 * np.log10(255 / 3)] * 24, abs=0.01) and len(loss.frame_ssim) == 24
+    assert np.mean(loss.frame_ssim) == pytest.approx(loss.seconds[0].ssim, abs=1e-4) and max(loss.frame_ssim) < 1
     assert loss.latent_error == [0.0] * 6
 
 

@@ -1,6 +1,7 @@
 """FP8: scales that rollouts gave, graphs that round where they say, and engines that run them."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from aapt_deploy import build, export, parity, quantize, scales
 from aapt_deploy.bundle import Bundle
+from aapt_deploy.engine.eager import round_products
 from aapt_deploy.errors import InputError, ProfileError, UsageError
 from aapt_deploy.models import checkpoint, fp8
 from aapt_deploy.models.checkpoint import Checkpoint
@@ -147,6 +149,18 @@ def test_rounding_is_that_of_the_other_facets(three: Checkpoint, calibrated: Sca
         loss = (found - plain(sample)).square().mean() / plain(sample).square().mean()
         assert (found - expected).square().mean() < 1e-3 * (found - plain(sample)).square().mean()
     assert 1e-4 < float(loss.sqrt()) < 0.06
+
+
+def test_products_in_bf16_read_multiply_and_give_bf16() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Sequential(nn.Linear(64, 48), nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 8, 64)
+    expected = (x.bfloat16() @ linear[0].weight.bfloat16().T).float() + linear[0].bias  # type: ignore[union-attr,operator]
+    before = linear[0](x)
+    round_products(linear)
+    found = linear[0](x)
+    assert torch.equal(found, found.bfloat16().float()) and torch.equal(linear[1](found), linear[1](found).bfloat16().float())
+    loss, difference = (float((y - found).detach().square().mean().sqrt()) for y in (before, expected))
+    assert difference < 2**-8 * float(found.detach().abs().max()) and loss > 1e-4
 
 
 # --- the file ---
@@ -287,15 +301,16 @@ def test_a_generator_too_large_to_check_is_checked_in_part(three: Checkpoint, ca
 
 
 @pytest.mark.usefixtures("one_core")
-def test_an_fp8_bundle_is_built_compared_and_measured(exported: Exported, aapt: Callable[..., Ran]) -> None:
-    opened = Bundle.open(exported.path)
+def test_an_fp8_bundle_is_built_compared_and_measured(exported: Exported, aapt: Callable[..., Ran], tmp_path: Path) -> None:
+    opened = Bundle.open(Path(shutil.copytree(exported.path, tmp_path / "bundle")))
     (built,) = build.build_engine(opened, "onnxruntime", None, silent)
     assert built.key == "onnxruntime-fp8" and built.psnr_db is not None and 20 < built.psnr_db < 90
     for precision in ("fp32", "int8"):
         with pytest.raises(UsageError, match=f"holds graphs in fp8; onnxruntime builds fp8 from them, not {precision}"):
             build.build_engine(opened, "onnxruntime", precision, silent)
-    build.build_engine(opened, "torch", None, silent)
-    ran = aapt("quality", exported.path, "--precision", "fp8", "--reference", "torch-fp32", "--seconds", 1, "--json")
+    (half,) = build.build_engine(opened, "torch", "bf16", silent)
+    assert half.key == "torch-bf16" and half.psnr_db is not None and built.psnr_db < half.psnr_db < 90
+    ran = aapt("quality", opened.path, "--precision", "fp8", "--reference", "torch-bf16", "--seconds", 1, "--json")
     record = json.loads(ran.out)
     assert record["candidate"] == "onnxruntime-fp8" and 1e-4 < np.mean(record["latent_error"]) < 0.1, ran.err
 
