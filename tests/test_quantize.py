@@ -78,13 +78,12 @@ def test_scales_are_the_largest_magnitudes_of_the_rollouts(three: Checkpoint, ca
 
     attend = Generator._run
 
-    def run(self: Generator, x: Any, shared: Any, head: Any, rope: Any, inner: Any) -> Any:
-        def watch(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def run(self: Generator, x: Any, t: Any, rope: Any, inner: Any) -> Any:
+        def watch(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
             largest_q[layer] = torch.maximum(largest_q[layer], q.abs().amax((0, 1, 3)))
-            result: torch.Tensor = inner(layer, q, k, v)
-            return result
+            return inner(layer, q, k, v)
 
-        return attend(self, x, shared, head, rope, watch)
+        return attend(self, x, t, rope, watch)
 
     monkeypatch.setattr(Generator, "_run", run)
     for path in QUANTISED:
