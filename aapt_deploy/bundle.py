@@ -167,7 +167,7 @@ def create(path: Path, profile: Profile, overwrite: bool = False) -> Iterator[Dr
     target = Path(os.path.realpath(path))
     folder = _unfinished(target)
     with _writing(path):
-        _refuse_existing(path, overwrite)
+        refuse_existing(path, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, path):
             try:
@@ -179,7 +179,7 @@ def create(path: Path, profile: Profile, overwrite: bool = False) -> Iterator[Dr
                     yield draft
                     draft.manifest["files"] = _inventory(draft.path, "")
                     _write_manifest(draft.path, draft.manifest)
-                    _refuse_existing(path, overwrite)  # it may have appeared in the meantime
+                    refuse_existing(path, overwrite)  # it may have appeared in the meantime
                     _move_into_place(draft.path, target, folder / REPLACED)
             finally:
                 _clear(folder, target)
@@ -194,7 +194,8 @@ def _unfinished(path: Path) -> Path:
     return target.parent / f".{target.name}.unfinished"
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise OutputError where `create` would, for what lies at `path`."""
     if path.exists():
         if not (path / MANIFEST).is_file():
             raise OutputError(f"{path} exists and is not a bundle; it is left as it is", "choose another output path")

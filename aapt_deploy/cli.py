@@ -154,7 +154,9 @@ def quality(
     bundle: BundleArg,
     backend: Backend = "onnxruntime",
     precision: Precision = None,
-    reference: Annotated[str, typer.Option(help="Engine to compare with, as BACKEND-PRECISION.")] = "onnxruntime-fp32",
+    reference: Annotated[
+        str | None, typer.Option(help="Engine to compare with, as BACKEND-PRECISION. Default: onnxruntime-fp32; of an fp8 bundle torch-bf16.")
+    ] = None,
     reference_bundle: Annotated[Path | None, typer.Option(help="Bundle of the same checkpoint that holds the reference. Default: BUNDLE.")] = None,
     seconds: Annotated[int, typer.Option(min=1, help="Length of each rollout, one per start frame.")] = 5,
     plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG (needs matplotlib).")] = None,
@@ -286,8 +288,9 @@ def _export(
             chosen = scales.load(scales_file, stored.profile)
         elif in_fp8:
             with needing("fp8"):
-                from aapt_deploy import quantize
+                from aapt_deploy import bundle, quantize
 
+                bundle.refuse_existing(out, force)  # now, and not after hours of calibration
                 chosen = quantize.calibrate(checkpoints.load(path, stored.sha256), report)
         return export.export_bundle(stored, out, force, report, chosen), export.coverage(stored.profile, chosen)
 
@@ -336,7 +339,7 @@ def _plan(bundle_or_preset: Path) -> "Plan":
 
 
 def _quality(
-    bundles: tuple[Path, Path | None], backend: str, precision: str | None, reference: str, seconds: int, progress: Callable[[str], None]
+    bundles: tuple[Path, Path | None], backend: str, precision: str | None, reference: str | None, seconds: int, progress: Callable[[str], None]
 ) -> "Loss":
     from aapt_deploy.bundle import Bundle
 
@@ -345,6 +348,7 @@ def _quality(
         from aapt_deploy import quality
         from aapt_deploy.engine import precision_of
 
+        reference = reference or ("torch-bf16" if opened.manifest.get("precision") == "fp8" else "onnxruntime-fp32")
         return quality.compare(opened, reference, f"{backend}-{precision_of(opened, backend, precision)}", seconds, progress, other)
 
 

@@ -153,10 +153,11 @@ def _source(bundle: Bundle) -> Any:
 
 
 def _open(bundle: Bundle, name: str) -> Engines:
+    backend, _, precision = name.partition("-")
     if name not in bundle.engines:
         built = ", ".join(sorted(bundle.engines)) or "none"
-        raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; build more with: aapt build-engine {bundle.path}")
-    backend, _, precision = name.partition("-")
+        command = f"aapt build-engine {bundle.path} --backend {backend} --precision {precision}"
+        raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; build it with: {command}")
     return open_engines(bundle, backend, precision)
 
 

@@ -309,9 +309,9 @@ def test_an_fp8_bundle_is_built_compared_and_measured(exported: Exported, aapt: 
             build.build_engine(opened, "onnxruntime", precision, silent)
     (half,) = build.build_engine(opened, "torch", "bf16", silent)
     assert half.key == "torch-bf16" and half.psnr_db is not None and built.psnr_db < half.psnr_db < 90
-    ran = aapt("quality", opened.path, "--precision", "fp8", "--reference", "torch-bf16", "--seconds", 1, "--json")
+    ran = aapt("quality", opened.path, "--precision", "fp8", "--seconds", 1, "--json")
     record = json.loads(ran.out)
-    assert record["candidate"] == "onnxruntime-fp8" and 1e-4 < np.mean(record["latent_error"]) < 0.1, ran.err
+    assert (record["candidate"], record["reference"]) == ("onnxruntime-fp8", "torch-bf16") and 1e-4 < np.mean(record["latent_error"]) < 0.1, ran.err
 
 
 # --- the command ---
@@ -324,6 +324,11 @@ def test_the_command_takes_scales_again(aapt: Callable[..., Ran], exported: Expo
         assert (tmp_path / "again" / name).read_bytes() == (exported.path / name).read_bytes()
     assert "of 0.0" in ran.err and "GFLOP in FP8; not:" in ran.err
     assert json.loads(ran.out)["coverage"][2]["graph"] == "generator"
+
+
+def test_a_bundle_in_the_way_is_told_before_calibrating(aapt: Callable[..., Ran], exported: Exported, three: Checkpoint) -> None:
+    ran = aapt("export", three.path, "-o", exported.path, "--precision", "fp8")
+    assert ran.code == 6 and "exists" in ran.error and "calibrating" not in ran.err
 
 
 @pytest.mark.parametrize(
