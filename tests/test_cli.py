@@ -232,14 +232,16 @@ def test_a_random_checkpoint_is_the_seeds(aapt: Aapt, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "module", "arguments"), [("onnx", "build", ("build-engine", "BUNDLE")), ("torch", "initialise", ("init", "tiny-cpu"))]
+    ("package", "modules", "arguments"),
+    [("onnx", ("build", "graph_file"), ("build-engine", "BUNDLE")), ("torch", ("initialise",), ("init", "tiny-cpu"))],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
-    aapt: Aapt, bundle: Path, monkeypatch: pytest.MonkeyPatch, package: str, module: str, arguments: tuple[str, ...]
+    aapt: Aapt, bundle: Path, monkeypatch: pytest.MonkeyPatch, package: str, modules: tuple[str, ...], arguments: tuple[str, ...]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"aapt_deploy.{module}", raising=False)
-    monkeypatch.delattr(aapt_deploy, module, raising=False)
+    for module in modules:
+        monkeypatch.delitem(sys.modules, f"aapt_deploy.{module}", raising=False)
+        monkeypatch.delattr(aapt_deploy, module, raising=False)
     ran = aapt(*(bundle if word == "BUNDLE" else word for word in arguments))
     assert ran.code == 5
     assert ran.error == f"package '{package}' is not installed"
