@@ -216,12 +216,12 @@ def test_a_build_of_a_bundle_is_these_calls(rig: Rig, release: str, form: str, w
 
 
 def test_the_runtime_reads_what_the_builder_wrote(rig: Rig) -> None:
-    from aapt_deploy.engine.trt import Entry, read_scales
+    from aapt_deploy.engine.trt import Entry
 
     rig.plans(CHOICES[PYTHON])
     entry = Entry.of(rig.bundle, "fp8")
     assert entry.plugin == PYTHON and entry.captured and entry.scales
-    for found, wanted in zip(read_scales(rig.bundle, entry.scales), rig.scales, strict=True):
+    for found, wanted in zip(scales.load(rig.bundle.checked(entry.scales), rig.profile).attention, rig.scales, strict=True):
         assert all(np.array_equal(array, getattr(wanted, name)) for name, array in vars(found).items())
 
 
