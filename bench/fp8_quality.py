@@ -1,7 +1,7 @@
 """What FP8 costs the embedded checkpoint in pictures, as one command. Writes docs/measurements/fp8-demo-<date>.json.
 
 python bench/fp8_quality.py [--seconds 5]: exports in FP8 (calibrating), builds ONNX Runtime's FP8 engine and torch in bf16, and compares the two by
-`aapt quality`. A CPU does it, in about ten minutes of two cores; no time is recorded. ONNX Runtime computes attention in float32, so that the
+`aapt quality`. A CPU does it, in about five minutes of two cores; no time is recorded. ONNX Runtime computes attention in float32, so that the
 FP8 cache of our kernels is not in these figures.
 """
 
