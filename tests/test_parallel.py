@@ -15,7 +15,7 @@ from aapt_deploy.errors import UsageError
 from aapt_deploy.train.setup import joined
 
 HERE = Path(__file__).parent
-FILES = ["generator-1", "consistency-1", "adversarial-1", "discriminator-1"]
+FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1"]
 
 RUN = """
 import dataclasses, sys, warnings
@@ -30,9 +30,11 @@ from aapt_deploy.train.recipe import *
 from aapt_deploy.train.setup import joined
 setup = joined("cpu", False, sys.argv[5] == "checkpointing", int(sys.argv[4]))
 folder, two = Path(sys.argv[3]), dict(accumulate=2)
-game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2, penalty=10.0)
+game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2, unjudged=1, penalty=10.0)
 recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5),),
-                (ConsistencyStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2),), (dataclasses.replace(game, attention="bidirectional"),))
+                (ConsistencyStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2),),
+                (TrajectoryStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, worn=0.5, fade_blocks=2),),
+                (dataclasses.replace(game, attention="bidirectional"),))
 loop.LOG_EVERY = 1
 torch.manual_seed(0)
 generator, latents = Generator(TINY), toy_latents()
@@ -81,7 +83,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("world", "context", "checkpointing"), [(2, 1, False), (2, 2, True)], ids=["batches", "heads"])
 def test_two_processes_train_as_one(world: int, context: int, checkpointing: bool, alone: Path, tmp_path: Path) -> None:
     finish(start(tmp_path / "run", world, context, checkpointing=checkpointing))
-    for stage in ("generator-1", "consistency-1", "adversarial-1"):
+    for stage in ("generator-1", "consistency-1", "trajectory-1", "adversarial-1"):
         one, two = ([json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()] for folder in (alone, tmp_path / "run"))
         assert len(one) == len(two) == 2
         for a, b in zip(one, two, strict=True):
