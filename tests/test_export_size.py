@@ -36,7 +36,6 @@ def run(profile: Profile, folder: Path) -> tuple[int, dict[str, float]]:
     return count, found
 
 
-@pytest.mark.slow
 def test_a_hundred_million_parameters_take_a_minute_and_three_times_their_weights(tiny: Profile, tmp_path: Path) -> None:
     """CPU seconds, which on a quiet machine are the time it takes; memory is everything, Python and PyTorch included."""
     count, found = run(tiny.replace(model=dataclasses.replace(tiny.model, dim=768, depth=7, heads=12)), tmp_path)
