@@ -18,7 +18,7 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.train import evaluate, generator_stages, loop, recipe, stages
 from aapt_deploy.train.generator_stages import GeneratorStages
-from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage, gan
+from aapt_deploy.train.recipe import AdversarialStage, AnchoredStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage, gan
 from aapt_deploy.train.setup import ALONE, Setup
 
 __all__ = ["clips"]  # a fixture
@@ -31,9 +31,10 @@ WHOLE = Recipe(
     consistency=(ConsistencyStage(Optimiser(4, 2, 1e-3, 1), blocks=2),),
     trajectory=(TrajectoryStage(Optimiser(4, 2, 1e-3, 1), blocks=2, worn=0.5, fade_blocks=3),),
     adversarial=(GAME, dataclasses.replace(GAME, extensions=1, overlap=2, head_start=0, attention="bidirectional", logits="clip")),
+    anchored=(AnchoredStage(Optimiser(4, 2, 1e-3, 1), blocks=2, flights=3, flight_blocks=7),),
 )
-NAMES = ["adapted", "consistency-1", "trajectory-1", "adversarial-1", "adversarial-2"]
-FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1", "adversarial-2", "discriminator-2"]
+NAMES = ["adapted", "consistency-1", "trajectory-1", "adversarial-1", "adversarial-2", "anchored-1"]
+FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1", "adversarial-2", "discriminator-2", "anchored-1"]
 
 
 def run(folder: Path, setup: Setup = ALONE, last: int | None = None) -> list[tuple[str, tuple[float, ...] | None]]:
@@ -56,7 +57,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_changes_the_generator_and_leaves_its_files(straight: Path) -> None:
     weights = [load_file(straight / f"{name}.safetensors")["visual.0.qkv.weight"] for name in FILES]
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
-    assert {path.stem for path in straight.glob("*.state")} == {"generator-1", "consistency-1", "trajectory-1", "adversarial-1", "adversarial-2"}
+    assert {path.stem for path in straight.glob("*.state")} == {name for name in FILES if not name.startswith("discriminator")}
     assert not list(straight.glob("*.tmp"))
 
 
@@ -66,6 +67,7 @@ KILL = [  # function that a stage calls once per batch, the call that is the las
     ("trajectory_loss", 3, 2, 2),
     ("adversarial_update", 3, 3, 3),  # the generator has had one update less than the discriminator
     ("adversarial_update", 3, 4, 5),
+    ("anchored_loss", 3, 5, 7),
 ]
 
 
@@ -150,7 +152,7 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path: Path) -> None:
 
 
 def test_a_run_from_checkpoints_skips_what_they_stand_for(clips: Path, tmp_path: Path) -> None:
-    short = dataclasses.replace(WHOLE, adversarial=WHOLE.adversarial[:1])
+    short = dataclasses.replace(WHOLE, adversarial=WHOLE.adversarial[:1], anchored=())
     told: list[str] = []
     last = stages.train(clips, tmp_path / "a", TINY, short, told.append)
     one_step = checkpoint.load(last)
@@ -198,7 +200,9 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
 @pytest.mark.slow
 def test_one_command_renders_trains_and_judges(aapt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     game = dataclasses.replace(GAME, optimiser=gan(1, 2, 1e-3))
-    short = dataclasses.replace(WHOLE, flow=(FlowStage(Optimiser(1, 2, 1e-3, 1), 2),), consistency=(), trajectory=(), adversarial=(game,))
+    short = dataclasses.replace(
+        WHOLE, flow=(FlowStage(Optimiser(1, 2, 1e-3, 1), 2),), consistency=(), trajectory=(), adversarial=(game,), anchored=()
+    )
     monkeypatch.setitem(recipe.RECIPES, "demo", short)
     monkeypatch.setattr(evaluate, "TEACHING_WORLDS", 12)
     ran = aapt("train", "all", tmp_path, "--worlds", 1, "--flights", 2, "--seconds", 5, "--profile", "tiny-cpu")

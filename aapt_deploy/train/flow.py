@@ -19,7 +19,7 @@ from aapt_deploy.models.layers import posterior
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train.draws import coin
-from aapt_deploy.train.recipe import ConsistencyStage, FlowStage, TrajectoryStage
+from aapt_deploy.train.recipe import AnchoredStage, ConsistencyStage, FlowStage, TrajectoryStage
 
 SMALLEST_T = 0.05  # the sampler stops above it
 FAR = 20_000  # blocks by which a sink may lie in the past: 55 minutes at 24 fps
@@ -51,7 +51,7 @@ class Latents:
         """Deviation of each channel around the latent before it: [C, 1, 1]."""
         return (self.z[:, 1:].float() - self.z[:, :-1].float()).std(dim=(0, 1, 3, 4))[:, None, None]
 
-    def draw(self, profile: Profile, stage: FlowStage | ConsistencyStage | TrajectoryStage, rng: torch.Generator) -> Batch:
+    def draw(self, profile: Profile, stage: FlowStage | ConsistencyStage | TrajectoryStage | AnchoredStage, rng: torch.Generator) -> Batch:
         """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips."""
         clips, m = self.z.shape[0], self.conditions.shape[1]
         b, n = stage.optimiser.batch, min(stage.blocks, m - 1)

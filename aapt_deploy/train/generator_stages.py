@@ -17,17 +17,25 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.discriminator import Discriminator
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.train.adversarial import adversarial_update
+from aapt_deploy.train.anchor import fit_anchor
+from aapt_deploy.train.anchored import anchored_loss, level_errors, own_flights
 from aapt_deploy.train.consistency import consistency_loss
 from aapt_deploy.train.draws import coin, numbers
 from aapt_deploy.train.flow import Latents, flow_loss
 from aapt_deploy.train.loop import Learner, fit, fit_together
-from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage
+from aapt_deploy.train.recipe import AdversarialStage, AnchoredStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage
 from aapt_deploy.train.setup import ALONE, Setup, whole
 from aapt_deploy.train.student_forcing import forced_flow_loss
 from aapt_deploy.train.trajectory import measure_fade, trajectory_loss
 
 ONE_STEP = (1.0,)
-SEEDS = {"generator": 0, "consistency": 1000, "adversarial": 2000, "trajectory": 3000}  # so that no two stages draw the same numbers
+SEEDS = {
+    "generator": 0,
+    "consistency": 1000,
+    "adversarial": 2000,
+    "trajectory": 3000,
+    "anchored": 4000,
+}  # so that no two stages draw the same numbers
 
 
 def part(path: Path, module: nn.Module, make: Callable[[], None], setup: Setup = ALONE, together: bool = True) -> None:
@@ -104,6 +112,10 @@ class GeneratorStages:
         for number, game in enumerate(self.recipe.adversarial, start=1):
             part(self.run / f"adversarial-{number}.safetensors", self.generator, partial(self._play, number, game, teacher), self.setup)
             yield f"adversarial-{number}", game.timesteps
+        before = copy.deepcopy(self.generator)
+        for number, anchored in enumerate(self.recipe.anchored, start=1):
+            part(self.run / f"anchored-{number}.safetensors", self.generator, partial(self._anchor, number, anchored, before), self.setup)
+            yield f"anchored-{number}", ONE_STEP
 
     def _take(self, path: Path) -> None:
         """The weights of another checkpoint. Raises InputError when it is of another shape."""
@@ -147,6 +159,19 @@ class GeneratorStages:
             return trajectory_loss(student, teacher, batch, stage, fade, rng)
 
         self._fit("trajectory", number, stage.optimiser, loss)
+
+    def _anchor(self, number: int, stage: AnchoredStage, teacher: Generator) -> None:
+        anchor = fit_anchor(self.latents).to(self.generator.step_spread.device)
+        with self.setup.autocast():
+            flights = own_flights(self.generator, self.latents, stage, numbers(self.recipe.seed + SEEDS["anchored"] + number, 0, 1))
+        self.report(f"anchored stage {number}: {len(flights.z)} of {stage.flights} flights of {stage.flight_blocks} blocks have not run away")
+
+        def loss(student: Generator, rng: torch.Generator) -> Tensor:
+            true, own = (source.draw(student.profile, stage, rng) for source in (self.latents, flights))
+            device, errors = student.step_spread.device, level_errors(self.latents, true.previous, rng)
+            return anchored_loss(student, teacher, true.to(device), errors.to(device), own.to(device), anchor, stage, rng)
+
+        self._fit("anchored", number, stage.optimiser, loss)
 
     def _play(self, number: int, stage: AdversarialStage, adapted: Generator) -> None:
         if stage.blocks > (available := self.latents.conditions.shape[1]):

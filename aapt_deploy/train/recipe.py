@@ -74,6 +74,20 @@ class TrajectoryStage:
 
 
 @dataclass(frozen=True)
+class AnchoredStage:
+    """Self-distillation that pulls strayed light and colour back (anchored.py)."""
+
+    optimiser: Optimiser  # of whose batch there are two: true clips and own flights
+    blocks: int  # blocks per sample after the sink
+    flights: int = 24  # own ones, streamed once at the start of the stage
+    flight_blocks: int = 240
+    restored: float = 0.2  # part of an error of the levels that a block takes back
+    pull: float = 0.25  # part of what is beyond the natural band that a block takes back
+    band: float = 1.2  # half of the band, in deviations of true frames
+    far_sink: float = 0.6  # as in FlowStage
+
+
+@dataclass(frozen=True)
 class AdversarialStage:
     """Student forcing under a discriminator (App. B, stage 3); with `extensions`, long video in segments."""
 
@@ -104,6 +118,10 @@ def _demo_game(steps: int, unjudged: int) -> AdversarialStage:
     return AdversarialStage(optimiser, 6, 1e-4, unjudged=unjudged, attention="bidirectional", head_start=40, far_sink=0.2)
 
 
+def _demo_anchored(steps: int, learning_rate: float) -> AnchoredStage:
+    return AnchoredStage(Optimiser(steps, 3, learning_rate, 30, ema=0.995), blocks=5)
+
+
 @dataclass(frozen=True)
 class Recipe:
     vae: VaeStage
@@ -111,6 +129,7 @@ class Recipe:
     consistency: tuple[ConsistencyStage, ...] = ()
     trajectory: tuple[TrajectoryStage, ...] = ()
     adversarial: tuple[AdversarialStage, ...] = ()
+    anchored: tuple[AnchoredStage, ...] = ()
     seed: int = 0
     sample_seconds: int = 10  # of sample video after each stage; 0 for none
 
@@ -127,6 +146,7 @@ DEMO = Recipe(
         TrajectoryStage(Optimiser(steps=600, batch=4, learning_rate=3e-4), blocks=5, previous_noise=0.12, worn=0.75),
     ),
     adversarial=(_demo_game(150, 0), _demo_game(350, 30)),
+    anchored=(_demo_anchored(600, 2e-4), _demo_anchored(600, 2e-4), _demo_anchored(600, 1e-4)),  # each flies anew
 )
 
 
@@ -162,6 +182,7 @@ RECIPES = {
         consistency=(ConsistencyStage(Optimiser(steps=2000, batch=4, learning_rate=2e-4), blocks=5, shift=2.5, previous_noise=0.12),),
         trajectory=DEMO.trajectory[1:],
     ),
+    "demo-anchored": replace(DEMO, adversarial=()),  # with --distilled: colour that holds, for any one-step generator
     "demo-bidirectional-clip": _judged(DEMO, "bidirectional", "clip"),
     "paper": PAPER,
 }

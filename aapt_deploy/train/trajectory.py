@@ -40,7 +40,11 @@ def trajectory_loss(student: Generator, teacher: Generator, batch: Batch, stage:
         target: Tensor = denoise(end, noise, teacher.profile.sampler.timesteps)
     seen = worn(batch.previous, fade, stage.worn, rng) + stage.previous_noise * blemishes(batch.previous.shape, rng).to(device)
     answer = student(noise, seen, batch.condition, torch.ones(b, n, device=device), *fixed).float()
-    error = (answer - target) / student.step_spread
+    return rounded((answer - target) / student.step_spread)
+
+
+def rounded(error: Tensor) -> Tensor:
+    """Mean of a loss that is square below BEND and linear above, a scalar."""
     loss: Tensor = ((error**2 + BEND**2).sqrt() - BEND).mean()
     return loss
 
