@@ -77,6 +77,7 @@ class Vae:
     decoder_channels: tuple[int, ...]  # from latent to pixels, one entry per scale
     blocks: int  # residual blocks per scale
     temporal_kernel: int  # frames seen by a causal convolution
+    look_back: str = "first"  # which of the decoder's convolutions see past frames: a residual block's "first", or "all" but the last, as in AAPT's
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ class Profile:
                 problems.append(
                     f"vae.{field} = {list(channels)} has {len(channels)} scales, {' or '.join(map(str, fitting))} fit a stride of {v.spatial_stride}"
                 )
+        if self.vae.look_back not in ("first", "all"):
+            problems.append(f"vae.look_back = {self.vae.look_back!r} is neither 'first' nor 'all'")
         for field, value in dataclasses.asdict(self.precision).items():
             if value not in PRECISIONS:
                 problems.append(f"precision.{field} = {value!r} is not one of {', '.join(PRECISIONS)}")

@@ -99,8 +99,9 @@ def decoder(profile: Profile) -> GraphSignature:
         past = vae.temporal_kernel - 1
         shapes.append((past, v.latent_channels, height, width))
         for scale, channels in enumerate(vae.decoder_channels):
-            stride = min(2**scale, v.spatial_stride)
-            shapes += [(past, channels, height * stride, width * stride)] * vae.blocks
+            stride, last = min(2**scale, v.spatial_stride), scale == len(vae.decoder_channels) - 1
+            convolutions = 2 * vae.blocks + (not last) if vae.look_back == "all" else vae.blocks
+            shapes += [(past, channels, height * stride, width * stride)] * convolutions
     state = tuple(TensorSpec(f"memory.{i:02d}", (1, *shape)) for i, shape in enumerate(shapes))
     frames = TensorSpec("frames", (v.temporal_stride, v.height, v.width, PIXEL_CHANNELS), "uint8")
     return GraphSignature("decoder", (TensorSpec("latent", latent_shape(profile)),), (frames,), state)

@@ -19,6 +19,7 @@ SHAPES = {
     "memoryless": VaeShape((8, 8, 8), (8, 8, 8), 1, 1),
     "linear-encoder": VaeShape((), (8, 8, 8), 2, 2),
     "four-scales": VaeShape((8, 8, 8, 8), (8, 8, 8, 4), 1, 3),
+    "paper": VaeShape((8, 8, 8, 8), (16, 8, 8, 4), 2, 3, look_back="all"),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 

@@ -13,7 +13,7 @@ Letters: B batch, T frames at the layer's own rate, C channels, H x W pixels, h 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -61,42 +61,47 @@ class CausalConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int, frames: int) -> None:
+    def __init__(self, channels: int, frames: int, out_frames: int = 1) -> None:
         super().__init__()
         self.mix = CausalConv(channels, channels, frames)
-        self.out = CausalConv(channels, channels)
+        self.out = CausalConv(channels, channels, out_frames)
 
-    def forward(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, memory: Tensor | None, out_memory: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x [B, T, C, H, W] and the memories of both convolutions -> the same."""
         y, memory = self.mix(F.relu(x), memory)
-        return x + self.out(F.relu(y), None)[0], memory
+        y, out_memory = self.out(F.relu(y), out_memory)
+        return x + y, memory, out_memory
 
 
 class Rescale(nn.Module):
     """Change the resolution: a convolution at the coarse side, and a shuffle between channels and space-time."""
 
-    def __init__(self, inputs: int, outputs: int, time: int, space: int, up: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, time: int, space: int, up: bool, frames: int = 1) -> None:
         super().__init__()
         self.time, self.space, self.up = time, space, up
         fold = time * space * space
-        self.conv = CausalConv(inputs, outputs * fold) if up else CausalConv(inputs * fold, outputs)
+        self.conv = CausalConv(inputs, outputs * fold, frames) if up else CausalConv(inputs * fold, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, C, H, W] and the convolution's memory -> the same at another resolution, new memory."""
         if self.up:
-            return channels_to_space_time(self.conv(F.relu(x), None)[0], self.time, self.space)
-        y: Tensor = self.conv(space_time_to_channels(x, self.time, self.space), None)[0]
-        return y
+            y, memory = self.conv(F.relu(x), memory)
+            return channels_to_space_time(y, self.time, self.space), memory
+        y, _ = self.conv(space_time_to_channels(x, self.time, self.space), None)
+        return y, None
 
 
-def _residual_blocks(channels: tuple[int, ...], profile: Profile) -> Sequence[Sequence[ResidualBlock]]:
+def _residual_blocks(channels: tuple[int, ...], profile: Profile, out_frames: int = 1) -> Sequence[Sequence[ResidualBlock]]:
     """The blocks of each scale, as a ModuleList of ModuleLists."""
     count, kernel = profile.vae.blocks, profile.vae.temporal_kernel
-    scales = nn.ModuleList(nn.ModuleList(ResidualBlock(width, kernel) for _ in range(count)) for width in channels)
+    scales = nn.ModuleList(nn.ModuleList(ResidualBlock(width, kernel, out_frames) for _ in range(count)) for width in channels)
     return cast("Sequence[Sequence[ResidualBlock]]", scales)
 
 
-def _rescales(widths: tuple[int, ...], strides: list[tuple[int, int]], up: bool) -> Sequence[Rescale]:
-    """The steps between neighbouring `widths`, as a ModuleList."""
-    steps = nn.ModuleList(Rescale(widths[i], widths[i + 1], *stride, up=up) for i, stride in enumerate(strides))
+def _rescales(widths: tuple[int, ...], strides: list[tuple[int, int]], up: bool, frames: int = 1) -> Sequence[Rescale]:
+    """The steps between neighbouring `widths`, as a ModuleList. The last one up makes pixels and looks at no past."""
+    last = len(strides) - 1
+    steps = nn.ModuleList(Rescale(widths[i], widths[i + 1], *stride, up=up, frames=1 if i == last else frames) for i, stride in enumerate(strides))
     return cast("Sequence[Rescale]", steps)
 
 
@@ -121,19 +126,30 @@ class Decoder(nn.Module):
         self.linear = CausalConv(v.latent_channels, PIXEL_CHANNELS * self.time * self.space**2, LINEAR_REACH)
         widths = (*vae.decoder_channels, PIXEL_CHANNELS)
         self.inlet = CausalConv(v.latent_channels, widths[0], vae.temporal_kernel)
-        self.blocks = _residual_blocks(vae.decoder_channels, profile)
-        self.rescale = _rescales(widths, _scales(vae.decoder_channels, v.spatial_stride), up=True)
+        everywhere = vae.temporal_kernel if vae.look_back == "all" else 1
+        self.blocks = _residual_blocks(vae.decoder_channels, profile, everywhere)
+        self.rescale = _rescales(widths, _scales(vae.decoder_channels, v.spatial_stride), up=True, frames=everywhere)
         _start_at_zero(self.rescale[-1].conv)
 
     def memory_shapes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Shapes (frames, C, H, W) of the memories for latents of height x width, in the order `forward` takes them."""
-        shapes = [(LINEAR_REACH - 1, self.linear.inputs, height, width)]
-        if self.inlet.frames > 1:
-            shapes.append((self.inlet.frames - 1, self.inlet.inputs, height, width))
-            for scale, rescale in zip(self.blocks, self.rescale, strict=True):
-                shapes += [(block.mix.frames - 1, block.mix.inputs, height, width) for block in scale]
-                height, width = height * rescale.space, width * rescale.space
+        shapes = []
+        for conv, stride in self.convolutions():
+            if conv.frames > 1:
+                shapes.append((conv.frames - 1, conv.inputs, height * stride, width * stride))
         return shapes
+
+    def convolutions(self) -> Iterator[tuple[CausalConv, int]]:
+        """All of them in the order they run, each with its resolution over the latent's."""
+        yield self.linear, 1
+        yield self.inlet, 1
+        stride = 1
+        for scale, rescale in zip(self.blocks, self.rescale, strict=True):
+            for block in scale:
+                yield block.mix, stride
+                yield block.out, stride
+            yield rescale.conv, stride
+            stride *= rescale.space
 
     def empty_memory(self, z: Tensor) -> list[Tensor]:
         return [z.new_zeros(z.shape[0], *shape) for shape in self.memory_shapes(*z.shape[-2:])]
@@ -152,9 +168,10 @@ class Decoder(nn.Module):
         kept.append(m)
         for scale, rescale in zip(self.blocks, self.rescale, strict=True):
             for block in scale:
-                x, m = block(x, take(block.mix))
-                kept.append(m)
-            x = rescale(x)
+                x, *both = block(x, take(block.mix), take(block.out))
+                kept += both
+            x, m = rescale(x, take(rescale.conv))
+            kept.append(m)
         frames = x + channels_to_space_time(flat, self.time, self.space)  # [B, 4n, 3, H, W]
         return frames, [m for m in kept if m is not None]
 
@@ -181,9 +198,9 @@ class Encoder(nn.Module):
             return z
         x = frames
         for rescale, scale in zip(self.rescale, self.blocks, strict=True):
-            x = rescale(x)
+            x, _ = rescale(x)
             for block in scale:
-                x, _ = block(x, x.new_zeros(x.shape[0], block.mix.frames - 1, *x.shape[2:]) if block.mix.frames > 1 else None)
+                x, *_ = block(x, x.new_zeros(x.shape[0], block.mix.frames - 1, *x.shape[2:]) if block.mix.frames > 1 else None)
         correction: Tensor = self.outlet(F.relu(x), None)[0]
         return z + correction
 
