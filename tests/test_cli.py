@@ -14,8 +14,9 @@ from conftest import COMMAND, ENVIRONMENT, ROOT, Ran
 
 import aapt_deploy
 from aapt_deploy import __main__ as entry
-from aapt_deploy import cli, initialise
+from aapt_deploy import cli
 from aapt_deploy.bundle import Bundle
+from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import Checkpoint
 
 Aapt = Callable[..., Ran]
@@ -270,7 +271,7 @@ def test_ctrl_c_while_weights_are_drawn_leaves_no_file(aapt: Aapt, tmp_path: Pat
     def interrupt(*anything: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(initialise, "_drawn", interrupt)
+    monkeypatch.setattr(checkpoint, "_drawn", interrupt)
     assert aapt("init", "tiny-cpu", "-o", tmp_path / "r.safetensors").code == 130
     assert os.listdir(tmp_path) == []
 

@@ -219,12 +219,12 @@ def test_a_token_sees_its_patch_and_halo(halo: int) -> None:
     x = torch.randn(1, 2 * TINY.video.latent_channels + CONDITION_CHANNELS, rows, columns, generator=torch.Generator().manual_seed(8))
     near = lambda pixel, token: abs(pixel - 2 * token - 0.5) < 1 + halo
     with torch.no_grad():
-        before = generator._embed(x)
+        before = generator.embed(x)
         for row, column in itertools.product(range(rows), range(columns)):
             other = x.clone()
             other[..., row, column] += 1
             seen = [[near(row, i) and near(column, j) for j in range(columns // 2)] for i in range(rows // 2)]
-            tokens, direct = (now - then for now, then in zip(generator._embed(other), before, strict=True))
+            tokens, direct = (now - then for now, then in zip(generator.embed(other), before, strict=True))
             moved_tokens = tokens.abs().amax(dim=(0, 2)).reshape(rows // 2, columns // 2) > 1e-5
             moved_patches = torch.nn.functional.max_pool2d(direct.abs().amax(dim=1), 2)[0] > 1e-5
             assert torch.equal(moved_tokens, torch.tensor(seen))

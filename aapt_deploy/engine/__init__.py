@@ -15,9 +15,10 @@ from aapt_deploy.errors import BundleError, UsageError
 BACKENDS = {  # name -> module that opens all graphs of a bundle
     "onnxruntime": "aapt_deploy.engine.ort",
     "torch": "aapt_deploy.engine.eager",
+    "torch-cuda": "aapt_deploy.engine.torch_cuda",  # `--backend torch --device cuda`
     "tensorrt": "aapt_deploy.engine.trt",
 }
-OVERLAPPED = ("tensorrt",)  # whose decoder works beside the generator: the rollout makes the next latent while this one is decoded
+OVERLAPPED = ("tensorrt", "torch-cuda")  # whose decoder works beside the generator: the rollout makes the next latent while this one is decoded
 MOST_THREADS = 1024  # that a manifest may ask for
 
 

@@ -5,6 +5,7 @@ Weights are stored in float16 or float32 and run in float32. Nothing is unpickle
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
 FORMAT = "aapt-checkpoint-1"
 START = "start."  # prefix of start frames among the tensors
 STORED = (torch.float16, torch.bfloat16, torch.float32)  # what a weight may be stored as
+UNMEASURED = 0.5  # a buffer of random networks: what a checkpoint keeps of its training data are deviations, and there is no data
 LISTED = 8  # names shown of each kind of problem; the count is always whole
 
 
@@ -138,6 +140,29 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 def build(profile: Profile) -> tuple[Generator, Vae]:
     """Generator and VAE of a profile with fresh weights, in evaluation mode."""
     return Generator(profile).eval(), Vae(profile).eval()
+
+
+def draw(generator: Generator, vae: Vae, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Give networks that were built on the meta device random weights of realistic scale, tensor by tensor, on `device` in `dtype`."""
+    rng = torch.Generator(device).manual_seed(seed)
+    for module in (generator, vae):
+        for inside, owner in module.named_modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                # The linear predictor feeds a latent back into itself: random, it would double it block by block. Training starts it at zero.
+                zero = inside == "skip"
+                drawn = torch.zeros(parameter.shape, dtype=dtype, device=device) if zero else _drawn(name, parameter.shape, rng, dtype)
+                owner.register_parameter(name, nn.Parameter(drawn, requires_grad=False))
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                fixed = spatial_rope(generator.profile).to(device) if name == "spatial_rope" else torch.full(buffer.shape, UNMEASURED, device=device)
+                setattr(owner, name, fixed)
+
+
+def _drawn(name: str, shape: torch.Size, rng: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Norm weights stay at one, biases and modulation small, matrices at 1 / sqrt(fan-in)."""
+    if name.startswith("norm"):
+        return torch.ones(shape, dtype=dtype, device=rng.device)
+    scale = 0.02 if len(shape) < 2 or name == "modulation" else 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.randn(shape, generator=rng, dtype=dtype, device=rng.device) * scale
 
 
 def _digest(path: Path) -> str:

@@ -35,16 +35,21 @@ class Generator(Backbone):
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input [N, channels, h, w] -> tokens [N, F, dim] and the linear predictor's latent [N, C, h, w]."""
         tokens = self.visual_in(x).flatten(2).transpose(1, 2)
         return tokens, F.pixel_shuffle(self.skip(x), self.profile.model.patch)
 
-    def _latent(self, tokens: Tensor) -> Tensor:
+    def latent(self, tokens: Tensor) -> Tensor:
         """Tokens [N, F, dim] -> latent [N, C, h, w]."""
         rows = self.profile.latent_height // self.profile.model.patch
         latent: Tensor = self.visual_out(tokens.transpose(1, 2).unflatten(2, (rows, -1)))
         return latent
+
+    def times(self, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """t [...] -> the shared modulation, six of [..., dim], and the head's shift and scale [..., dim]."""
+        shared, features = self._modulation(t)
+        return shared, list(self.time_out(features).chunk(2, dim=-1))
 
     def forward(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, text: Tensor, rope_time: Tensor) -> Tensor:
         """The clean latents of n blocks, each of which sees what `step` would.
@@ -56,10 +61,10 @@ class Generator(Backbone):
         f = self.profile.frame_tokens
         rope = join_rope(rope_time, self.spatial_rope).transpose(1, 2).flatten(2, 3)  # [B, 2, n*F, P]
         innovation, base, spread = posterior(noisy, previous, t[..., None, None, None], self.step_spread)
-        x, direct = self._embed(torch.cat([innovation, previous, condition], dim=2).flatten(0, 1))  # [B*n, F, dim], [B*n, C, h, w]
+        x, direct = self.embed(torch.cat([innovation, previous, condition], dim=2).flatten(0, 1))  # [B*n, F, dim], [B*n, C, h, w]
         x = x.unflatten(0, (b, n)).flatten(1, 2)  # [B, n*F, dim]
         x, _ = self._run(x, t.repeat_interleave(f, dim=1), rope, self._attend_to_clip(text, n))
-        latent = self._latent(x.unflatten(1, (n, f)).flatten(0, 1)) + direct  # [B*n, C, h, w]
+        latent = self.latent(x.unflatten(1, (n, f)).flatten(0, 1)) + direct  # [B*n, C, h, w]
         clean: Tensor = base + spread * latent.unflatten(0, (b, n))
         return clean
 
@@ -77,9 +82,9 @@ class Generator(Backbone):
             return block_causal_attention(q, k, v, k_cache[layer], v_cache[layer], cache_len)
 
         innovation, base, spread = posterior(noisy, previous, t[:, None, None, None], self.step_spread)
-        x, direct = self._embed(torch.cat([innovation, previous, condition], dim=1))  # [1, F, dim], [1, C, h, w]
+        x, direct = self.embed(torch.cat([innovation, previous, condition], dim=1))  # [1, F, dim], [1, C, h, w]
         x, kept = self._run(x, t[:, None], rope, attend)
-        return base + spread * (self._latent(x) + direct), [k for k, _ in kept], [v for _, v in kept]
+        return base + spread * (self.latent(x) + direct), [k for k, _ in kept], [v for _, v in kept]
 
     def _run(self, x: Tensor, t: Tensor, rope: Tensor, attend: AttendLayer) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """The blocks and the head's norm: tokens [B, N, dim] -> tokens [B, N, dim], and what each block's attention wants kept. t [B, N or 1]."""

@@ -23,13 +23,10 @@ def attend(
     Returns out bf16 [1, T, H, D] and the block images k_block, v_block uint8 [H, ceil(T / 64), 64 * D]; the caches are only read.
     Raises MachineError on a GPU that is no Hopper.
     """
-    _, tokens, heads, dim = q.shape
     _check(q, k, v, k_cache, v_cache)
     out, k_block, v_block = _empty(q, k, v, k_cache, v_cache)
-    run, stream = kernels.load(dim), torch.cuda.current_stream(q.device).cuda_stream
-    run("aapt_pack", _at(k, v, k_scale, k_mean, v_scale), (tokens, heads), _at(k_block, v_block), stream)
-    read = _at(q, k_block, v_block, k_cache, v_cache, cache_len, q_scale, k_scale, v_scale)
-    run("aapt_attend", read, (tokens, heads, k_cache.shape[1]), _at(out), stream)
+    pack_into(k, v, k_scale, k_mean, v_scale, k_block, v_block)
+    attend_into(q, k_block, v_block, k_cache, v_cache, cache_len, q_scale, k_scale, v_scale, out)
     return out, k_block, v_block
 
 
@@ -44,14 +41,42 @@ def _(
 @torch.library.custom_op("aapt::commit_fp8", mutates_args=("k_cache", "v_cache"), device_types="cuda")
 def commit(k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
     """Move the `tokens` tokens of block images into the caches, from token slot[0] on (int32 [1], on the device). A slot outside moves nothing."""
-    heads, cache_tiles, size = k_cache.shape
-    run, stream = kernels.load(size // TILE_KEYS), torch.cuda.current_stream(k_cache.device).cuda_stream
-    run("aapt_commit", _at(k_block, v_block, slot), (tokens, heads, cache_tiles), _at(k_cache, v_cache), stream)
+    commit_into(k_block, v_block, slot, k_cache, v_cache, tokens)
 
 
 @commit.register_fake
 def _(k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
     pass
+
+
+# The three launches, for callers that own all memory: an engine's blocks must stay where its captured graph has them.
+
+
+def pack_into(k: Tensor, v: Tensor, k_scale: Tensor, k_mean: Tensor, v_scale: Tensor, k_block: Tensor, v_block: Tensor) -> None:
+    """k, v bf16 [1, T, H, D] -> their block images."""
+    _, tokens, heads, dim = k.shape
+    _launch("aapt_pack", dim, (k, v, k_scale, k_mean, v_scale), (tokens, heads), (k_block, v_block))
+
+
+def attend_into(
+    q: Tensor, k_block: Tensor, v_block: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor,
+    q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """q bf16 [1, T, H, D] over the caches' valid tokens and the block's own -> out, like q."""
+    _, tokens, heads, dim = q.shape
+    read = (q, k_block, v_block, k_cache, v_cache, cache_len, q_scale, k_scale, v_scale)
+    _launch("aapt_attend", dim, read, (tokens, heads, k_cache.shape[1]), (out,))
+
+
+def commit_into(k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
+    """See `commit`."""
+    heads, cache_tiles, size = k_cache.shape
+    _launch("aapt_commit", size // TILE_KEYS, (k_block, v_block, slot), (tokens, heads, cache_tiles), (k_cache, v_cache))
+
+
+def _launch(kernel: str, head_dim: int, inputs: tuple[Tensor, ...], numbers: tuple[int, ...], outputs: tuple[Tensor, ...]) -> None:
+    stream = torch.cuda.current_stream(outputs[0].device).cuda_stream
+    kernels.load(head_dim)(kernel, _at(*inputs), numbers, _at(*outputs), stream)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:

@@ -40,7 +40,7 @@ def operator(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, 
     """`torch.ops.aapt.block_causal_attention` for CPU tensors."""
     n = int(cache_len)
     assert 0 <= n <= k_cache.shape[1], f"{cache_len=} {k_cache.shape=}"
-    return _attend(q, k, v, k_cache[:, :n], v_cache[:, :n]).contiguous(), _block(k, k_cache), _block(v, v_cache)
+    return attend_to(q, k, v, k_cache[:, :n], v_cache[:, :n]).contiguous(), _block(k, k_cache), _block(v, v_cache)
 
 
 @operator.register_fake
@@ -48,7 +48,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_l
     return q.new_empty(q.shape), k.new_empty(k.shape, dtype=k_cache.dtype), v.new_empty(v.shape, dtype=v_cache.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor, v_past: Tensor) -> Tensor:
+def attend_to(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor, v_past: Tensor) -> Tensor:
     """q, k, v [B, T, H, D], the valid past [B, n, H, D] -> [B, T, H, D]."""
     keys = torch.cat((k_past.to(k.dtype), k), dim=1)  # [B, n + T, H, D]
     values = torch.cat((v_past.to(q.dtype), v.to(q.dtype)), dim=1)  # under autocast v is narrower than q and k, which were normalised and rotated
@@ -77,7 +77,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_k_block: Tensor, grad_v_block: Te
     n = int(cache_len)
     leaves = [x.detach().requires_grad_() for x in (q, k, v, k_cache[:, :n], v_cache[:, :n])]
     with torch.enable_grad():
-        dq, dk, dv, dk_past, dv_past = torch.autograd.grad(_attend(*leaves), leaves, grad_out)
+        dq, dk, dv, dk_past, dv_past = torch.autograd.grad(attend_to(*leaves), leaves, grad_out)
     rest = (0, 0, 0, 0, 0, k_cache.shape[1] - n)  # pad the token dimension
     return dq, dk + grad_k_block.to(dk), dv + grad_v_block.to(dv), F.pad(dk_past, rest), F.pad(dv_past, rest), None
 

@@ -56,6 +56,11 @@ def _attend(q, k, v, k_cache, v_cache, cache_len, out, T, scale,  # type: ignore
 @torch_op.operator.register_kernel("cuda")
 def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [1, T, H, D] and caches [1, S, H, D] of one dtype, cache_len int32 [1] -> out like q, and the block's k and v. D is a power of 2."""
+    return attended(q, k, v, k_cache, v_cache, cache_len), k.contiguous().clone(), v.contiguous().clone()
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor) -> Tensor:
+    """`attend` without copies of the block."""
     _, tokens, heads, dim = q.shape
     assert q.dtype == k_cache.dtype == v_cache.dtype and dim & dim - 1 == 0, f"{q.dtype=} {k_cache.dtype=} {dim=}"
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -63,4 +68,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ca
     out = torch.empty_like(q)
     grid = (triton.cdiv(tokens, ROWS), heads)
     _attend[grid](q, k, v, k_cache, v_cache, cache_len, out, tokens, softmax_scale(dim) * LOG2_E, H=heads, D=dim, ROWS=ROWS, KEYS=KEYS)
-    return out, k.clone(), v.clone()
+    return out
