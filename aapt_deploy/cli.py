@@ -23,7 +23,7 @@ from aapt_deploy import __version__
 from aapt_deploy.cli_doctor import doctor
 from aapt_deploy.cli_train import train_app
 from aapt_deploy.errors import AaptError, OutputError, UsageError, VerdictError
-from aapt_deploy.options import Backend, BundleArg, Force, Json, Precision, needing
+from aapt_deploy.options import Backend, BundleArg, Device, Force, Json, Precision, needing, placed
 
 if TYPE_CHECKING:
     from aapt_deploy.build import Built
@@ -113,16 +113,20 @@ def build_engine(
 @app.command()
 def profile(
     bundle: Annotated[
-        Path | None, typer.Argument(help="Bundle directory; with --plan also a preset's name or a TOML file.", metavar="BUNDLE")
+        Path | None, typer.Argument(help="Bundle directory; with --plan or --device cuda also a preset's name or a TOML file.", metavar="BUNDLE")
     ] = None,
     backend: Backend = "onnxruntime",
+    device: Device = None,
     precision: Precision = None,
     blocks: Annotated[int, typer.Option(min=10, help="Blocks to measure after the cold ones.")] = 120,
     plan: Annotated[bool, typer.Option("--plan", help="Measure nothing: memory against the target's, and the floor of each stage.")] = False,
     diff: Annotated[tuple[Path, Path] | None, typer.Option("--diff", help="Measure nothing: compare two records of --json.", metavar="A B")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure step latency against the frame budget (4 frames at 24 fps: 166.7 ms). Exit 3 if it is missed, or if a plan does not fit."""
+    """Measure step latency against the frame budget (4 frames at 24 fps: 166.7 ms). Exit 3 if it is missed, or if a plan does not fit.
+
+    On --device cuda a preset or a TOML file will do as well: random weights are drawn on the GPU.
+    """
     from aapt_deploy import console, reports
 
     if diff:
@@ -142,7 +146,7 @@ def profile(
             typer.echo(planned.json())
         raise typer.Exit(0 if planned.fits else VerdictError.exit_code)
     with console.progress(f"profiling {bundle}") as progress:
-        latency = _profile(bundle, backend, precision, blocks, progress)
+        latency = _profile(bundle, placed(backend, device), precision, blocks, progress)
     reports.latency(latency)
     if as_json:
         typer.echo(latency.json())
@@ -153,6 +157,7 @@ def profile(
 def quality(
     bundle: BundleArg,
     backend: Backend = "onnxruntime",
+    device: Device = None,
     precision: Precision = None,
     reference: Annotated[
         str | None, typer.Option(help="Engine to compare with, as BACKEND-PRECISION. Default: onnxruntime-fp32; of an fp8 bundle torch-bf16.")
@@ -166,7 +171,7 @@ def quality(
     from aapt_deploy import console, reports
 
     with console.progress(f"comparing engines of {bundle}") as progress:
-        loss = _quality((bundle, reference_bundle), backend, precision, reference, seconds, progress)
+        loss = _quality((bundle, reference_bundle), placed(backend, device), precision, reference, seconds, progress)
     if plot is not None:
         with needing("train"):
             from aapt_deploy import quality as measured
@@ -190,6 +195,7 @@ def stream(
     controls: Annotated[str | None, typer.Option(help="File with JSON lines of camera velocities, or - for stdin.")] = None,
     realtime: Annotated[bool | None, typer.Option("--realtime/--fast", help="Pace at the profile's fps. Default: only with --controls -.")] = None,
     backend: Backend = "onnxruntime",
+    device: Device = None,
     precision: Precision = None,
     as_json: Json = False,
 ) -> None:
@@ -198,7 +204,7 @@ def stream(
     from aapt_deploy.stream import Request
 
     paced = controls == "-" if realtime is None else realtime
-    request = Request(out, format, seconds, seed, image, prompt, controls, paced, backend, precision)
+    request = Request(out, format, seconds, seed, image, prompt, controls, paced, placed(backend, device), precision)
     _refuse_two_uses_of_stdout(out, as_json)
     with console.progress(f"streaming to {'stdout' if out == '-' else out}") as progress:
         done = _stream(bundle, request, progress)
@@ -248,15 +254,16 @@ def init(
     profile: Annotated[str, typer.Argument(help="Shipped preset or TOML file.", metavar="PROFILE")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint to write.")] = Path("random.safetensors"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="Where to draw them: cpu, or cuda, in seconds.")] = "cpu",
 ) -> None:
-    """Write a checkpoint of random weights in a profile's shape, to size an engine."""
+    """Write a checkpoint of random weights, to size an engine. On a GPU none is needed: aapt profile PROFILE --backend torch --device cuda."""
     from aapt_deploy import console, profiles
 
     shape = profiles.load(profile)
     with needing("export"), console.steps(f"drawing weights for {shape.name}"):
         from aapt_deploy.initialise import random_checkpoint
 
-        count = random_checkpoint(shape, out, seed)
+        count = random_checkpoint(shape, out, seed, device)
     console.say(f"{out}: {count / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -306,14 +313,17 @@ def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[
 
 
 def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]) -> "Latency":
+    from aapt_deploy import profiles
     from aapt_deploy.bundle import Bundle
 
-    opened = Bundle.open(bundle)
+    opened = None if backend == "torch-cuda" and not bundle.is_dir() else Bundle.open(bundle)  # None: a profile, to be measured with random weights
+    shape = opened.profile if opened else profiles.load(str(bundle))
     with needing("export"):
         from aapt_deploy import latency
 
-        measured = latency.measure_bundle(opened, backend, precision, blocks, progress)
-    return replace(measured, floor_ms=_floors(opened.profile))
+        how = (precision, blocks, progress)
+        measured = latency.measure_bundle(opened, backend, *how) if opened else latency.measure_random(shape, *how)
+    return replace(measured, floor_ms=_floors(shape))
 
 
 def _floors(shape: "Profile") -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from aapt_deploy.errors import MachineError, OutputError
+from aapt_deploy.errors import MachineError, OutputError, UsageError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.profiles import Profile
 
@@ -18,12 +18,14 @@ SPARE = 0.85  # share of the free memory that weights may take
 def random_checkpoint(profile: Profile, path: Path, seed: int, device: str = "cpu") -> int:
     """Write random weights of realistic scale for `profile` to `path`. Returns the parameter count. A GPU draws them in seconds, and others.
 
-    Raises MachineError when they do not fit into memory, OutputError when the file cannot be written.
+    Raises UsageError for an unknown device, MachineError when they do not fit into memory, OutputError when the file cannot be written.
     """
     with torch.device("meta"):
         generator, vae = checkpoint.build(profile)
     count = sum(p.numel() for module in (generator, vae) for p in module.parameters())
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"weights cannot be drawn on device {device!r}", "devices: cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("weights cannot be drawn on a GPU: PyTorch finds none", "leave out --device cuda; aapt doctor tells what is missing")
     if 2 * count > SPARE * free:

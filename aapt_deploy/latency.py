@@ -33,7 +33,7 @@ from aapt_deploy.engine.plan_layers import LayerTime
 from aapt_deploy.machine import machine
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
-from aapt_deploy.starts import Start, all_starts
+from aapt_deploy.starts import Start, all_starts, coarse_start
 from aapt_deploy.video import open_sink
 
 Result = TypeVar("Result")
@@ -150,6 +150,16 @@ def measure_bundle(bundle: Bundle, backend: str, precision: str | None, blocks: 
     begin, total = all_starts(bundle)[0], COLD_BLOCKS + blocks
     return measure(
         lambda: open_engines(bundle, backend, precision), bundle.profile, begin, blocks, lambda done: progress(f"{done} of {total} blocks")
+    )
+
+
+def measure_random(profile: Profile, precision: str | None, blocks: int, progress: Callable[[str], None]) -> Latency:
+    """Measure random weights in the shape of `profile`, drawn on the GPU in seconds: what a size costs, before there is a checkpoint or a file."""
+    from aapt_deploy.engine import torch_cuda
+
+    total = COLD_BLOCKS + blocks
+    return measure(
+        lambda: torch_cuda.open_random(profile, precision), profile, coarse_start(profile), blocks, lambda done: progress(f"{done} of {total} blocks")
     )
 
 

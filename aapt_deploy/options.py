@@ -5,14 +5,30 @@ from typing import Annotated
 
 import typer
 
-from aapt_deploy.errors import MachineError
+from aapt_deploy.errors import MachineError, UsageError
 
 BundleArg = Annotated[Path, typer.Argument(help="Bundle directory, made by `aapt export`.", metavar="BUNDLE")]
 Backend = Annotated[str, typer.Option(help="onnxruntime (CPU), tensorrt (NVIDIA GPU; neither needs torch), or torch (eager, the reference).")]
+Device = Annotated[str | None, typer.Option(help="With --backend torch: cpu, or cuda: our kernels on an NVIDIA GPU; nothing is built for them.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, int8 or fp8. Default: the profile's own, if it was built.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 ProfileName = Annotated[str, typer.Option("--profile", help="Shipped preset or TOML file.")]
+
+
+_PLACES = {  # backend and device -> the name among engine.BACKENDS
+    ("onnxruntime", "cpu"): "onnxruntime", ("torch", "cpu"): "torch", ("torch", "cuda"): "torch-cuda", ("tensorrt", "cuda"): "tensorrt",
+}  # fmt: skip
+
+
+def placed(backend: str, device: str | None) -> str:
+    """The backend's name once its device is known. Raises UsageError for a device that it does not run on."""
+    if device is None:
+        return backend
+    if (backend, device) not in _PLACES:
+        places = ", ".join(f"--backend {name} --device {place}" for name, place in _PLACES)
+        raise UsageError(f"backend {backend!r} does not run on device {device!r}", f"one of: {places}")
+    return _PLACES[backend, device]
 
 
 class needing:

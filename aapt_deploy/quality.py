@@ -21,7 +21,7 @@ import numpy as np
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE, Velocity
-from aapt_deploy.engine import Engine, Engines, open_engines
+from aapt_deploy.engine import AS_EXPORTED, Engine, Engines, open_engines
 from aapt_deploy.errors import UsageError
 from aapt_deploy.machine import machine
 from aapt_deploy.profiles import Profile
@@ -153,8 +153,8 @@ def _source(bundle: Bundle) -> Any:
 
 
 def _open(bundle: Bundle, name: str) -> Engines:
-    backend, _, precision = name.partition("-")
-    if name not in bundle.engines:
+    backend, _, precision = name.rpartition("-")
+    if name not in bundle.engines and backend not in AS_EXPORTED:
         built = ", ".join(sorted(bundle.engines)) or "none"
         command = f"aapt build-engine {bundle.path} --backend {backend} --precision {precision}"
         raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; build it with: {command}")

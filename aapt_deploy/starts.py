@@ -32,13 +32,13 @@ def start(bundle: Bundle, image: str | None, prompt: str | None) -> Start:
     if image is not None and image not in frames:
         if not os.path.exists(image) and frames and "." not in image and "/" not in image:
             raise UsageError(f"start frame {image!r} does not exist", f"start frames: {', '.join(frames)}; or give a picture file")
-        return _start(bundle, read_image(image, video.width, video.height), prompt or "")
+        return _start(bundle.profile, read_image(image, video.width, video.height), prompt or "")
     if image is None:
         if not frames:
             raise UsageError(f"bundle {bundle.path} holds no start frame", "give a picture with --image FILE")
         image = _fitting(frames, prompt or "") if spoken else next(iter(frames))
     own = frames[image] if spoken else ""  # elsewhere it is a description for people, and must not be taken for a file's name
-    return _start(bundle, read_image(bundle.checked(f"start/{image}.png"), video.width, video.height), prompt or own)
+    return _start(bundle.profile, read_image(bundle.checked(f"start/{image}.png"), video.width, video.height), prompt or own)
 
 
 def _fitting(frames: dict[str, str], prompt: str) -> str:
@@ -50,12 +50,15 @@ def _fitting(frames: dict[str, str], prompt: str) -> str:
 def all_starts(bundle: Bundle) -> list[Start]:
     """Every start frame of the bundle. A bundle without any gets a coarse random picture, which is enough to measure time."""
     frames = start_frame_prompts(bundle)
-    if frames:
-        return [start(bundle, name, None) for name in frames]
-    video = bundle.profile.video
+    return [start(bundle, name, None) for name in frames] if frames else [coarse_start(bundle.profile)]
+
+
+def coarse_start(profile: Profile) -> Start:
+    """A coarse random picture and no prompt."""
+    video = profile.video
     coarse = np.random.default_rng(0).integers(0, 256, (-(-video.height // 16), -(-video.width // 16), 3), np.uint8)
     image = coarse.repeat(16, axis=0).repeat(16, axis=1)[: video.height, : video.width]
-    return [_start(bundle, np.ascontiguousarray(image), "")]
+    return _start(profile, np.ascontiguousarray(image), "")
 
 
 def start_frame_prompts(bundle: Bundle) -> dict[str, str]:
@@ -64,8 +67,8 @@ def start_frame_prompts(bundle: Bundle) -> dict[str, str]:
     return frames
 
 
-def _start(bundle: Bundle, image: np.ndarray, prompt: str) -> Start:
-    return Start(image, prompt, text_of(bundle.profile, prompt))
+def _start(profile: Profile, image: np.ndarray, prompt: str) -> Start:
+    return Start(image, prompt, text_of(profile, prompt))
 
 
 def text_of(profile: Profile, prompt: str) -> np.ndarray | None:

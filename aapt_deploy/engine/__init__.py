@@ -19,6 +19,7 @@ BACKENDS = {  # name -> module that opens all graphs of a bundle
     "tensorrt": "aapt_deploy.engine.trt",
 }
 OVERLAPPED = ("tensorrt", "torch-cuda")  # whose decoder works beside the generator: the rollout makes the next latent while this one is decoded
+AS_EXPORTED = ("torch-cuda",)  # run the bundle's checkpoint and scales: nothing is built for them
 MOST_THREADS = 1024  # that a manifest may ask for
 
 
@@ -77,7 +78,9 @@ def open_engines(bundle: Bundle, backend: str, precision: str | None = None) -> 
 
 
 def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
-    """The precision to open: the one asked for, else the profile's own, else the fastest that was built."""
+    """The precision to open: the one asked for, else the profile's own, else the fastest that was built; where nothing is built, the bundle's own."""
+    if backend in AS_EXPORTED:
+        return precision or ("fp8" if bundle.manifest.get("precision") == "fp8" else "bf16")
     built = _built(bundle, backend)
     if not built:
         raise BundleError(f"bundle {bundle.path} has no {backend} engine", f"build one with: aapt build-engine {bundle.path} --backend {backend}")

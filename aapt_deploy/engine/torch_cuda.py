@@ -11,9 +11,8 @@ step and the same engines on a CPU, with plain kernels. Not run on a GPU by us y
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine.torch_calibrate import calibrate
 from aapt_deploy.engine.torch_decoder import StreamDecoder
 from aapt_deploy.engine.torch_kernels import Kernels, on_gpu, plain
+from aapt_deploy.engine.torch_lane import Lane, Packed
 from aapt_deploy.engine.torch_step import LINEARS, NOWHERE, Cache, Step, Tiles, Tokens, fp8_layers, wide_layers
 from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.models import checkpoint
@@ -37,80 +37,8 @@ from aapt_deploy.signature import TensorSpec, layer_names, signatures
 
 BACKEND = "torch-cuda"
 PRECISIONS = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}  # -> type of the activations
-WARM_UPS = 3  # runs before a capture: they compile, load and choose
+SERVED = ("fp8", "bf16")  # to users; fp32 is for tests
 PULL = -0.8  # of random networks, in units of a step's deviation
-ALIGNMENT = 64  # of a tensor inside a packed buffer, in numbers of four bytes
-
-
-class Lane:
-    """A stream of the device: calls made ready to be replayed, copies, waiting. On a CPU everything happens at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def mine(self) -> Iterator[None]:
-        """Whatever is called inside goes to this lane, from whichever thread."""
-        with torch.no_grad(), torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-            yield
-
-    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """`call`, captured. It runs a few times first, so it must leave no trace."""
-        self.settle()
-        with self.mine():
-            for _ in range(WARM_UPS):
-                call()
-        if self.stream is None:
-            return call
-        self.settle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph, stream=self.stream):
-            call()
-        self.settle()
-        return graph.replay
-
-    def settle(self) -> None:
-        """Wait for all lanes, and for what was made outside of them."""
-        if self.stream:
-            torch.cuda.synchronize(self.device)
-
-    def wait(self) -> None:
-        """Wait for this lane; other threads of Python run meanwhile."""
-        if self.stream:
-            self.stream.synchronize()
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Of one run of `call` on the device, after another that is not counted."""
-        assert self.stream
-        with self.mine():
-            call()
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            call()
-            last.record()
-            last.synchronize()
-        return first.elapsed_time(last) / 1000
-
-
-class Packed:
-    """Small tensors that travel to the device together: one pinned buffer, one on the device, one copy."""
-
-    def __init__(self, specs: list[TensorSpec], device: torch.device) -> None:
-        sizes = [-(-spec.bytes // 4 // ALIGNMENT) * ALIGNMENT for spec in specs]
-        self.host = torch.zeros(sum(sizes), pin_memory=device.type == "cuda")
-        self.device = torch.zeros(sum(sizes), device=device)
-        self.tensors, self.arrays, first = {}, {}, 0
-        for spec, size in zip(specs, sizes, strict=True):
-            kind, part = getattr(torch, spec.dtype), slice(first, first + spec.bytes // 4)
-            self.tensors[spec.name] = self.device[part].view(kind).view(spec.shape)
-            self.arrays[spec.name] = self.host[part].view(kind).view(spec.shape).numpy()
-            first += size
-
-    def upload(self, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            self.arrays[name][...] = value
-        self.device.copy_(self.host, non_blocking=True)
 
 
 class GpuGenerator:
@@ -304,17 +232,47 @@ def settle(generator: Generator, dtype: torch.dtype) -> None:
 
 
 def open_bundle(bundle: Bundle, precision: str) -> GpuEngines:
-    """The checkpoint inside `bundle` on the GPU. Raises MachineError without one, UsageError for a precision that the bundle has no scales for."""
-    if not torch.cuda.is_available():
-        raise MachineError("PyTorch finds no CUDA GPU", "aapt doctor tells what is missing; --device cpu runs the same bundle on the CPU")
-    device, scales = torch.device("cuda"), None
-    if precision == "fp8":
-        if bundle.manifest.get("precision") != "fp8":
-            raise UsageError(f"bundle {bundle.path} has no FP8 scales", "export it with: aapt export CKPT -o BUNDLE --precision fp8")
-        check_fp8(bundle.profile, torch.cuda.get_device_capability())
-        scales = scale_files.load(bundle.checked(scale_files.FILE), bundle.profile)
+    """The checkpoint inside `bundle` on the GPU. Raises MachineError without one or where its memory is too small, UsageError for a precision that
+    does not exist or that the bundle has no scales for."""
+    if precision == "fp8" and bundle.manifest.get("precision") != "fp8":
+        raise UsageError(f"bundle {bundle.path} has no FP8 scales", "export it with: aapt export CKPT -o BUNDLE --precision fp8")
+    device = the_gpu(bundle.profile, precision)
+    scales = scale_files.load(bundle.checked(scale_files.FILE), bundle.profile) if precision == "fp8" else None
     loaded = checkpoint.load(bundle.checked(bundle.CHECKPOINT))
-    return GpuEngines(loaded.generator.to(device), loaded.vae.to(device), scales, Options.of(precision, device))
+    with memory_for(bundle.profile):
+        return GpuEngines(loaded.generator.to(device), loaded.vae.to(device), scales, Options.of(precision, device))
+
+
+def open_random(profile: Profile, precision: str | None) -> GpuEngines:
+    """Random weights in the shape of `profile` on the GPU; None is the profile's own precision. Raises as `open_bundle`."""
+    precision = precision or ("fp8" if profile.precision.weights.startswith("fp8") else "bf16")
+    device = the_gpu(profile, precision)
+    with memory_for(profile):
+        return random_engines(profile, precision, 0, device)
+
+
+def the_gpu(profile: Profile, precision: str) -> torch.device:
+    """Raises UsageError for a precision or a profile, and MachineError for a machine, that this engine is not for."""
+    if precision not in SERVED:
+        raise UsageError(f"precision {precision!r} does not exist for torch on a GPU", f"precisions: {', '.join(SERVED)}")
+    if not torch.cuda.is_available():
+        raise MachineError("PyTorch finds no CUDA GPU", "aapt doctor tells what is missing; --device cpu runs a bundle on the CPU")
+    if precision == "fp8":
+        check_fp8(profile, torch.cuda.get_device_capability())
+    return torch.device("cuda")
+
+
+@contextlib.contextmanager
+def memory_for(profile: Profile) -> Iterator[None]:
+    """Turns the GPU's full memory into an error that says what would help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        wanted = str(error).partition(".")[0]
+        raise MachineError(
+            f"profile {profile.name} does not fit into the memory of {torch.cuda.get_device_name()}: {wanted}",
+            f"aapt profile {profile.name} --plan tells what it needs; see what else runs with nvidia-smi",
+        ) from None
 
 
 def check_fp8(profile: Profile, capability: tuple[int, int]) -> None:
