@@ -39,4 +39,3 @@ def random_checkpoint(profile: Profile, path: Path, seed: int, device: str = "cp
     except OSError as error:
         raise OutputError(f"checkpoint {path} cannot be written: {error.strerror}", "choose another output path") from None
     return count
-

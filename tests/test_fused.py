@@ -85,7 +85,8 @@ fused_triton.FP8 = torch.float32  # the interpreter rounds to e4m3 in a way of i
 clamped = lambda x, s: (x.float() / s).clamp(-448, 448)
 fused.quantised = clamped
 def close(made, wanted):
-    assert made.dtype == wanted.dtype and torch.allclose(made, wanted, rtol=2e-3 if made.dtype == torch.float16 else 1e-4, atol=1e-4), (made - wanted).abs().max()
+    rtol = 2e-3 if made.dtype == torch.float16 else 1e-4
+    assert made.dtype == wanted.dtype and torch.allclose(made, wanted, rtol=rtol, atol=1e-4), (made - wanted).abs().max()
 for dtype in (torch.float32, torch.float16):
     for dim in (64, 96):
         x, y, shift, scale, gate = draw(5, dim).to(dtype), draw(5, dim).to(dtype), draw(dim), draw(dim), draw(dim)
@@ -119,7 +120,8 @@ for quantised in (True, False):
     cases += [(f._modulate, wide, {"RESIDUAL": r, "QUANTISED": quantised, "BLOCK": 4096}, 8) for r in (True, False)]
     cases += [(f._pointwise, wide, {"GELU_C": f.GELU_2C, "GELU": g, "QUANTISED": quantised, "BLOCK": f.ELEMENTS}, 4) for g in (True, False)]
 for heads, half in ((24, 64), (4, 32)):
-    cases.append((f._heads, dict.fromkeys(("qkv", "q", "k", "v"), "*bf16"), {"H": heads, "P": half, "HEADS": 32 if heads == 24 else 4, "PAIRS": half}, 8))
+    numbers_of = {"H": heads, "P": half, "HEADS": 32 if heads == 24 else 4, "PAIRS": half}
+    cases.append((f._heads, dict.fromkeys(("qkv", "q", "k", "v"), "*bf16"), numbers_of, 8))
 for kernel, own, constants, warps in cases:
     kinds = floats | numbers | own | constant(constants)
     signature = {name: kinds[name] for name in kernel.arg_names}
@@ -131,9 +133,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize(
-    ("code", "variables"), [(INTERPRETED, {"TRITON_INTERPRET": "1"}), (COMPILED, {})], ids=["interpreted", "compiled"]
-)
+@pytest.mark.parametrize(("code", "variables"), [(INTERPRETED, {"TRITON_INTERPRET": "1"}), (COMPILED, {})], ids=["interpreted", "compiled"])
 def test_triton_in_a_process_of_its_own(code: str, variables: dict[str, str], tmp_path: Path) -> None:
     environment = os.environ | variables | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

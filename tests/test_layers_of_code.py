@@ -48,6 +48,7 @@ TIERS = (
 GROUND = len(TIERS) - 2  # the nouns may build upon each other, as long as it is not in a circle
 BRIDGES = {  # inside one tier: the entry point, torch modules run as an engine, a graph in two steps
     ("__main__", "cli"), ("engine/eager", "models/"), ("lower_tensorrt", "graph_bf16"),
+    *((f"engine/torch_{name}", "models/") for name in ("calibrate", "cuda", "decoder", "step")),
 }  # fmt: skip
 
 # Heavy package -> modules that may import it while they are imported, and modules that may do so inside a function.
@@ -59,6 +60,14 @@ AT_MODULE_LEVEL = {
         "initialise",
         "plan",
         "engine/eager",
+        "engine/torch_calibrate",
+        "engine/torch_cuda",
+        "engine/torch_decoder",
+        "engine/torch_kernels",
+        "engine/torch_lane",
+        "engine/torch_step",
+        "ops/fused",
+        "ops/fused_triton",
         "models/",
         "train/",
         "ops/block_causal_attention/torch_op",

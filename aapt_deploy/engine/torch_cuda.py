@@ -3,11 +3,11 @@
     lane 1   encoder, prompt, generator     inputs up, graph, `clean` down; the block before is committed inside the graph (torch_step.py)
     lane 2   decoder                        latent up, graph, uint8 frames down to pinned memory (torch_decoder.py)
 
-Length and slot travel with the other inputs and are read on the device, so one graph serves every block. The text's keys and values are computed once
-per prompt and lie in front of every cache; a pass runs the visual stream alone. Everything is allocated when the engines are opened.
+Length and slot travel with the other inputs and are read on the device, so one graph serves every block. The text's keys and values are computed
+once per prompt and lie in front of every cache; a pass runs the visual stream alone. Everything is allocated when the engines are opened.
 
-Precisions: `fp8` takes the bundle's static scales for linear layers and caches and needs a Hopper GPU; `bf16` runs on any. `fp32` is for tests: the same
-step and the same engines on a CPU, with plain kernels. Not run on a GPU by us yet; bench/headline.py does it.
+Precisions: `fp8` takes the bundle's static scales for linear layers and caches and needs a Hopper GPU; `bf16` runs on any. `fp32` is for tests: the
+same step and the same engines on a CPU, with plain kernels. Not run on a GPU by us yet; bench/headline.py does it.
 """
 
 import contextlib
@@ -312,8 +312,7 @@ def random_text(profile: Profile, seed: int) -> np.ndarray | None:
     if not profile.text.tokens:
         return None
     rng, spec = np.random.default_rng(seed), signatures(profile)["prompt"].inputs[0]
-    drawn = rng.standard_normal(spec.shape, np.float32) if spec.dtype == "float32" else rng.integers(0, 4, spec.shape)
-    return drawn
+    return rng.standard_normal(spec.shape, np.float32) if spec.dtype == "float32" else rng.integers(0, 4, spec.shape)
 
 
 def noise_scales(generator: Generator, options: Options, seed: int) -> Scales:

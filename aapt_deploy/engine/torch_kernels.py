@@ -1,7 +1,7 @@
 """The kernels that the torch engine's step is made of, as a set that is handed to it: a GPU's, or a plain form that runs anywhere.
 
-The plain form is the reference: torch for the small operations and the FP8 products, NumPy for the cache's tiles and the attention over them. It makes
-the engine's whole graph of operations run, and be compared, on a CPU. Neither form knows a layer, a stream or a block's place.
+The plain form is the reference: torch for the small operations and the FP8 products, NumPy for the cache's tiles and the attention over them. It
+makes the engine's whole graph of operations run, and be compared, on a CPU. Neither form knows a layer, a stream or a block's place.
 """
 
 from collections.abc import Callable
@@ -89,8 +89,8 @@ def _pack(k: Tensor, v: Tensor, s: AttentionScales, k_block: Tensor, v_block: Te
 
 
 def _attend_tiles(q: Tensor, k_block: Tensor, v_block: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, s: AttentionScales) -> Tensor:
-    images = [image.cpu().numpy() for image in (k_block, v_block, k_cache, v_cache)]
-    out = emulator.attend(_array(q[0]), *images[:2], q.shape[1], *images[2:], int(cache_len), s.numpy(), emulator.EXACT)
+    block_k, block_v, cached_k, cached_v = (image.cpu().numpy() for image in (k_block, v_block, k_cache, v_cache))
+    out = emulator.attend(_array(q[0]), block_k, block_v, q.shape[1], cached_k, cached_v, int(cache_len), s.numpy(), emulator.EXACT)
     return torch.from_numpy(np.ascontiguousarray(out))[None].to(q)
 
 

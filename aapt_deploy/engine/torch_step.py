@@ -6,9 +6,9 @@
                                  [gate, residual, norm, modulate, quantise] w1 [GELU, quantise] w2 [gate, residual, next norm ...]
     clean latent                 in float32
 
-What stands in brackets is one kernel each (pack and attend: two); they come as a set (torch_kernels.Kernels), so that the same step runs on a CPU with
-plain ones. That a block is committed at the start of the pass behind it keeps a pass free of traces until somebody asks for them: an engine's `commit`
-then is one number. The step allocates from torch's allocator, never waits, and reads nothing on the host but shapes, so it can be captured.
+What stands in brackets is one kernel each (pack and attend: two); they come as a set (torch_kernels.Kernels), so that the same step runs on a CPU
+with plain ones. That a block is committed at the start of the pass behind it keeps a pass free of traces until somebody asks for them: an engine's
+`commit` then is one number. The step allocates from torch's allocator, never waits, and reads nothing on the host but shapes, so it can be captured.
 
 Letters: F tokens of a block, H heads, D head_dim, L text tokens, S tokens of a cache.
 """
@@ -59,7 +59,8 @@ class Narrow:
 
     def __init__(self, layer: nn.Linear, input_scale: Tensor, weight_scale: Tensor, rows: int, kernels: Kernels, dtype: torch.dtype, by_row: bool):
         """input_scale [1], weight_scale [out]; `rows` tokens at every call."""
-        self.kernels, self.dtype, self.step = kernels, dtype, input_scale
+        self.kernels, self.dtype = kernels, dtype
+        self.step: Tensor | None = input_scale
         if not by_row:
             weight_scale = weight_scale.max().expand(len(weight_scale))
         self.weight = quantised(layer.weight.detach(), weight_scale[:, None])  # [out, in]: the product reads it as a column-major [in, out]
@@ -96,9 +97,11 @@ class Tokens:
     def __init__(self, profile: Profile, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
         self.kernels = kernels
         self.nowhere = torch.tensor([profile.cache_tokens], dtype=torch.int32, device=device)  # a number of the host cannot be captured
-        heads, layers = (profile.model.heads, profile.head_dim), range(profile.model.depth)
-        make = lambda tokens: [torch.zeros((2, 1, tokens, *heads), dtype=dtype, device=device) for _ in layers]
-        self.caches, self.blocks = make(profile.cache_tokens + profile.frame_tokens), make(profile.frame_tokens)
+        shape, room = (profile.model.heads, profile.head_dim), profile.cache_tokens + profile.frame_tokens
+        self.caches, self.blocks = (
+            [torch.zeros((2, 1, tokens, *shape), dtype=dtype, device=device) for _ in range(profile.model.depth)]
+            for tokens in (room, profile.frame_tokens)
+        )
         self.rows = torch.arange(profile.frame_tokens, device=device)
 
     def commit(self, layer: int, slot: Tensor) -> None:
@@ -108,7 +111,8 @@ class Tokens:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache_len: Tensor) -> Tensor:
         for kept, new in zip(self.blocks[layer], (k, v), strict=True):
             kept.copy_(new)
-        return self.kernels.attend_tokens(q, k, v, *self.caches[layer], cache_len)
+        k_cache, v_cache = self.caches[layer]
+        return self.kernels.attend_tokens(q, k, v, k_cache, v_cache, cache_len)
 
     def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
         for cache, text in zip(self.caches[layer], (k, v), strict=True):
@@ -125,23 +129,28 @@ class Tiles:
     def __init__(self, profile: Profile, kernels: Kernels, scales: Sequence[hopper_fp8.Scales], device: torch.device) -> None:
         self.kernels, self.tokens, self.device = kernels, profile.frame_tokens, device
         self.scales = [AttentionScales.of(layer, device) for layer in scales]
-        self.shape = lambda tokens: (2, *hopper_fp8.image_shape(profile.model.heads, tokens, profile.head_dim))
-        make = lambda tokens: [torch.zeros(self.shape(tokens), dtype=torch.uint8, device=device) for _ in scales]
-        self.caches, self.blocks = make(Ring.of(profile).tokens), make(profile.frame_tokens)
+        self.heads = profile.model.heads, profile.head_dim
+        self.caches, self.blocks = ([self._image(tokens) for _ in scales] for tokens in (Ring.of(profile).tokens, profile.frame_tokens))
         self.front = torch.zeros(1, dtype=torch.int32, device=device)
 
     def commit(self, layer: int, slot: Tensor) -> None:
-        self.kernels.commit_tiles(*self.blocks[layer], slot, *self.caches[layer], self.tokens)
+        (k_block, v_block), (k_cache, v_cache) = self.blocks[layer], self.caches[layer]
+        self.kernels.commit_tiles(k_block, v_block, slot, k_cache, v_cache, self.tokens)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache_len: Tensor) -> Tensor:
-        block, scales = self.blocks[layer], self.scales[layer]
-        self.kernels.pack(k, v, scales, *block)
-        return self.kernels.attend_tiles(q, *block, *self.caches[layer], cache_len, scales)
+        (k_block, v_block), (k_cache, v_cache), scales = self.blocks[layer], self.caches[layer], self.scales[layer]
+        self.kernels.pack(k, v, scales, k_block, v_block)
+        return self.kernels.attend_tiles(q, k_block, v_block, k_cache, v_cache, cache_len, scales)
+
+    def _image(self, tokens: int) -> Tensor:
+        """Tiles of keys and of values for `tokens` tokens."""
+        count, dim = self.heads
+        return torch.zeros((2, *hopper_fp8.image_shape(count, tokens, dim)), dtype=torch.uint8, device=self.device)
 
     def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
-        image = torch.zeros(self.shape(k.shape[1]), dtype=torch.uint8, device=self.device)
-        self.kernels.pack(k, v, self.scales[layer], *image)
-        self.kernels.commit_tiles(*image, self.front, *self.caches[layer], k.shape[1])
+        (k_image, v_image), (k_cache, v_cache) = self._image(k.shape[1]), self.caches[layer]
+        self.kernels.pack(k, v, self.scales[layer], k_image, v_image)
+        self.kernels.commit_tiles(k_image, v_image, self.front, k_cache, v_cache, k.shape[1])
 
     def clear(self) -> None:
         for held in (*self.caches, *self.blocks):
@@ -212,4 +221,4 @@ def fp8_layers(generator: Generator, scales: Scales, kernels: Kernels, dtype: to
 
 
 def _layer(stream: nn.Module, linears: dict[str, Linear]) -> Layer:
-    return Layer(linears, stream.norm_q.detach().float(), stream.norm_k.detach().float())  # type: ignore[operator,union-attr]
+    return Layer(linears, stream.norm_q.detach().float(), stream.norm_k.detach().float())  # type: ignore[operator]

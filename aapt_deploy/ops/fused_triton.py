@@ -15,7 +15,7 @@ ELEMENTS = 2048  # of one program of an elementwise kernel
 GELU_2C = 1.5957691216057308  # 2 * sqrt(2 / pi)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _e4m3(x, step):  # type: ignore[no-untyped-def]
     """x / step, saturated; the store rounds."""
     return tl.minimum(tl.maximum(x / step, -448.0), 448.0)
@@ -133,6 +133,6 @@ def heads(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, rope: Tensor, eps: float)
 def product(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As in fused.py, by cuBLASLt or CUTLASS. Wants `in` and `out` in multiples of 16, and bf16 for `dtype` and bias.
 
-    With `use_fast_accum` the tensor core's own accumulator, of some 13 bits, takes the whole sum; bench/headline.py measures what that costs and gains.
+    With `use_fast_accum` the tensor core's own accumulator, of some 13 bits, takes the whole sum; bench/headline.py measures cost and gain.
     """
     return torch._scaled_mm(x, weight.t(), scale_a=x_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
