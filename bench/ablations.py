@@ -120,6 +120,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--from", dest="adapted", type=Path, required=True)
     parser.add_argument("--distilled", type=Path, required=True)
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of the adversarial stage; the rest is made in any case"
+    )
     parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--regression", type=int, default=400, help="updates of the generator without recycling")
     parser.add_argument("--head-start", type=int, default=40)
@@ -129,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     base = dataclasses.replace(DEMO.adversarial[-1], head_start=options.head_start, unjudged=options.unjudged)
     base = dataclasses.replace(base, optimiser=dataclasses.replace(base.optimiser, steps=options.updates))
-    made = {name: dataclasses.replace(base, **changed) for name, changed in VARIANTS.items()}
+    made = {name: dataclasses.replace(base, **VARIANTS[name]) for name in options.variants}
     paths = [options.distilled]
     for name, stage in made.items():
         path = options.out / f"{name}.safetensors"
