@@ -353,7 +353,9 @@ def test_without_room_on_the_gpu_nothing_is_begun(bare: Path, here: TensorRT, mo
     monkeypatch.setattr(build_tensorrt, "plan", lambda profile: large)
     here.driver.free = 20_000_000_000
     assert large.total_gb > 25
-    with pytest.raises(MachineError, match=rf"profile tiny-cpu needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are free on Emulated H100") as caught:
+    with pytest.raises(
+        MachineError, match=rf"profile tiny-cpu needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are free on Emulated H100"
+    ) as caught:
         made(bare)
     assert "--plan" in caught.value.hint and not here.built
 
