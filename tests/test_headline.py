@@ -76,7 +76,7 @@ def test_a_share_of_the_floor_is_its_time_over_the_measured(model: ModuleType) -
 GOOD = {
     "parity": {"psnr_db_by_block": [44.0, 41.0], "captured": True},
     "wide": {
-        "overlapped": {"fps": 75.0, "last_tenth_over_first": 1.01, "allocated_bytes_more": 0},
+        "overlapped": {"steps": 2000, "asked": 2000, "fps": 75.0, "last_tenth_over_first": 1.01, "allocated_bytes_more": 0},
         "stages": {"generator": {"p50": 42.0}},
     },
     "rivals": {"a": {"ms": {"p50": 130.0}}, "b": {"not_run": "why"}, "seconds": 3.0},
@@ -92,6 +92,7 @@ GOOD = {
         ("wide", {"overlapped": GOOD["wide"]["overlapped"] | {"fps": 59.0}}),
         ("wide", {"overlapped": GOOD["wide"]["overlapped"] | {"allocated_bytes_more": 512}}),
         ("wide", {"overlapped": GOOD["wide"]["overlapped"] | {"last_tenth_over_first": 1.06}}),
+        ("wide", {"overlapped": GOOD["wide"]["overlapped"] | {"steps": 1999}}),
         ("wide", {"stages": {"generator": {"p50": 44.0}}}),
         ("rivals", {"a": {"ms": {"p50": 120.0}}}),
     ],
