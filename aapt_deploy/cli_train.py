@@ -8,6 +8,8 @@ import typer
 
 from aapt_deploy.options import Backend, Json, Precision, ProfileName, needing
 
+Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Mixed precision. Default: where the hardware has it.")]
+
 train_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a checkpoint: render or import clips, then run the stages.")
 
 
@@ -46,7 +48,7 @@ def train_run(
     start: Annotated[Path | None, typer.Option("--from", help="Checkpoint with a VAE and a flow-matching generator: go on from there.")] = None,
     distilled: Annotated[Path | None, typer.Option(help="With --from: a one-step checkpoint, in the place of distillation.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    bf16: Annotated[bool | None, typer.Option(help="Mixed precision. Default: on a GPU.")] = None,
+    bf16: Bf16 = None,
     context: Annotated[int, typer.Option(min=1, help="Under torchrun: processes that share each batch, its tokens and heads.")] = 1,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks in the backward pass: less memory, more time.")] = False,
 ) -> None:
@@ -63,7 +65,7 @@ def train_run(
     with needing("train"), console.progress(f"training in {run}") as progress:
         from aapt_deploy.train import recipe, setup, stages
 
-        how = setup.joined(device, device != "cpu" if bf16 is None else bf16, checkpointing, context)
+        how = setup.joined(device, _mixed(device, bf16), checkpointing, context)
         path = stages.train(folder, run, shape, recipe.named(chosen), progress, how, stages.Start(start, distilled) if start else None)
     console.say(f"checkpoint: {path}")
 
@@ -76,7 +78,7 @@ def train_all(
     flights: Annotated[int, typer.Option(min=1, help="Held-out worlds to judge by.")] = 32,
     seconds: Annotated[int, typer.Option(min=5, help="Length of a flight, a multiple of 5.")] = 60,
     profile: ProfileName = "demo-cpu",
-    bf16: Annotated[bool, typer.Option(help="Mixed precision.")] = True,
+    bf16: Bf16 = None,
 ) -> None:
     """The whole recipe on this machine: render clips, train all stages, judge the checkpoint of each. The demo's takes days on two cores."""
     from aapt_deploy import console, profiles, reports
@@ -87,7 +89,7 @@ def train_all(
 
         for done, _ in enumerate(data.render_worlds(clips, shape, 0, worlds, 2), start=1):
             progress(f"{done} of {worlds} worlds")
-        stages.train(clips, run, shape, recipe.named(chosen), progress, setup.Setup(bf16=bf16))
+        stages.train(clips, run, shape, recipe.named(chosen), progress, setup.Setup(bf16=_mixed("cpu", bf16)))
         checkpoints = sorted(run.glob("checkpoint-*.safetensors"), key=lambda path: path.stat().st_mtime)
         out = folder / "evaluation"
         record = evaluate.evaluate(checkpoints, out, flights, seconds, "torch", None, progress)
@@ -114,3 +116,14 @@ def train_evaluate(
     reports.evaluation(record, out)
     if as_json:
         typer.echo(json.dumps(record))
+
+
+def _mixed(device: str, wanted: bool | None) -> bool:
+    """Whether to train in mixed precision; a wish that costs more than it gives is granted, and told."""
+    from aapt_deploy import console
+    from aapt_deploy.train.setup import has_bf16
+
+    fast = has_bf16(device)
+    if wanted and not fast:
+        console.warn("this CPU emulates bf16, at a hundredth of its speed in float32; --no-bf16 is faster")
+    return fast if wanted is None else wanted

@@ -130,10 +130,10 @@ def doctor(checks: "Sequence[Check]") -> None:
 
 
 def evaluation(record: dict[str, Any], out: Path) -> None:
-    columns = ("seconds", "sharpness", "colour", "distance", "dynamics", "yaw", "strafe", "pitch", "forward", "prompt")
+    columns = ("seconds", "sharpness", "colour", "distance", "dynamics", "flow", "yaw", "strafe", "pitch", "forward", "prompt")
 
     def row(when: str, window: dict[str, Any]) -> tuple[str, ...]:
-        figures = [*(window[name] for name in columns[1:5]), *window["gains"].values(), sum(window["prompt"].values()) / len(window["prompt"])]
+        figures = [*(window[name] for name in columns[1:6]), *window["gains"].values(), sum(window["prompt"].values()) / len(window["prompt"])]
         return (when, *(f"{figure:.2f}" for figure in figures))
 
     for name, result in record["made"].items():

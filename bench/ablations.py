@@ -1,13 +1,15 @@
-"""What the choices of the adversarial stage do: the same generator trained with each, judged side by side. Resumable; a record at the end.
+"""What the choices of the adversarial stage do: one generator trained with each, judged side by side. Resumable; a record at the end.
 
-    python bench/ablations.py CLIPS OUT --from ADAPTED --distilled ONE_STEP
+    python bench/ablations.py LATENTS OUT --from ADAPTED --distilled ONE_STEP
+    python bench/ablations.py LATENTS OUT --from ADAPTED --distilled ONE_STEP --variants horizon-0 --train-only     # to be judged later
 
-    frame, clip             a logit per frame, or one per clip
-    causal, bidirectional   what a logit may look at
-    short, long             first segments alone, or streams of up to `--unjudged` segments before the one that is judged
-    unrecycled              not a discriminator's choice: the one-step generator taught again, by regression, to do without the recycled latent
+    heads       what a logit may look at, causal or bidirectional, and what it is about, a frame or the clip; the paper's is causal, about a frame
+    horizons    streams of up to 0, 6 or 24 segments of a second before the one that is judged
+    recycling   a generator that gets no recycled latent after its first block, as in the paper's ablation, and one that does; both are first taught
+                by regression along their own rollouts, because without its input the one-step generator knows nothing
 
-The two checkpoints are those of a run before its adversarial stages: `checkpoint-adapted` and the last `checkpoint-trajectory`.
+LATENTS is the cache of a training run (`latents.safetensors`); the checkpoints are those before its adversarial stages: `checkpoint-adapted` and the
+last `checkpoint-trajectory`. Several processes with one thread each (OMP_NUM_THREADS=1) and variants of their own use a CPU best.
 """
 
 import argparse
@@ -16,98 +18,127 @@ import datetime
 import json
 import os
 import sys
-import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-from aapt_deploy import profiles
+from aapt_deploy.engine.eager import EagerEngines
 from aapt_deploy.models import checkpoint
+from aapt_deploy.models.discriminator import Discriminator
 from aapt_deploy.models.generator import Generator
-from aapt_deploy.train import evaluate, stages
+from aapt_deploy.train import evaluate
+from aapt_deploy.train.adversarial import Rollout, adversarial_update
 from aapt_deploy.train.flow import Latents
-from aapt_deploy.train.loop import fit
-from aapt_deploy.train.recipe import DEMO, AdversarialStage, Optimiser, Recipe, TrajectoryStage
-from aapt_deploy.train.setup import Setup
-from aapt_deploy.train.trajectory import trajectory_loss
+from aapt_deploy.train.loop import Learner, Progress, fit, fit_together
+from aapt_deploy.train.recipe import DEMO, AdversarialStage, Optimiser, gan
+from aapt_deploy.train.setup import Setup, has_bf16
+from aapt_deploy.train.trajectory import rounded
 
 ROOT = Path(__file__).parent.parent
-VARIANTS: dict[str, dict[str, Any]] = {
-    "bidirectional-frame-long": {"attention": "bidirectional", "logits": "frame"},
-    "causal-frame-long": {"attention": "causal", "logits": "frame"},
-    "bidirectional-clip-long": {"attention": "bidirectional", "logits": "clip"},
-    "bidirectional-frame-short": {"attention": "bidirectional", "logits": "frame", "unjudged": 0},
+SETUP = Setup(bf16=has_bf16("cpu"))
+SEED = 11
+
+
+@dataclass(frozen=True)
+class Variant:
+    attention: str = "bidirectional"
+    logits: str = "frame"
+    horizon: int = 6  # largest number of segments before the one that is judged
+    recycles: bool = True
+    taught: bool = False  # by regression first
+
+
+VARIANTS = {
+    "bidirectional-frame": Variant(),
+    "causal-frame": Variant(attention="causal"),
+    "bidirectional-clip": Variant(logits="clip"),
+    "causal-clip": Variant(attention="causal", logits="clip"),
+    "horizon-0": Variant(horizon=0),
+    "horizon-24": Variant(horizon=24),
+    "recycled": Variant(taught=True),
+    "unrecycled": Variant(taught=True, recycles=False),
 }
+
+
+class Unrecycled(Generator):
+    """Blind to the recycled latent after the first block. The past reaches it through the cache alone."""
+
+    def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor, k_cache: list[Tensor],
+             v_cache: list[Tensor], cache_len: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+        if int(cache_len[0]) > self.profile.text.tokens:
+            previous = torch.zeros_like(previous)
+        return super().step(noisy, previous, condition, t, rope_time, k_cache, v_cache, cache_len)
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def trained(name: str, stage: AdversarialStage, options: argparse.Namespace) -> Path:
-    """The checkpoint of one variant, made now unless it is there. Clips are encoded once for all."""
-    run = options.out / name
-    run.mkdir(parents=True, exist_ok=True)
-    latents, shared = run / "latents.safetensors", options.out / "latents.safetensors"
-    if shared.exists() and not latents.exists():
-        os.link(shared, latents)
-    start, recipe = stages.Start(options.adapted, options.distilled), Recipe(DEMO.vae, flow=(), adversarial=(stage,), sample_seconds=0)
-    began, last = time.monotonic(), [""]
-
-    def report(text: str) -> None:
-        last[0] = text
-        if not text.startswith("encoding"):
-            say(f"{name}: {text}")
-
-    path = stages.train(options.clips, run, profiles.load("demo-cpu"), recipe, report, Setup(bf16=True), start)
-    if not shared.exists():
-        os.link(latents, shared)
-    say(f"{name}: {time.monotonic() - began:.0f} s; {last[0]}")
-    return path.rename(options.out / f"{name}.safetensors")
+def generator_of(path: Path, variant: Variant) -> Generator:
+    held = checkpoint.load(path).generator
+    generator = Generator(held.profile) if variant.recycles else Unrecycled(held.profile)
+    generator.load_state_dict(held.state_dict())
+    return generator
 
 
-def forget_recycled(generator: Generator) -> None:
-    """Make `generator` blind to the recycled latent, for good: no weight reads it, and the skip takes it off the answer, which starts from it.
-
-    At time 1, the only one of a one-step generator, nothing else depends on it.
-    """
-    c, patch, halo = generator.profile.video.latent_channels, generator.profile.model.patch, generator.profile.model.halo
-    with torch.no_grad():
-        generator.visual_in.weight[:, c : 2 * c] = 0
-        generator.skip.weight[:, c : 2 * c] = 0
-        for channel in range(c):
-            for y in range(patch):
-                for x in range(patch):
-                    out = channel * patch**2 + y * patch + x
-                    generator.skip.weight[out, c + channel, halo + y, halo + x] = -1 / generator.step_spread[channel, 0, 0]
-    mask = torch.ones(2 * c + 6)
-    mask[c : 2 * c] = 0
-    for weight in (generator.visual_in.weight, generator.skip.weight):
-        weight.register_hook(lambda grad: grad * mask[:, None, None])
+def stage_of(variant: Variant, options: argparse.Namespace) -> AdversarialStage:
+    stage = replace(DEMO.adversarial[-1], optimiser=gan(options.updates, 4, options.rate, clip_norm=5.0), head_start=options.head_start)
+    return replace(stage, attention=variant.attention, logits=variant.logits, unjudged=variant.horizon, penalty_every=options.penalty_every)
 
 
-def unrecycled(options: argparse.Namespace) -> Path:
-    """The one-step generator without input recycling; past frames still reach it through the cache."""
-    path = options.out / "unrecycled.safetensors"
+def teach(generator: Generator, latents: Latents, stage: AdversarialStage, state: Path, told: Progress, updates: int) -> None:
+    """Regression of the generator's own rollouts on the true clips, with the gradient through the cache."""
+
+    def loss(rng: torch.Generator) -> Tensor:
+        real = latents.clips(stage.optimiser.batch, stage.blocks, rng)
+        made = Rollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
+        return rounded((made - real.frames[:, 1:]) / generator.step_spread)
+
+    optimiser = Optimiser(updates, stage.optimiser.batch, 3e-4, 30, ema=0.99)
+    generator.load_state_dict(fit(generator, loss, optimiser, state, SEED, told, SETUP), strict=False)
+
+
+def play(
+    generator: Generator, adapted: Generator, latents: Latents, stage: AdversarialStage, state: Path, told: Callable[[int, float], None]
+) -> None:
+    """The adversarial stage."""
+    torch.manual_seed(SEED)  # of the discriminator's heads
+    discriminator = Discriminator(generator.profile, stage.attention, stage.logits)
+    discriminator.start_from(adapted)
+    learners = [Learner("generator", generator, stage.optimiser)]
+    learners.append(Learner("discriminator", discriminator, replace(stage.optimiser, learning_rate=stage.discriminator_rate)))
+
+    def update(rng: torch.Generator, step: int, scale: float) -> dict[str, Tensor]:
+        return adversarial_update(generator, discriminator, latents, stage, rng, step, scale)
+
+    fit_together(learners, update, stage.optimiser, state, SEED, told, SETUP)
+    generator.load_state_dict(learners[0].averaged(), strict=False)
+
+
+def trained(name: str, variant: Variant, latents: Latents, options: argparse.Namespace) -> Path:
+    """The checkpoint of one variant, made now unless it is there."""
+    path = options.out / f"{name}.safetensors"
     if path.exists():
         return path
-    held, teacher = checkpoint.load(options.distilled), checkpoint.load(options.adapted).generator
-    latents = load_file(options.out / "latents.safetensors")
-    clips = Latents(latents["z"], latents["conditions"], latents["tokens"])
-    stage = TrajectoryStage(Optimiser(options.regression, 4, 3e-4, 30, weight_decay=0.0, ema=0.995), blocks=5)
-    forget_recycled(held.generator.train())
-
-    def loss(rng: torch.Generator) -> torch.Tensor:
-        batch = clips.draw(held.profile, stage, rng)
-        return trajectory_loss(held.generator, teacher, batch, stage, torch.ones(held.profile.video.latent_channels), rng)
-
-    told = lambda step, value: say(f"unrecycled: {step} of {options.regression} updates, loss {value:.4f}")
-    state = options.out / "unrecycled.state"
-    held.generator.load_state_dict(fit(held.generator, loss, stage.optimiser, state, 7, told, Setup(bf16=True)), strict=False)
-    checkpoint.save(path, held.profile, held.generator.eval(), held.vae, {"stage": "unrecycled"}, held.start_frames)
+    told: Callable[[str], Progress] = lambda what: lambda step, loss: say(f"{name}, {what}: {step} updates, loss {loss:.4f}")
+    held, generator, stage = checkpoint.load(options.distilled), generator_of(options.distilled, variant), stage_of(variant, options)
+    if variant.taught:
+        teach(generator, latents, stage, options.out / f"{name}-taught.state", told("regression"), options.regression)
+        checkpoint.save(options.out / f"{name}-taught.safetensors", held.profile, generator, held.vae, {"stage": "taught"}, held.start_frames)
+    play(generator, checkpoint.load(options.adapted).generator, latents, stage, options.out / f"{name}-played.state", told("adversarial"))
+    checkpoint.save(path, held.profile, generator.eval(), held.vae, {"stage": name}, held.start_frames)
     return path
+
+
+def entrant(path: Path, variant: Variant) -> evaluate.Entrant:
+    held = checkpoint.load(path)
+    held = replace(held, generator=generator_of(path, variant))
+    return evaluate.Entrant(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
 
 
 def curve(path: Path) -> list[dict[str, float]]:
@@ -116,43 +147,45 @@ def curve(path: Path) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("clips", type=Path)
+    parser.add_argument("latents", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--from", dest="adapted", type=Path, required=True)
     parser.add_argument("--distilled", type=Path, required=True)
-    parser.add_argument(
-        "--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of the adversarial stage; the rest is made in any case"
-    )
-    parser.add_argument("--updates", type=int, default=150)
-    parser.add_argument("--regression", type=int, default=400, help="updates of the generator without recycling")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--train-only", action="store_true", help="train, and stop")
+    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--rate", type=float, default=DEMO.adversarial[-1].optimiser.learning_rate, help="of the generator")
     parser.add_argument("--head-start", type=int, default=40)
-    parser.add_argument("--unjudged", type=int, default=24)
+    parser.add_argument("--penalty-every", type=int, default=1)
+    parser.add_argument("--regression", type=int, default=400, help="updates of the two variants that are taught first")
     parser.add_argument("--flights", type=int, default=12)
     parser.add_argument("--seconds", type=int, default=60)
+    today = datetime.date.today().isoformat()
+    parser.add_argument("--record", type=Path, default=ROOT / "docs" / "measurements" / f"ablations-{today}.json")
     options = parser.parse_args()
-    base = dataclasses.replace(DEMO.adversarial[-1], head_start=options.head_start, unjudged=options.unjudged)
-    base = dataclasses.replace(base, optimiser=dataclasses.replace(base.optimiser, steps=options.updates))
-    made = {name: dataclasses.replace(base, **VARIANTS[name]) for name in options.variants}
-    paths = [options.distilled]
-    for name, stage in made.items():
-        path = options.out / f"{name}.safetensors"
-        paths.append(path if path.exists() else trained(name, stage, options))
-    paths.append(unrecycled(options))
-    judged = evaluate.evaluate(paths, options.out / "evaluation", options.flights, options.seconds, "torch", None, say)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    options.out.mkdir(parents=True, exist_ok=True)
+    held = load_file(options.latents)
+    latents = Latents(held["z"], held["conditions"], held["tokens"])
+    chosen = {name: VARIANTS[name] for name in options.variants}
+    paths = {name: trained(name, variant, latents, options) for name, variant in chosen.items()}
+    if options.train_only:
+        return
+    entrants = {"distilled": entrant(options.distilled, Variant())} | {name: entrant(path, VARIANTS[name]) for name, path in paths.items()}
+    entrants |= {f"{name}-taught": entrant(options.out / f"{name}-taught.safetensors", v) for name, v in chosen.items() if v.taught}
+    judged = evaluate.judge(entrants, options.out / "evaluation", options.flights, options.seconds, say, {"backend": "torch", "precision": "fp32"})
     record = {
-        "what": "heads and horizons of the adversarial stage, from one generator", "date": datetime.date.today().isoformat(),
-        "machine": judged["machine"], "versions": {"torch": torch.__version__.split("+")[0]}, "from": checkpoint.load(options.distilled).sha256,
-        "stages": {name: dataclasses.asdict(stage) for name, stage in made.items()},
-        "curves": {name: curve(options.out / name / "adversarial-1.jsonl") for name in made},
-        "regression": curve(options.out / "unrecycled.jsonl"), "evaluation": judged,
+        "what": "heads and horizons of the adversarial stage, and input recycling, from one generator", "date": today,
+        "versions": {"torch": torch.__version__.split("+")[0]},
+        "from": {name: checkpoint.load(getattr(options, name)).sha256 for name in ("adapted", "distilled")},
+        "clips": len(latents.z), "seed": SEED, "regression_updates": options.regression,
+        "stages": {name: dataclasses.asdict(stage_of(variant, options)) for name, variant in chosen.items()},
+        "curves": {path.stem: curve(path) for path in sorted(options.out.glob("*.jsonl"))}, "evaluation": judged,
     }  # fmt: skip
-    out = ROOT / "docs" / "measurements" / f"ablations-{record['date']}.json"
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    say(f"record: {out}")
-    windows = {name: [result["windows"][i] for i in (0, -1)] for name, result in judged["made"].items()}
-    print(
-        json.dumps({name: {key: [w[key] for w in pair] for key in ("sharpness", "dynamics", "colour", "distance")} for name, pair in windows.items()})
-    )
+    options.record.write_text(json.dumps(record, indent=1) + "\n")
+    say(f"record: {options.record}")
+    windows: dict[str, list[dict[str, Any]]] = {name: [result["windows"][i] for i in (0, -1)] for name, result in judged["made"].items()}
+    print(json.dumps({n: {key: [w[key] for w in pair] for key in ("sharpness", "dynamics", "colour", "distance")} for n, pair in windows.items()}))
 
 
 if __name__ == "__main__":

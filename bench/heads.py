@@ -27,7 +27,7 @@ from aapt_deploy.train.draws import numbers
 from aapt_deploy.train.flow import Clips, Latents
 from aapt_deploy.train.loop import Learner, fit_together
 from aapt_deploy.train.recipe import DEMO, gan
-from aapt_deploy.train.setup import Setup
+from aapt_deploy.train.setup import Setup, has_bf16
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = 100  # clips
@@ -72,7 +72,7 @@ def main() -> None:
     part = lambda rows: Latents(held["z"][rows], held["conditions"][rows], held["tokens"][rows])
     taught, kept = part(slice(None, -HELD_OUT)), part(slice(-HELD_OUT, None))
     adapted, generator = checkpoint.load(options.adapted).generator, checkpoint.load(options.distilled).generator
-    found, setup = {}, Setup(bf16=True)
+    found, setup = {}, Setup(bf16=has_bf16("cpu"))
     for attention, logits in HEADS:
         rate = gan(options.updates, 4, DEMO.adversarial[0].discriminator_rate, clip_norm=5.0)
         stage = dataclasses.replace(DEMO.adversarial[0], optimiser=rate, attention=attention, logits=logits, head_start=options.updates)

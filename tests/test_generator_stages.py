@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_training import RECIPE, clips, quiet
 from toys import TINY, toy_latents
 
+from aapt_deploy import cli_train
 from aapt_deploy.errors import CheckpointError, InputError, UsageError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.generator import Generator
@@ -114,6 +115,20 @@ def test_mixed_precision_is_close_and_keeps_float32_weights(straight: Path, tmp_
     assert {tensor.dtype for tensor in two.values()} == {torch.float32}
     assert any(not torch.equal(one[key], two[key]) for key in one)
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 0.03
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16", None])
+def test_mixed_precision_is_the_default_where_the_hardware_has_it(
+    flag: str | None, aapt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False, "amx_bf16": False} | ({flag: True} if flag else {})
+    )
+    assert cli_train._mixed("cpu", None) is (flag is not None) and cli_train._mixed("cuda", None) is True
+    assert cli_train._mixed("cpu", True) is True and cli_train._mixed("cpu", False) is False
+    for wish, told in (("--bf16", flag is None), ("--no-bf16", False)):
+        ran = aapt("train", "run", tmp_path, wish)
+        assert ran.code == InputError.exit_code and ("warning: this CPU emulates bf16" in ran.err) is told
 
 
 def test_a_damaged_discriminator_is_named(straight: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ By windows of five seconds, over all flights (figures.py measures, flights.py fl
     colour       distance of a picture's channel means from its own start frame's, in levels of 255
     distance     Frechet distance of the pictures, as a crowd, from true ones
     dynamics     change between neighbouring frames over that of true flights; 0 has frozen
-    gains        answer to yaw, strafe, pitch and forward over that of true flights; 1 obeys, 0 ignores
+    flow         optical flow of the picture as a whole, from block to block, over that of true flights: the dynamic degree
+    gains        answer to yaw, strafe, pitch and forward, from block to block, over that of true flights; 1 obeys, 0 ignores
     correlation  of the motion that a true flight would show with what is seen
     prompt       share of pictures in which each attribute is read as prompted
 
@@ -16,7 +17,7 @@ frame scores if it is simply kept; `recognised`, share of flights whose picture 
 
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ class Entrant(NamedTuple):
     open: Callable[[], Engines]
 
 
-def _entrant(path: Path, backend: str, precision: str | None) -> Entrant:
+def entrant(path: Path, backend: str, precision: str | None) -> Entrant:
     """A bundle with the engines asked for, or a checkpoint, which runs as it is: in torch and float32."""
     if path.is_file():
         held = checkpoint.load(path)
@@ -94,29 +95,35 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def evaluate(bundles: Sequence[Path], out: Path, flights: int, seconds: int, backend: str, precision: str | None, report: Report) -> dict[str, Any]:
-    """Fly every bundle or checkpoint through the same plans; write evaluation.json, curves.png and one sheet each into `out`. Returns the record.
-
-    Raises UsageError when bundles differ in picture size or frame rate, or when `seconds` is no multiple of the window.
-    """
-    opened = [_entrant(path, backend, precision) for path in bundles]
+    """`judge` bundles and checkpoints. Raises UsageError as it does, and when one path is given twice."""
     names = _names(bundles)
-    profile = opened[0].profile
-    for path, entrant in zip(bundles, opened, strict=True):
-        if entrant.profile.video != profile.video:
-            raise UsageError(f"{bundles[0]} and {path} differ in their video", "evaluate generators of one picture size and rate together")
+    entrants = {name: entrant(path, backend, precision) for name, path in zip(names, bundles, strict=True)}
+    return judge(entrants, out, flights, seconds, report, {"backend": backend, "precision": precision or "default"})
+
+
+def judge(entrants: Mapping[str, Entrant], out: Path, flights: int, seconds: int, report: Report, how: dict[str, Any]) -> dict[str, Any]:
+    """Fly all entrants through the same plans; write evaluation.json, curves.png and one sheet each into `out`. Returns the record, `how` in it.
+
+    Raises UsageError when entrants differ in picture size or frame rate, or when `seconds` is no multiple of the window.
+    """
+    (first, leader), *others = entrants.items()
+    profile = leader.profile
+    for name, other in others:
+        if other.profile.video != profile.video:
+            raise UsageError(f"{first} and {name} differ in their video", "evaluate generators of one picture size and rate together")
     if seconds % WINDOW_S:
         raise UsageError(f"{seconds} seconds are no multiple of the {WINDOW_S} s window", f"take {seconds // WINDOW_S * WINDOW_S + WINDOW_S}")
     per_second = profile.video.fps // profile.video.temporal_stride
     truth = _truth(profile, flights, seconds * per_second, report)
     out.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name, entrant in zip(names, opened, strict=True):
-        flown = _fly_all(entrant, truth, partial(_under, name, report))
-        results[name] = {"checkpoint": entrant.sha256, "timesteps": entrant.profile.sampler.timesteps} | _judge(flown, truth, per_second)
+    for name, each in entrants.items():
+        flown = _fly_all(each, truth, partial(_under, name, report))
+        results[name] = {"checkpoint": each.sha256, "timesteps": each.profile.sampler.timesteps} | _judge(flown, truth, per_second)
         _sheet(out / f"sheet-{name}.png", flown)
     record = {
         "what": "generated flights against the renderer", "date": datetime.date.today().isoformat(), "machine": machine(), "profile": profile.name,
-        "backend": backend, "precision": precision or "default", "flights": flights, "seconds": seconds, "window_s": WINDOW_S,
+        **how, "flights": flights, "seconds": seconds, "window_s": WINDOW_S,
         "first_world": FIRST_WORLD, "true": _judge_true(truth, per_second), "made": results,
     }  # fmt: skip
     (out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -133,7 +140,7 @@ def _truth(profile: Profile, flights: int, blocks: int, report: Report) -> Truth
     commands = [plan.commands(profile) for plan in planned]
     seen = joined([track.rows(slice(1, None)) for track in tracks])
     response = Response.fit(np.concatenate([c[: len(t.motion) - 1] for c, t in zip(commands, tracks, strict=True)]), seen.motion)
-    late = [measure(plan.late) for plan in planned if len(plan.late)]
+    late = [measure(plan.late).rows(slice(1, None)) for plan in planned if len(plan.late)]
     return Truth(planned, tracks, late, Crowd(seen.features), response, _classifier(profile, report), commands)
 
 
@@ -160,13 +167,16 @@ def _fly_all(entrant: Entrant, truth: Truth, report: Report) -> list[Flown]:
     flown: list[Flown] = []
     try:
         for plan in truth.plans:
-            tracks, held, shown = [], [], []
+            tracks: list[Track] = []
+            held: list[np.ndarray] = []
+            shown: list[np.ndarray] = []
+            before: np.ndarray | None = None
             for block, pair in enumerate(fly(engines, entrant.profile, plan)):
                 held.append(pair)
                 shown += [pair[1]] * int((columns == block).sum())
                 if len(held) == CHUNK or block == blocks:
-                    tracks.append(measure(np.stack(held)))
-                    held = []
+                    tracks.append(measure(np.stack(held), before))
+                    held, before = [], pair[1]
             flown.append(Flown(joined(tracks), np.stack(shown)))
             report(f"{len(flown)} of {len(truth.plans)} flights")
     finally:
@@ -185,7 +195,7 @@ def _judge(flown: list[Flown], truth: Truth, per_second: int) -> dict[str, Any]:
         minutes = np.arange(len(windows)) * WINDOW_S / 60
         result["drift_per_minute"] = {
             name: _rounded(np.polyfit(minutes, [window[name] for window in windows], 1)[0])
-            for name in ("sharpness", "colour", "distance", "dynamics")
+            for name in ("sharpness", "colour", "distance", "dynamics", "flow")
         }
     return result
 
@@ -201,6 +211,7 @@ def _window(tracks: list[Track], truth: Truth, first: int) -> dict[str, Any]:
         "from_s": round(first / each * WINDOW_S),
         "sharpness": _rounded(made.gradient.mean() / true.gradient.mean()), "colour": _rounded(np.abs(made.colour - starts).mean()),
         "distance": _rounded(truth.crowd.distance(made.features)), "dynamics": _rounded(made.change.mean() / true.change.mean()),
+        "flow": _rounded(made.flow.mean() / true.flow.mean()),
         "gains": _rounded(Response.fit(commands, made.motion).against(truth.response)),
         "correlation": _rounded(truth.response.correlation(commands, made.motion)),
         "prompt": _rounded(truth.classifier.obedience(made.features, looks)),

@@ -1,7 +1,9 @@
 """What can be measured in a picture, and in how it moves, without a network that would have to be downloaded.
 
-Everything works on pairs of neighbouring frames and is deterministic. `Features` is a convolution net with fixed random weights: too simple to name
-what it sees, enough to tell two crowds of pictures apart (Frechet distance) and, with a linear layer fitted on renders, to tell dusk from noon.
+A flight is looked at through the last two frames of each block, and all is deterministic. What moves is measured from one block's last frame to the
+next one's: within a block frames move unevenly, because a latent shows its first ones best (docs/log.md). `Features` is a convolution net with fixed
+random weights: too simple to name what it sees, enough to tell two crowds of pictures apart (Frechet distance) and, with a linear layer fitted on
+renders, to tell dusk from noon.
 """
 
 from itertools import pairwise
@@ -14,11 +16,12 @@ from torch.nn import functional as F
 
 from aapt_deploy.prompts import ATTRIBUTES, Look
 
+LUMA = torch.tensor([0.299, 0.587, 0.114])
 COARSE = 8  # pixels
 CHANNELS = (3, 24, 32, 48)  # of the feature net, by level
 COMPONENTS = 48  # principal components that the Frechet distance sees
 RIDGE = 0.03  # of the classifier, relative to a feature's variance
-LEVELS = ((4, 6), (2, 4))  # of the motion estimate: reduction, iterations
+LEVELS = ((8, 6), (4, 6), (2, 4))  # of the motion estimate: reduction, iterations
 
 
 class Track(NamedTuple):
@@ -27,7 +30,8 @@ class Track(NamedTuple):
     gradient: np.ndarray  # [n] mean absolute luma difference of neighbouring pixels
     colour: np.ndarray  # [n, 3] channel means, 0..255
     change: np.ndarray  # [n] mean absolute luma difference of the two frames
-    motion: np.ndarray  # [n, 3] right and down in pixels, zoom; from the first frame of a pair to the second
+    motion: np.ndarray  # [n, 3] right and down in pixels, zoom; from the last frame of the block before
+    flow: np.ndarray  # [n] what that motion comes to over the picture: root mean square displacement in pixels
     features: np.ndarray  # [n, F]
     coarse: np.ndarray  # [n, C] luma in blocks of 8 pixels, zero mean, unit length
 
@@ -40,16 +44,22 @@ def joined(tracks: list[Track]) -> Track:
     return Track(*(np.concatenate(parts) for parts in zip(*tracks, strict=True)))
 
 
-def measure(pairs: np.ndarray) -> Track:
-    """Measure pairs of frames, uint8 [n, 2, H, W, 3]."""
+def measure(pairs: np.ndarray, before: np.ndarray | None = None) -> Track:
+    """Measure the last two frames of each of n blocks, uint8 [n, 2, H, W, 3].
+
+    before [H, W, 3]: the last frame of the block before them, from which the first one moves; without it, the first one's own other frame.
+    """
     frames = torch.from_numpy(pairs).float()  # [n, 2, H, W, 3]
-    luma = frames @ torch.tensor([0.299, 0.587, 0.114])  # [n, 2, H, W]
+    luma = frames @ LUMA  # [n, 2, H, W]
     last = luma[:, 1]
+    first = luma[:1, 0] if before is None else torch.from_numpy(before[None]).float() @ LUMA
     gradient = last.diff(dim=1).abs().mean((1, 2)) + last.diff(dim=2).abs().mean((1, 2))
     coarse = F.avg_pool2d(last[:, None], COARSE).flatten(1)
     coarse = coarse - coarse.mean(1, keepdim=True)
+    moved = motion(torch.cat([first, last[:-1]]), last)
+    flow = (moved[:, 0] ** 2 + moved[:, 1] ** 2 + moved[:, 2] ** 2 * (last.shape[1] ** 2 + last.shape[2] ** 2) / 12).sqrt()
     parts = (
-        gradient, frames[:, 1].mean((1, 2)), (luma[:, 1] - luma[:, 0]).abs().mean((1, 2)), motion(luma[:, 0], luma[:, 1]),
+        gradient, frames[:, 1].mean((1, 2)), (luma[:, 1] - luma[:, 0]).abs().mean((1, 2)), moved, flow,
         features(frames[:, 1].permute(0, 3, 1, 2)), coarse / coarse.norm(dim=1, keepdim=True).clamp_min(1e-6),
     )  # fmt: skip
     return Track(*(part.numpy().astype(np.float64) for part in parts))

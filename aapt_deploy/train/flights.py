@@ -34,16 +34,16 @@ class Plan:
     start: Pose
     velocities: tuple[Velocity, ...]
     true: np.ndarray  # uint8 [1 + m, 2, H, W, 3]: the start frame twice, then the last two frames of each of the first m blocks
-    late: np.ndarray  # uint8 [m, 2, H, W, 3]: likewise of the last m blocks; none in a flight that has no others
+    late: np.ndarray  # uint8 [1 + m, 2, H, W, 3]: the last 1 + m blocks; none in a flight of no more than that
 
     def commands(self, profile: Profile) -> np.ndarray:
-        """Camera motion between the last two frames of each block, float64 [n, 4]: yaw (rad), strafe, pitch (rad), forward (world units)."""
-        seconds, fps = profile.video.temporal_stride / profile.video.fps, profile.video.fps
+        """Camera motion over each block, float64 [n, 4]: yaw (rad), strafe, pitch (rad), forward (world units)."""
+        seconds = profile.video.temporal_stride / profile.video.fps
         pose, rows = Pose(), []
         for v in self.velocities:
             after = pose.moved(v, seconds)
             # A pitch at its stop does not move, whatever it is told.
-            rows.append((v.yaw / fps, v.strafe / fps, (after.pitch - pose.pitch) / profile.video.temporal_stride, v.forward / fps))
+            rows.append((v.yaw * seconds, v.strafe * seconds, after.pitch - pose.pitch, v.forward * seconds))
             pose = after
         return np.array(rows)
 
@@ -72,8 +72,8 @@ def _plan(profile: Profile, seed: int, blocks: int) -> Plan | None:
     else:
         return None
     velocities, poses = flown
-    late = poses[2 * (blocks - stretch) :] if blocks > stretch else []
-    frames = np.stack([world.render(pose) for pose in [start, start, *poses[: 2 * stretch], *late]])  # [2 + 2m (+ 2m), H, W, 3]
+    late = poses[2 * (blocks - stretch - 1) :] if blocks > stretch else []
+    frames = np.stack([world.render(pose) for pose in [start, start, *poses[: 2 * stretch], *late]])  # [2 + 2m (+ 2 + 2m), H, W, 3]
     pairs = frames.reshape(-1, 2, *frames.shape[1:])
     return Plan(seed, world.look, start, velocities, pairs[: 1 + stretch], pairs[1 + stretch :])
 

@@ -92,6 +92,11 @@ class Setup:
 ALONE = Setup()
 
 
+def has_bf16(device: str) -> bool:
+    """Whether products in bf16 are done by hardware. A CPU that has to emulate them takes 100 times longer than in float32 (docs/log.md)."""
+    return device != "cpu" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def joined(device: str, bf16: bool, checkpointing: bool, context: int) -> Setup:
     """The setup of this process among those that `torchrun` started; ALONE's where it did not. Raises UsageError when `context` does not divide them.
 
