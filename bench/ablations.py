@@ -129,7 +129,6 @@ def trained(name: str, variant: Variant, latents: Latents, options: argparse.Nam
     held, generator, stage = checkpoint.load(options.distilled), generator_of(options.distilled, variant), stage_of(variant, options)
     if variant.taught:
         teach(generator, latents, stage, options.out / f"{name}-taught.state", told("regression"), options.regression)
-        checkpoint.save(options.out / f"{name}-taught.safetensors", held.profile, generator, held.vae, {"stage": "taught"}, held.start_frames)
     play(generator, checkpoint.load(options.adapted).generator, latents, stage, options.out / f"{name}-played.state", told("adversarial"))
     checkpoint.save(path, held.profile, generator.eval(), held.vae, {"stage": name}, held.start_frames)
     return path
@@ -172,7 +171,6 @@ def main() -> None:
     if options.train_only:
         return
     entrants = {"distilled": entrant(options.distilled, Variant())} | {name: entrant(path, VARIANTS[name]) for name, path in paths.items()}
-    entrants |= {f"{name}-taught": entrant(options.out / f"{name}-taught.safetensors", v) for name, v in chosen.items() if v.taught}
     judged = evaluate.judge(entrants, options.out / "evaluation", options.flights, options.seconds, say, {"backend": "torch", "precision": "fp32"})
     record = {
         "what": "heads and horizons of the adversarial stage, and input recycling, from one generator", "date": today,
