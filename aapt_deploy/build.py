@@ -27,7 +27,7 @@ from aapt_deploy.engine import Engine, Engines, open_engines
 from aapt_deploy.engine.ort import OrtEngine, OrtEngines, Threads
 from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.graph_file import load_model, save_model
-from aapt_deploy.machine import cores
+from aapt_deploy.machine import adds_int8_exactly, cores
 from aapt_deploy.ops.block_causal_attention import Ring, onnx_function
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
@@ -155,8 +155,10 @@ def _quantise_linears(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet(), _in_float(path) as source:
-        options = {"MatMulConstBOnly": True}
-        quantize_dynamic(source, path, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, extra_options=options)
+        quantize_dynamic(
+            source, path, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, reduce_range=not adds_int8_exactly(),
+            extra_options={"MatMulConstBOnly": True},
+        )  # fmt: skip
 
 
 def _quantise_decoder(bundle: Bundle, path: Path, starts: list[Start]) -> None:
@@ -167,7 +169,8 @@ def _quantise_decoder(bundle: Bundle, path: Path, starts: list[Start]) -> None:
     with _quiet(), _in_float(path) as source:
         quantize_static(
             source, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], extra_options={"CalibMovingAverage": True},
+            weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], reduce_range=not adds_int8_exactly(),
+            extra_options={"CalibMovingAverage": True},
         )  # fmt: skip
 
 

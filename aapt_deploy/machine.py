@@ -12,6 +12,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def adds_int8_exactly() -> bool:
+    """Whether this CPU multiplies uint8 by int8 and adds four products without losing any: an x86 needs VNNI, without it 16 bits overflow."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    info = Path("/proc/cpuinfo")
+    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags.split())
+
+
 def machine() -> dict[str, str | int]:
     """CPU, cores, system and versions."""
     model = platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ import pytest
 from conftest import COMMAND, ENVIRONMENT, Made
 from test_bundle import rewrite_manifest, tree
 
-from aapt_deploy import build
+from aapt_deploy import build, machine
 from aapt_deploy.build import build_engine
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine import open_engines
@@ -67,6 +67,35 @@ def test_graphs_are_lowered_to_what_onnx_runtime_runs_best(bundle: Path, tiny: P
     quantised = [w for w, kind in types.items() if kind == onnx.TensorProto.INT8]
     assert len(quantised) >= len(tiny.vae.decoder_channels)
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in decoder.graph.node}
+
+
+@pytest.mark.parametrize(("exact", "largest"), [(True, 127), (False, 64)])
+def test_a_cpu_that_would_overflow_gets_weights_of_seven_bits(
+    exact: bool, largest: int, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uint8 activations times two weights of eight bits do not fit into 16 bits; without VNNI an x86 cuts them off."""
+    monkeypatch.setattr(build, "adds_int8_exactly", lambda: exact)
+    opened = Bundle.open(bundle)
+    paths = {name: tmp_path / f"{name}.onnx" for name in ("generator", "decoder")}
+    for name, path in paths.items():
+        path.write_bytes(opened.checked(opened.engines["onnxruntime-fp32"]["graphs"][name]).read_bytes())
+    build._quantise_linears(paths["generator"])
+    build._quantise_decoder(opened, paths["decoder"], all_starts(opened))
+    for path in paths.values():
+        weights = [
+            onnx.numpy_helper.to_array(w) for w in onnx.load(path).graph.initializer if w.data_type == onnx.TensorProto.INT8 and len(w.dims) > 1
+        ]
+        assert weights and max(int(np.abs(w.astype(int)).max()) for w in weights) == largest
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "exact"),
+    [("x86_64", "avx2 fma", False), ("x86_64", "avx2 avx_vnni", True), ("AMD64", "avx512_vnni", True), ("aarch64", "", True)],
+)
+def test_which_cpus_overflow(kind: str, flags: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.platform, "machine", lambda: kind)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"model name\t: some\nflags\t\t: fpu {flags}\n")
+    assert machine.adds_int8_exactly() is exact
 
 
 def test_nothing_of_the_way_to_an_engine_stays_in_it(bundle: Path) -> None:
