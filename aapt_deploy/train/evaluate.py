@@ -75,7 +75,7 @@ class Entrant(NamedTuple):
     open: Callable[[], Engines]
 
 
-def entrant(path: Path, backend: str, precision: str | None) -> Entrant:
+def _entrant(path: Path, backend: str, precision: str | None) -> Entrant:
     """A bundle with the engines asked for, or a checkpoint, which runs as it is: in torch and float32."""
     if path.is_file():
         held = checkpoint.load(path)
@@ -97,7 +97,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def evaluate(bundles: Sequence[Path], out: Path, flights: int, seconds: int, backend: str, precision: str | None, report: Report) -> dict[str, Any]:
     """`judge` bundles and checkpoints. Raises UsageError as it does, and when one path is given twice."""
     names = _names(bundles)
-    entrants = {name: entrant(path, backend, precision) for name, path in zip(names, bundles, strict=True)}
+    entrants = {name: _entrant(path, backend, precision) for name, path in zip(names, bundles, strict=True)}
     return judge(entrants, out, flights, seconds, report, {"backend": backend, "precision": precision or "default"})
 
 
@@ -117,9 +117,9 @@ def judge(entrants: Mapping[str, Entrant], out: Path, flights: int, seconds: int
     truth = _truth(profile, flights, seconds * per_second, report)
     out.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name, each in entrants.items():
-        flown = _fly_all(each, truth, partial(_under, name, report))
-        results[name] = {"checkpoint": each.sha256, "timesteps": each.profile.sampler.timesteps} | _judge(flown, truth, per_second)
+    for name, entrant in entrants.items():
+        flown = _fly_all(entrant, truth, partial(_under, name, report))
+        results[name] = {"checkpoint": entrant.sha256, "timesteps": entrant.profile.sampler.timesteps} | _judge(flown, truth, per_second)
         _sheet(out / f"sheet-{name}.png", flown)
     record = {
         "what": "generated flights against the renderer", "date": datetime.date.today().isoformat(), "machine": machine(), "profile": profile.name,
