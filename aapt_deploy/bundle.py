@@ -14,7 +14,6 @@ then renamed), an engine likewise, and one process at a time may add to a bundle
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,13 +27,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from aapt_deploy import profiles
-from aapt_deploy.errors import BundleError, BusyError, OutputError
+from aapt_deploy.errors import BundleError, OutputError
+from aapt_deploy.lock import LOCK, locked
 from aapt_deploy.profiles import Profile
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"  # key of the manifest's own hash, over everything else in it
-LOCK = ".lock"
 REPLACED = "replaced"  # the old bundle, for the moment between two renames
 LARGEST_MANIFEST_BYTES = 16 << 20
 EXPORT_HINT = "make a whole one with: aapt export CKPT -o BUNDLE"
@@ -108,7 +107,7 @@ class Bundle:
         Raises BusyError when another process is building, BundleError when the bundle changed in the meantime, OutputError when it cannot be
         written.
         """
-        with _writing(self.path), _locked(self.path, self.path):
+        with _writing(self.path), locked(self.path, f"bundle {self.path}"):
             for left in self.path.glob(".stage-*"):  # of a process that was killed: we hold the lock, so nobody uses it
                 shutil.rmtree(left, ignore_errors=True)
             manifest = _read_manifest(self.path)  # another process may have added an engine before we held the lock
@@ -169,10 +168,10 @@ def create(path: Path, profile: Profile, overwrite: bool = False) -> Iterator[Dr
     with _writing(path):
         refuse_existing(path, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, path):
+        with locked(folder, f"bundle {path}"):
             try:
                 _clear(folder, target)  # what a killed process left: we hold the lock, so nobody uses it
-                with _locked(target, path) if target.exists() else contextlib.nullcontext():
+                with locked(target, f"bundle {path}") if target.exists() else contextlib.nullcontext():
                     draft = Draft(folder / "new", {"format_version": FORMAT_VERSION, "profile": profile.name, "engines": {}})
                     draft.path.mkdir()
                     (draft.path / "profile.toml").write_text(profile.dumps(), encoding="utf-8")
@@ -321,27 +320,3 @@ def _writing(path: Path) -> Iterator[None]:
         if error.errno not in REFUSALS:
             raise
         raise OutputError(f"bundle {path} cannot be written: {error.strerror}", "free some space or choose another output path") from None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, bundle: Path) -> Iterator[None]:
-    """Hold the lock file in `folder` for work on `bundle`. The kernel lets go of it when the process ends, however it ends."""
-    lock = folder / LOCK
-    # A bundle may come from a stranger: a link in this place must not lead to a file that is then emptied.
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())  # else its holder has just removed it
-        except BlockingIOError:
-            free = False
-        if not free:
-            pid = os.read(descriptor, 20)
-            holder = f"process {int(pid)}" if pid.isdigit() else "another process"
-            raise BusyError(f"bundle {bundle} is being written by {holder}", "wait until it is done, or stop that process")
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(descriptor)

@@ -134,12 +134,15 @@ def evaluation(record: dict[str, Any], out: Path) -> None:
 
     def row(when: str, window: dict[str, Any]) -> tuple[str, ...]:
         figures = [*(window[name] for name in columns[1:6]), *window["gains"].values(), sum(window["prompt"].values()) / len(window["prompt"])]
-        return (when, *(f"{figure:.2f}" for figure in figures))
+        return (when, *("-" if figure is None else f"{figure:.2f}" for figure in figures))
 
     for name, result in record["made"].items():
         rows = [row(f"{w['from_s']}-{w['from_s'] + record['window_s']}", w) for w in result["windows"]]
         true = [row(f"true, {w['from_s']}-{w['from_s'] + record['window_s']}", w) for part in ("window", "last") if (w := record["true"].get(part))]
-        table(f"{name}: {record['flights']} flights", columns, [*rows, *true])
+        anew = [row("anew", result["again"])] if "again" in result else []
+        table(f"{name}: {record['flights']} flights, {result['engine']}", columns, [*rows, *anew, *true])
+        errors = ", ".join(f"{command} {error:.2f}" for command, error in result["windows"][-1]["gain_errors"].items() if error is not None)
+        say(f"standard errors of the last answers to the camera: {errors}")
         last = result["seconds"][-1]
         say(f"after {len(result['seconds']) - 1} s: terrain {last['terrain']:.2f} (start frame kept: {last['still']:.2f}), "
             f"recognised {last['recognised']:.0%}")  # fmt: skip

@@ -171,7 +171,7 @@ def main() -> None:
     if options.train_only:
         return
     entrants = {"distilled": entrant(options.distilled, Variant())} | {name: entrant(path, VARIANTS[name]) for name, path in paths.items()}
-    judged = evaluate.judge(entrants, options.out / "evaluation", options.flights, options.seconds, say, {"backend": "torch", "precision": "fp32"})
+    judged = evaluate.judge(entrants, options.out / "evaluation", options.flights, options.seconds, say)
     record = {
         "what": "heads and horizons of the adversarial stage, and input recycling, from one generator", "date": today,
         "versions": {"torch": torch.__version__.split("+")[0]},

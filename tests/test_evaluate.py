@@ -1,6 +1,7 @@
 """The evaluation: each figure against a case whose answer is known, then the whole command on the tiny bundle."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +65,24 @@ def test_a_turn_moves_the_true_picture_against_it() -> None:
     """One rad is a focal length of pixels, 125 at 192 pixels and 75 degrees, in the middle, and 1.6 times that at the edges."""
     world, pose = World(3, Look(weather="clear")), Pose(z=90.0)
     turned = [world.render(pose), world.render(pose.moved(Velocity(yaw=0.25), 1 / 24))]
-    right, down, zoom = measure(np.stack([turned[1]] * 2)[None], before=turned[0]).motion[0]
+    right, down, zoom = measure(turned[1][None], before=turned[0]).motion[0]
     assert 1.0 < right / (-0.25 / 24 * 125) < 1.25 and abs(down) < 0.1 and abs(zoom) < 2e-3
 
 
 def test_what_moves_is_measured_from_block_to_block() -> None:
-    """Three blocks of a picture that moves by 2 pixels a block, and by 1 from the last frame but one."""
-    shown = [landscape(1, right, 0)[0].clamp(0, 255).byte().numpy() for right in range(7)]
-    colour = np.repeat(np.stack(shown)[..., None], 3, axis=-1)  # [7, H, W, 3]
-    pairs = np.stack([colour[[1, 2]], colour[[3, 4]], colour[[5, 6]]])
-    np.testing.assert_allclose(measure(pairs).motion[:, 0], [1, 2, 2], atol=0.05)
-    track = measure(pairs, before=colour[0])
+    """Three blocks of a picture that moves by 2 pixels a block."""
+    shown = [landscape(1, right, 0)[0].clamp(0, 255).byte().numpy() for right in (0, 2, 4, 6)]
+    colour = np.repeat(np.stack(shown)[..., None], 3, axis=-1)  # [4, H, W, 3]
+    np.testing.assert_allclose(measure(colour).motion[:, 0], [0, 2, 2, 2], atol=0.05)
+    track = measure(colour[1:], before=colour[0])
     np.testing.assert_allclose(track.motion[:, 0], [2, 2, 2], atol=0.05)
     np.testing.assert_allclose(track.flow, [2, 2, 2], atol=0.05)
+    np.testing.assert_allclose(track.change, np.abs(np.diff(colour[..., 0].astype(float), axis=0)).mean((1, 2)), rtol=1e-5)
 
 
 def test_the_flow_of_a_zoom_is_the_root_mean_square_over_the_picture() -> None:
     near = [landscape(scale, 0, 0)[0].clamp(0, 255).byte().numpy() for scale in (1, 1.03)]
-    flow = measure(np.repeat(np.stack(near)[None, ..., None], 3, axis=-1)).flow
+    flow = measure(np.repeat(np.stack(near)[..., None], 3, axis=-1)).flow[1:]
     y, x = np.meshgrid(np.arange(112) - 55.5, np.arange(192) - 95.5, indexing="ij")
     assert flow[0] == pytest.approx(0.03 * np.sqrt((x**2 + y**2).mean()), rel=0.03)
 
@@ -102,27 +103,27 @@ def test_frechet_of_gaussians_in_closed_form() -> None:
 def test_the_distance_grows_with_a_blur_and_is_zero_for_the_crowd_itself(planned: list[Plan]) -> None:
     pictures = np.concatenate([plan.true for plan in planned])
     crowd = Crowd(measure(pictures).features)
-    soft = [torch.nn.functional.avg_pool2d(torch.from_numpy(pictures).float().permute(0, 1, 4, 2, 3).flatten(0, 1), n, 1, n // 2) for n in (3, 7)]
-    blurred = [s[..., :112, :192].reshape(-1, 2, 3, 112, 192).permute(0, 1, 3, 4, 2).byte().numpy() for s in soft]
+    soft = [torch.nn.functional.avg_pool2d(torch.from_numpy(pictures).float().permute(0, 3, 1, 2), n, 1, n // 2) for n in (3, 7)]
+    blurred = [s[..., :112, :192].permute(0, 2, 3, 1).byte().numpy() for s in soft]
     none, little, much = (crowd.distance(measure(p).features) for p in (pictures, *blurred))
     assert none < 1e-6 and 10 * 1e-6 < little < much
 
 
 def test_features_and_measures_are_deterministic_and_do_not_depend_on_the_batch(planned: list[Plan]) -> None:
-    pairs = planned[0].true
-    once, twice = measure(pairs), joined([measure(pairs[:2]), measure(pairs[2:], before=pairs[1, 1])])
+    shown = planned[0].true
+    once, twice = measure(shown), joined([measure(shown[:2]), measure(shown[2:], before=shown[1])])
     for name, a, b in zip(Track._fields, once, twice, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
-        assert len(a) == len(pairs) and a.dtype == np.float64
+        assert len(a) == len(shown) and a.dtype == np.float64
 
 
 def test_measures_of_a_picture_by_hand() -> None:
-    stripes = np.zeros((1, 2, 32, 64, 3), np.uint8)
-    stripes[:, :, ::2] = 100
-    stripes[:, 1] += 7
+    stripes = np.zeros((2, 32, 64, 3), np.uint8)
+    stripes[:, ::2] = 100
+    stripes[1] += 7
     track = measure(stripes)
-    assert track.gradient[0] == pytest.approx(100, rel=1e-5) and track.change[0] == pytest.approx(7, rel=1e-5)
-    np.testing.assert_allclose(track.colour[0], 57)
+    assert track.gradient[1] == pytest.approx(100, rel=1e-5) and track.change == pytest.approx([0, 7], rel=1e-5)
+    np.testing.assert_allclose(track.colour[1], 57)
 
 
 def test_a_response_is_recovered_from_commands_and_motion() -> None:
@@ -137,10 +138,44 @@ def test_a_response_is_recovered_from_commands_and_motion() -> None:
     assert abs(true.correlation(commands, rng.standard_normal((500, 3)))["right"]) < 0.15
 
 
+def test_the_error_of_a_gain_is_that_of_flights_drawn_anew() -> None:
+    """Flights that answer with gains of deviation 0.3: their mean is known to 0.3 / sqrt(flights)."""
+    rng = np.random.default_rng(2)
+    true = Response(np.ones((4, 3)))
+
+    def deviation(count: int) -> float:
+        flights = []
+        for _ in range(count):
+            commands = rng.standard_normal((200, 4))
+            flights.append((commands, commands @ np.full((4, 3), 1 + 0.3 * rng.standard_normal())))
+        return float(np.std([response.against(true)["forward"] for response in Response.resampled(flights)]))
+
+    assert deviation(400) == pytest.approx(0.3 / 20, rel=0.3) and deviation(25) == pytest.approx(0.3 / 5, rel=0.5)
+    same = rng.standard_normal((30, 4))
+    fits = Response.resampled([(same, same @ np.eye(4)[:, :3])] * 3)
+    np.testing.assert_allclose(np.stack([fit.gains for fit in fits]), np.eye(4)[None, :, :3].repeat(len(fits), 0), atol=1e-9)
+
+
+def test_a_command_that_is_never_given_has_no_gain() -> None:
+    rng = np.random.default_rng(3)
+    commands = rng.standard_normal((60, 4)) * [1, 0, 1, 0]
+    commands[:, 3] = 2.0  # always forward: that cannot be told from the offset
+    answered = Response.fit(commands, commands @ rng.standard_normal((4, 3)))
+    found = answered.against(Response(np.ones((4, 3))))
+    assert np.isfinite([found["yaw"], found["pitch"]]).all() and np.isnan([found["strafe"], found["forward"]]).all()
+    assert evaluate._rounded(found)["strafe"] is None
+    assert np.isnan(answered.correlation(np.ones((5, 4)), rng.standard_normal((5, 3)))["right"])
+
+
+def test_a_crowd_has_no_more_components_than_a_third_of_its_flights() -> None:
+    features = np.random.default_rng(4).standard_normal((200, 30))
+    assert [Crowd(features, flights).true.shape[1] for flights in (2, 12, 30, 300)] == [1, 4, 10, 10]
+
+
 def test_the_classifier_reads_the_time_of_day_and_fails_on_noise() -> None:
     worlds = [World(seed, Look(time=time)) for seed in range(14) for time in ("noon", "night")]
     pictures = np.stack([world.render(Pose(x=40.0 * i, z=world.altitude + 30)) for i, world in enumerate(worlds)])
-    seen, looks = measure(pictures[:, None].repeat(2, axis=1)).features, [world.look for world in worlds]
+    seen, looks = measure(pictures).features, [world.look for world in worlds]
     classifier = Classifier(seen[:20], looks[:20])
     assert classifier.obedience(seen[20:], looks[20:])["time"] > 0.9
     other = [Look(look.place, look.season, "dawn", look.weather) for look in looks]
@@ -162,7 +197,7 @@ def test_plans_repeat_and_stay_above_the_ground(planned: list[Plan]) -> None:
             poses.append(poses[-1].moved(velocity, 1 / 6))
         world = World(plan.seed, Look())
         assert headroom(world, poses) > CLEARANCE
-        np.testing.assert_array_equal(plan.true[-1, 1], world.render(poses[-1]))
+        np.testing.assert_array_equal(plan.true[-1], world.render(poses[-1]))
 
 
 def test_a_long_plan_stays_above_the_ground_to_its_end_and_shows_it() -> None:
@@ -176,8 +211,30 @@ def test_a_long_plan_stays_above_the_ground_to_its_end_and_shows_it() -> None:
     for first in range(0, 100, 30):  # no stretch touches the ground
         assert headroom(world, poses[first : first + 31]) > CLEARANCE
     assert len(plan.true) == 31 and len(plan.late) == 31 and len(short.late) == 0
-    np.testing.assert_array_equal(plan.late[-1, 1], world.render(poses[-1]))
-    np.testing.assert_array_equal(plan.late[0, 1], world.render(poses[70]))
+    np.testing.assert_array_equal(plan.late[-1], world.render(poses[-1]))
+    np.testing.assert_array_equal(plan.late[0], world.render(poses[70]))
+
+
+def test_true_and_generated_cameras_are_one(planned: list[Plan]) -> None:
+    """Commands are counted from a level camera, where a stream begins; the true flight meets the stops of pitch at the same moments."""
+    for plan in planned:
+        poses = [plan.start]
+        for velocity in plan.velocities:
+            poses.append(poses[-1].moved(velocity, 1 / 6))
+        np.testing.assert_allclose(plan.commands(DEMO)[:, 2], np.diff([pose.pitch for pose in poses]), atol=1e-12)
+    assert len({plan.start.z for plan in planned}) > 1
+
+
+def test_a_flight_begins_anew_where_it_ended() -> None:
+    plan = Plan(0, Look(), Pose(), tuple(Velocity(forward=float(i)) for i in range(60)), np.zeros((7, 4, 8, 3), np.uint8), np.zeros(0))
+    last = np.full((4, 8, 3), 9, np.uint8)
+    anew = evaluate._anew(plan, last, 30)
+    assert [v.forward for v in anew.velocities] == list(range(30, 60)) and anew.true.shape == (1, 4, 8, 3) and (anew.true == 9).all()
+
+
+@pytest.mark.parametrize("paths", [("runs/a-0.1", "runs/a-0.2"), ("a/x.safetensors", "b/x.safetensors"), ("a/x", "a/x.safetensors/y")])
+def test_names_tell_entrants_apart(paths: tuple[str, str]) -> None:
+    assert len(set(evaluate._names([Path(path) for path in paths]))) == 2
 
 
 def test_a_pitch_at_its_stop_is_no_command() -> None:
@@ -193,9 +250,8 @@ def test_a_flight_is_the_rollout_under_the_plan(bundle: Path, tiny: Profile) -> 
     engines = open_engines(opened, "onnxruntime", "fp32")
     flown = list(fly(engines, tiny, plan))
     engines.close()
-    assert [pair.shape for pair in flown] == [(2, tiny.video.height, tiny.video.width, 3)] * 5
-    np.testing.assert_array_equal(flown[0][0], flown[0][1])
-    assert any((a != b).any() for a, b in flown[1:])
+    assert [frame.shape for frame in flown] == [(tiny.video.height, tiny.video.width, 3)] * 5
+    assert any((a != b).any() for a, b in pairwise(flown))
 
 
 # --- the whole ---
@@ -210,17 +266,18 @@ def test_a_perfect_generator_scores_one(planned: list[Plan]) -> None:
         planned, tracks, [], Crowd(seen.features), Response.fit(np.concatenate(commands), seen.motion),
         Classifier(seen.features, [plan.look for plan in planned for _ in range(6)]), commands,
     )  # fmt: skip
-    judged = evaluate._judge([evaluate.Flown(track, np.zeros(0)) for track in tracks], truth, per_second=6)
+    judged = evaluate._judge([evaluate.Flown(track, np.zeros(0)) for track in tracks], truth, DEMO)
     (window,) = judged["windows"]
     assert window["sharpness"] == window["dynamics"] == window["flow"] == 1 and abs(window["distance"]) < 1e-3
     assert window["gains"] == {"yaw": 1, "strafe": 1, "pitch": 1, "forward": 1}
     assert [m["terrain"] for m in judged["seconds"]] == [1, 1] and judged["seconds"][1]["recognised"] == 1
-    swapped = evaluate._judge([evaluate.Flown(track, np.zeros(0)) for track in tracks[1:] + tracks[:1]], truth, per_second=6)
+    swapped = evaluate._judge([evaluate.Flown(track, np.zeros(0)) for track in tracks[1:] + tracks[:1]], truth, DEMO)
     assert swapped["seconds"][1]["recognised"] == 0 and swapped["seconds"][1]["terrain"] < 0.9
 
 
 def finite(value: Any) -> bool:
-    return all(map(finite, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else np.isfinite(value)
+    """No NaN; none of three flights may have been told to pitch, and then there is no figure."""
+    return all(map(finite, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else np.isfinite(value or 0)
 
 
 @pytest.mark.usefixtures("quick")
@@ -235,8 +292,9 @@ def test_evaluate_writes_a_record_curves_and_frames(aapt: Any, bundle: Path, tmp
     assert finite(made["windows"]) and finite(made["seconds"]) and finite(made["drift_per_minute"]) and finite(record["true"])
     assert 0 < made["windows"][0]["sharpness"] != 1
     assert record["true"]["last"]["from_s"] == 5 and record["true"]["last"]["sharpness"] != 1
+    assert made["engine"] == "onnxruntime-fp32" and set(made["again"]) == set(made["windows"][0]) - {"from_s"}
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "evaluation.json", "sheet-bundle.png"]
-    assert "after 5 s: terrain" in ran.err and "true" in ran.err
+    assert "after 5 s: terrain" in ran.err and "true" in ran.err and "anew" in ran.err and "standard errors" in ran.err
 
 
 @pytest.mark.usefixtures("quick")

@@ -42,7 +42,7 @@ TIERS = (
     ("models/", "engine/", "video", "controls", "graph_file", "graph_bf16", "lower_tensorrt", "probe_graphs"),
     ("scales",),
     ("ops/",),
-    ("profiles", "signature", "bundle", "camera", "prompts", "rope", "machine", "assets/", "console", "reports", "options", "proofs"),
+    ("profiles", "signature", "bundle", "lock", "camera", "prompts", "rope", "machine", "assets/", "console", "reports", "options", "proofs"),
     ("errors", "__init__"),
 )
 GROUND = len(TIERS) - 2  # the nouns may build upon each other, as long as it is not in a circle

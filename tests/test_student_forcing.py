@@ -1,6 +1,9 @@
 """The rollout under training is the rollout of inference, its past is its own, and gradients go where they should."""
 
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train.student_forcing import Streams, forced_flow_loss
 
+ROOT = Path(__file__).parent.parent
 TINY = load("tiny-cpu")
 RING = Ring.of(TINY)
 BLOCKS = RING.sink_frames + 2 * RING.window_frames + 2  # fills the ring and wraps it
@@ -34,7 +38,15 @@ def drawn_generator(seed: int = 0) -> Generator:
     return generator
 
 
-# --- the op's gradient ---
+# --- the op under training ---
+
+
+def test_the_op_runs_wherever_training_does() -> None:
+    """No GPU here: the dispatcher says whether a rollout on CUDA tensors would find a kernel, without one for inference being loaded."""
+    asked = "torch._C._dispatch_has_computed_kernel_for_dispatch_key('aapt::block_causal_attention', 'CUDA')"
+    code = f"import torch, aapt_deploy.train.student_forcing\nprint({asked})"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found == "True\n"
 
 
 @pytest.mark.parametrize("cached", [0, 3, 5])

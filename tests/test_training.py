@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import toy_latents
 
-from aapt_deploy.errors import CheckpointError, InputError, TrainingError
+from aapt_deploy.errors import BusyError, CheckpointError, InputError, TrainingError, UsageError
+from aapt_deploy.lock import locked
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.vae import Vae
-from aapt_deploy.profiles import load
-from aapt_deploy.train import stages
+from aapt_deploy.profiles import Text, load
+from aapt_deploy.train import loop, stages
 from aapt_deploy.train.data import clip_files, render_world
 from aapt_deploy.train.flow import flow_loss
 from aapt_deploy.train.loop import fit, learning_rate
@@ -56,6 +58,10 @@ def trainee() -> tuple[Generator, Callable[[torch.Generator], Tensor]]:
 
 def quiet(step: int, loss: float) -> None:
     """Progress for nobody."""
+
+
+def quiet_text(text: str) -> None:
+    """The same, of a whole run."""
 
 
 KILLED = """
@@ -166,6 +172,36 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
     assert (tmp_path / "x.state").read_bytes() == good
 
 
+def test_a_gradient_that_is_no_number_reaches_neither_weights_nor_state(tmp_path: Path) -> None:
+    """The root of zero is a number, its slope is none."""
+    module = nn.Linear(2, 2)
+    fit(module, lambda rng: module.weight.square().sum(), Optimiser(2, 1, 1e-3), tmp_path / "x.state", 0, quiet)
+    good, weight = (tmp_path / "x.state").read_bytes(), module.weight.detach().clone()
+    with pytest.raises(TrainingError, match=r"the gradient's norm of update 3 is nan \(x\)"):
+        fit(module, lambda rng: (module.weight * 0).norm().sqrt(), Optimiser(3, 1, 1e-3), tmp_path / "x.state", 0, quiet)
+    assert torch.equal(module.weight, weight) and (tmp_path / "x.state").read_bytes() == good
+
+
+def test_updates_that_are_done_again_are_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls, last = nn.Linear(1, 1), [0], [50]
+
+    def loss(rng: torch.Generator) -> Tensor:
+        calls[0] += 1
+        if calls[0] == last[0]:
+            raise KeyboardInterrupt
+        return module.weight.square().sum()
+
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 1e9)
+    optimiser = Optimiser(60, 1, 1e-3)
+    with pytest.raises(KeyboardInterrupt):  # before anything was saved
+        fit(module, loss, optimiser, tmp_path / "x.state", 0, quiet)
+    logged = lambda: [json.loads(line)["step"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert logged() == [20, 40]
+    last[0] = 0
+    fit(module, loss, optimiser, tmp_path / "x.state", 0, quiet)
+    assert logged() == [20, 40, 60]
+
+
 def test_gradients_are_clipped_and_frozen_weights_stay(tmp_path: Path) -> None:
     module = nn.Linear(4, 4)
     module.bias.requires_grad_(False)
@@ -261,19 +297,100 @@ def test_a_whole_run_ends_in_a_checkpoint_and_resumes(clips: Path, tmp_path: Pat
     assert skipped[1].endswith("(2 so far)")
     assert json.loads((tmp_path / "run" / "record.json").read_text())["skipped"] == 2
 
+    adapted, samples = tmp_path / "run" / "checkpoint-adapted.safetensors", tmp_path / "run" / "samples-adapted"
+    before, seen = (adapted.read_bytes(), adapted.stat().st_mtime_ns), sorted(file.name for file in samples.iterdir())
+    assert path.read_bytes() == before[0] and {f"{name}.mp4" for name in stages.STARTS} < set(seen)
+
     (tmp_path / "run" / "generator-2.safetensors").unlink()
     (tmp_path / "run" / "latents.safetensors").write_bytes(b"damaged")  # a cache: made again
+    path.unlink()
+    shutil.rmtree(samples)
+    unfinished = samples.with_name(f".{samples.name}.unfinished")
+    unfinished.mkdir()
+    (unfinished / "left.mp4").touch()  # by a run that was killed while it wrote samples
     told.clear()
     again = checkpoint.load(stages.train(clips, tmp_path / "run", TINY, RECIPE, told.append))
+    assert (adapted.read_bytes(), adapted.stat().st_mtime_ns) == before and path.read_bytes() == before[0]
+    assert len(list(samples.glob("*.mp4"))) == len(stages.STARTS) and not unfinished.exists() and not (samples / "left.mp4").exists()
     assert not any(line.startswith(("VAE", "generator stage 1")) for line in told)
     for module, same in ((first.generator, again.generator), (first.vae, again.vae)):
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), same.parameters(), strict=True))
+
+    adapted.write_bytes(before[0][:-9])
+    stages.train(clips, tmp_path / "run", TINY, RECIPE, told.append)
+    assert checkpoint.load(adapted).profile == TINY  # a damaged checkpoint is written again
 
     part = tmp_path / "run" / "generator-1.safetensors"
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"generator-1\.safetensors") as caught:
         stages.train(clips, tmp_path / "run", TINY, RECIPE, told.append)
     assert "delete it" in caught.value.hint
+
+
+def test_a_run_s_folder_is_that_of_one_run(clips: Path, tmp_path: Path) -> None:
+    short = dataclasses.replace(RECIPE, flow=RECIPE.flow[:1], sample_seconds=0)
+    path = stages.train(clips, tmp_path / "run", TINY, short, quiet_text)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"] == repr(short)
+    others = [
+        ("another recipe", TINY, dataclasses.replace(short, seed=1), None),
+        ("another profile", TINY.replace(name="other"), short, None),
+        ("another start", TINY, short, stages.Start(path)),
+        ("another profile and another recipe", TINY.replace(name="other"), RECIPE, None),
+    ]
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+    for what, profile, recipe, start in others:
+        with pytest.raises(UsageError, match=f"was made with {what}$") as caught:
+            stages.train(clips, tmp_path / "run", profile, recipe, quiet_text, start=start)
+        assert "--run" in caught.value.hint
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()} == kept
+    stages.train(clips, tmp_path / "run", TINY, short, quiet_text)
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
+        stages.train(clips, tmp_path / "run", TINY, short, quiet_text)
+
+
+def test_two_processes_do_not_train_in_one_folder(clips: Path, tmp_path: Path) -> None:
+    with locked(tmp_path, "it"), pytest.raises(BusyError, match=f"run {tmp_path} is being written by process {os.getpid()}"):
+        stages.train(clips, tmp_path, TINY, RECIPE, quiet_text)
+
+
+def test_latents_are_made_again_when_a_clip_changes(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    told: list[str] = []
+    render_world(data, TINY, 0, 4)
+    vae, cache = Vae(TINY), tmp_path / "latents.safetensors"
+
+    def encoded() -> Tensor:
+        return stages.cached_latents(cache, vae, clip_files(data, lambda path, reason: None), TINY, told.append).z
+
+    first = encoded()
+    told.clear()
+    assert torch.equal(encoded(), first) and not told
+    one, two = sorted(data.iterdir())
+    one.write_bytes(two.read_bytes())
+    assert torch.equal(encoded()[0], first[1]) and told
+
+
+@pytest.mark.parametrize("text", [dataclasses.replace(TINY.text, tokens=0), dataclasses.replace(TINY.text, kind="embedding", tokens=8)])
+def test_a_model_without_text_is_trained_and_one_with_an_encoder_refused(text: Text, clips: Path, tmp_path: Path) -> None:
+    profile, short = TINY.replace(text=text), dataclasses.replace(RECIPE, flow=RECIPE.flow[:1])
+    if not text.tokens:
+        assert checkpoint.load(stages.train(clips, tmp_path, profile, short, quiet_text)).profile.text.tokens == 0
+        return
+    with pytest.raises(UsageError, match="prompts of 8 tokens of kind 'embedding'; clips hold the ids of 4 words") as caught:
+        stages.train(clips, tmp_path, profile, short, quiet_text)
+    assert "tokens = 0" in caught.value.hint and not (tmp_path / "latents.safetensors").exists()
+
+
+def test_a_channel_that_never_moves_has_a_spread_to_divide_by() -> None:
+    latents = toy_latents()
+    assert float(latents.step_spread().min()) > 0
+    stage = FlowStage(Optimiser(1, 2, 1e-3), blocks=3)
+    generator = Generator(TINY)
+    generator.step_spread.copy_(latents.step_spread())
+    rng = torch.Generator().manual_seed(0)
+    assert torch.isfinite(flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng))
 
 
 def test_broken_clips_do_not_stop_the_vae_stage(clips: Path) -> None:

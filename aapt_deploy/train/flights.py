@@ -1,10 +1,11 @@
 """Flights to judge a generator by: held-out worlds, random cameras, flown by the renderer and by a bundle's engines from the same first frame.
 
-Every block is looked at through its last two frames: a picture, and how it moves. The renderer flies the first five seconds, in which both see
+Every block is looked at through its last frame. The renderer flies the first five seconds, in which both see
 the same land, and the last five, to tell what a minute of such flying does to true pictures; between them it only makes sure that no ground is
 in the way.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -33,8 +34,8 @@ class Plan:
     look: Look
     start: Pose
     velocities: tuple[Velocity, ...]
-    true: np.ndarray  # uint8 [1 + m, 2, H, W, 3]: the start frame twice, then the last two frames of each of the first m blocks
-    late: np.ndarray  # uint8 [1 + m, 2, H, W, 3]: the last 1 + m blocks; none in a flight of no more than that
+    true: np.ndarray  # uint8 [1 + m, H, W, 3]: the start frame, then the last frame of each of the first m blocks
+    late: np.ndarray  # uint8 [1 + m, H, W, 3]: of the last 1 + m blocks; none in a flight of no more than that
 
     def commands(self, profile: Profile) -> np.ndarray:
         """Camera motion over each block, float64 [n, 4]: yaw (rad), strafe, pitch (rad), forward (world units)."""
@@ -65,24 +66,23 @@ def _plan(profile: Profile, seed: int, blocks: int) -> Plan | None:
     world = World(seed, Look(), video.width, video.height)
     stretch = min(blocks, TRUE_SECONDS * video.fps // video.temporal_stride)
     for _ in range(PLANS):
-        start = start_pose(world, rng)
+        start = dataclasses.replace(start_pose(world, rng), pitch=0.0)  # where a stream's begins: both meet the stops of pitch together
         flown = _flight(profile, world, start, blocks, stretch, rng)
         if flown is not None:
             break
     else:
         return None
     velocities, poses = flown
-    late = poses[2 * (blocks - stretch - 1) :] if blocks > stretch else []
-    frames = np.stack([world.render(pose) for pose in [start, start, *poses[: 2 * stretch], *late]])  # [2 + 2m (+ 2 + 2m), H, W, 3]
-    pairs = frames.reshape(-1, 2, *frames.shape[1:])
-    return Plan(seed, world.look, start, velocities, pairs[: 1 + stretch], pairs[1 + stretch :])
+    late = poses[blocks - stretch - 1 :] if blocks > stretch else []
+    frames = np.stack([world.render(pose) for pose in [start, *poses[:stretch], *late]])  # [1 + m (+ 1 + m), H, W, 3]
+    return Plan(seed, world.look, start, velocities, frames[: 1 + stretch], frames[1 + stretch :])
 
 
 def _flight(
     profile: Profile, world: World, start: Pose, blocks: int, stretch: int, rng: np.random.Generator
 ) -> tuple[tuple[Velocity, ...], list[Pose]] | None:
-    """Velocities of `blocks` blocks, and the poses of the last two frames of each, found stretch by stretch; None where the ground is in the way."""
-    fps, seconds = profile.video.fps, profile.video.temporal_stride / profile.video.fps
+    """Velocities of `blocks` blocks, and the pose at the end of each, found stretch by stretch; None where the ground is in the way."""
+    seconds = profile.video.temporal_stride / profile.video.fps
     velocities: list[Velocity] = []
     poses: list[Pose] = []
     while len(velocities) < blocks:
@@ -90,7 +90,7 @@ def _flight(
             turn = random_velocities(rng, min(stretch, blocks - len(velocities)))
             tried = [poses[-1] if poses else start]
             for velocity in turn:
-                tried += [tried[-1].moved(velocity, seconds - 1 / fps), tried[-1].moved(velocity, seconds)]
+                tried.append(tried[-1].moved(velocity, seconds))
             if headroom(world, tried) > CLEARANCE:
                 break
         else:
@@ -101,11 +101,11 @@ def _flight(
 
 
 def fly(engines: Engines, profile: Profile, plan: Plan) -> Iterator[np.ndarray]:
-    """The generator's flight: for the start and each block its last two frames, uint8 [2, H, W, 3]."""
+    """The generator's flight: the start frame as decoded and the last frame of each block, uint8 [H, W, 3]."""
     text = token_ids(plan.look) if profile.text.tokens else None
 
     def steer(block: int) -> Steering:
         return Steering(plan.velocities[block], text)
 
-    for frames in islice(rollout(engines, profile, plan.true[0, 0], steer, plan.seed), 1 + len(plan.velocities)):
-        yield frames[[-1, -1]] if len(frames) == 1 else frames[-2:]
+    for frames in islice(rollout(engines, profile, plan.true[0], steer, plan.seed), 1 + len(plan.velocities)):
+        yield frames[-1]

@@ -22,6 +22,7 @@ from aapt_deploy.train.draws import coin
 from aapt_deploy.train.recipe import AnchoredStage, ConsistencyStage, FlowStage, TrajectoryStage
 
 SMALLEST_T = 0.05  # the sampler stops above it
+SMALLEST_SPREAD = 1e-3  # latent units
 FAR = 20_000  # blocks by which a sink may lie in the past: 55 minutes at 24 fps
 
 
@@ -48,8 +49,8 @@ class Latents:
     tokens: Tensor
 
     def step_spread(self) -> Tensor:
-        """Deviation of each channel around the latent before it: [C, 1, 1]."""
-        return (self.z[:, 1:].float() - self.z[:, :-1].float()).std(dim=(0, 1, 3, 4))[:, None, None]
+        """Deviation of each channel around the latent before it: [C, 1, 1]. A channel that never moves gets a small one: losses divide by it."""
+        return (self.z[:, 1:].float() - self.z[:, :-1].float()).std(dim=(0, 1, 3, 4)).clamp_min(SMALLEST_SPREAD)[:, None, None]
 
     def draw(self, profile: Profile, stage: FlowStage | ConsistencyStage | TrajectoryStage | AnchoredStage, rng: torch.Generator) -> Batch:
         """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips."""

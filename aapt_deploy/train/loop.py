@@ -49,19 +49,21 @@ class Learner:
         self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=optimiser.betas, weight_decay=optimiser.weight_decay)
         self.updates = 0  # that gave it a gradient
 
-    def update(self, step: int) -> float:
-        """Use up the gradients, if there are any. Returns their norm before clipping."""
+    def clip(self) -> float:
+        """Clip the gradients. Returns their norm before that, 0 where there are none."""
+        return float(whole(nn.utils.clip_grad_norm_(self.weights.values(), self.optimiser.clip_norm)))
+
+    def update(self, step: int) -> None:
+        """Use up the gradients, if there are any."""
         if all(p.grad is None for p in self.weights.values()):
-            return 0.0
+            return
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(self.optimiser, step)
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.optimiser.clip_norm)
         self.adam.step()
         self.adam.zero_grad()
         self.updates += 1
         decay = min(self.optimiser.ema, self.updates / (self.updates + 10))
         torch._foreach_lerp_([own(p) for p in self.average.values()], [own(p.detach()) for p in self.weights.values()], 1 - decay)
-        return float(whole(norm))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has to be kept, by name."""
@@ -97,7 +99,7 @@ def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: 
     """Train `module` on `loss` until `optimiser.steps` updates are done, resuming from `state` if it exists.
 
     Returns the averaged (EMA) weights by name. Raises CheckpointError when `state` is damaged or belongs to another module, and TrainingError
-    when the loss is no longer finite; the state on disk then is the last good one.
+    when loss or gradient are no longer finite; the state on disk then is the last good one.
     """
 
     def update(rng: torch.Generator, step: int, scale: float) -> dict[str, Tensor]:
@@ -121,6 +123,8 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
         raise UsageError(f"{rows} rows of processes cannot share {optimiser.accumulate} batches", "start as many as divide the recipe's `accumulate`")
     step = _restore(state, learners) if state.exists() else 0
     log, scale = state.with_suffix(".jsonl"), rows / optimiser.accumulate
+    if setup.writes:
+        _forget(log, step)
     saved = started = time.monotonic()
     gathered: list[dict[str, float]] = []
     events: Events | None = None
@@ -131,8 +135,10 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
             with setup.autocast():
                 batches.append({name: float(value.detach()) for name, value in update(rng, step, scale).items()})
         figures = setup.mean(_mean(batches))
-        _finite(figures, step, state)
-        norms = [learner.update(step) for learner in learners]
+        norms = [learner.clip() for learner in learners]
+        _finite(figures | {"gradient's norm": sum(norms)}, step, state)
+        for learner in learners:
+            learner.update(step)
         step += 1
         gathered.append(figures)
         if step % LOG_EVERY == 0 or step == optimiser.steps:
@@ -149,6 +155,15 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
         if setup.agreed(time.monotonic() - saved > SAVE_EVERY_S) or step == optimiser.steps:
             _save(state, step, learners, setup)
             saved = time.monotonic()
+
+
+def _forget(log: Path, step: int) -> None:
+    """Drop the lines of updates after `step`, which are done again."""
+    if log.exists():
+        kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        temporary = log.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, log)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

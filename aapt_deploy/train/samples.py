@@ -1,5 +1,6 @@
 """What a checkpoint streams, to look at: a video and a row of its frames, from each start frame. Nothing is measured here; `evaluate` does that."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -19,10 +20,20 @@ TURN = 0.2  # radians per second, to the left and to the right in turn
 
 
 def write_samples(path: Path, out: Path, seconds: int) -> Path:
-    """Stream `seconds` from every start frame of the checkpoint at `path` into `out`: NAME.mp4, their frames in sheet.png, and in TensorBoard."""
-    loaded = checkpoint.load(path)
+    """Stream `seconds` from every start frame of the checkpoint at `path` into `out`: NAME.mp4, their frames in sheet.png, and in TensorBoard.
+
+    `out` appears when all is in it.
+    """
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _write(checkpoint.load(path), unfinished, seconds)
+    unfinished.rename(out)
+    return out
+
+
+def _write(loaded: checkpoint.Checkpoint, out: Path, seconds: int) -> None:
     profile, per_second = loaded.profile, loaded.profile.video.fps // loaded.profile.video.temporal_stride
-    out.mkdir(parents=True, exist_ok=True)
     blocks, rows = seconds * per_second, []
 
     for name, frame in loaded.start_frames.items():
@@ -43,4 +54,3 @@ def write_samples(path: Path, out: Path, seconds: int) -> Path:
         sheet = np.ascontiguousarray(np.concatenate(rows))
         write_image(out / "sheet.png", sheet)
         Events(out, 0).picture(0, f"seconds 0 to {seconds}", (out / "sheet.png").read_bytes(), *sheet.shape[:2])
-    return out

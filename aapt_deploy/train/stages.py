@@ -3,13 +3,15 @@
 The generator's stages are those of AAPT's App. B: flow matching (flow.py), distillation to one step (consistency.py), student forcing under a
 discriminator and its long-video form (adversarial.py). A run may also start from a checkpoint in the place of VAE and flow matching.
 
-Every part leaves its result in the run's folder and is skipped when it is there, so a run that was killed goes on where it stopped.
+Every part leaves its result in the run's folder and is skipped when it is there, so a run that was killed goes on where it stopped. What the folder
+was made from is written down in it (run.json), and a run with anything else is refused there.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,21 +24,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aapt_deploy import __version__
-from aapt_deploy.errors import InputError
+from aapt_deploy.errors import CheckpointError, InputError, UsageError
+from aapt_deploy.lock import locked
 from aapt_deploy.machine import machine
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import StartFrame
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.vae import Vae, from_pixels
 from aapt_deploy.profiles import CONDITION_CHANNELS, Profile
-from aapt_deploy.prompts import parse
+from aapt_deploy.prompts import PROMPT_TOKENS, parse
 from aapt_deploy.train.data import VALIDATION_SEED, ClipFile, clip_files, conditions
 from aapt_deploy.train.flow import Latents
 from aapt_deploy.train.generator_stages import GeneratorStages, part
 from aapt_deploy.train.loop import fit
 from aapt_deploy.train.recipe import Recipe
 from aapt_deploy.train.samples import write_samples
-from aapt_deploy.train.setup import ALONE, Setup
+from aapt_deploy.train.setup import ALONE, Setup, has_bf16
 from aapt_deploy.train.vae_stage import Snippets, fit_linear, vae_loss
 from aapt_deploy.train.worlds import World, fly
 
@@ -65,11 +68,16 @@ def train(
 ) -> Path:  # fmt: skip
     """Train everything that `run` does not hold yet. Returns the path of the last stage's checkpoint; `run` holds one of each.
 
-    With `start`, the profile is that of its checkpoint. Raises InputError for a data folder without clips or a start that does not fit, and
-    CheckpointError for a damaged part of an earlier run.
+    With `start`, the profile is that of its checkpoint. Raises InputError for a data folder without clips or a start that does not fit, UsageError
+    for a profile whose prompts clips do not hold or a folder of another run, BusyError while another process writes there, and CheckpointError for
+    a damaged part of an earlier run.
     """
     run.mkdir(parents=True, exist_ok=True)
-    report = report if setup.writes else _silence
+    with locked(run, f"run {run}") if setup.writes else contextlib.nullcontext():
+        return _train(data, run, profile, recipe, report if setup.writes else _silence, setup, start)
+
+
+def _train(data: Path, run: Path, profile: Profile, recipe: Recipe, report: Report, setup: Setup, start: Start | None) -> Path:
     skipped: list[str] = []
 
     def skip(path: Path, reason: str) -> None:
@@ -86,6 +94,9 @@ def train(
         profile, generator, vae = held.profile, held.generator.train(), held.vae
     else:
         generator, vae = Generator(profile), Vae(profile)
+    _refuse_prompts(profile)
+    _same_run(run, profile, recipe, start, setup)
+    if start is None:
         part(run / "vae-linear.safetensors", vae, lambda: _fit(vae, clips, profile, recipe, report), setup, together=False)
     latents = one_after_another(setup, lambda: cached_latents(run / "latents.safetensors", vae, clips, profile, report))
     if start is None:
@@ -99,20 +110,74 @@ def train(
         }  # fmt: skip
 
     stages = GeneratorStages(generator.to(setup.device), latents, recipe, run, report, setup)
-    path, pictures = run / "checkpoint.safetensors", start_frames(profile)
+    path = made = run / "checkpoint.safetensors"
     for stage, timesteps in stages.all(start is not None, start.distilled if start else None):
-        sampler = dataclasses.replace(profile.sampler, timesteps=timesteps or profile.sampler.timesteps)
-        shipped = profile.replace(sampler=sampler)
+        made = run / f"checkpoint-{stage}.safetensors"
         if setup.writes:
-            for written in (run / f"checkpoint-{stage}.safetensors", path):
-                checkpoint.save(written, shipped, generator.eval(), vae.eval(), record(stage), pictures)
+            if not _holds(made, generator, vae):  # else it stays as it is: records name it by its hash
+                shipped = profile.replace(sampler=dataclasses.replace(profile.sampler, timesteps=timesteps or profile.sampler.timesteps))
+                checkpoint.save(made, shipped, generator.eval(), vae.eval(), record(stage), start_frames(profile))
+                (run / "record.json").write_text(json.dumps(record(stage), indent=1))
+                _copy(made, path)
             if recipe.sample_seconds and not (run / f"samples-{stage}").exists():
                 report(f"streaming samples of stage {stage}")
-                write_samples(path, run / f"samples-{stage}", recipe.sample_seconds)
-            (run / "record.json").write_text(json.dumps(record(stage), indent=1))
+                write_samples(made, run / f"samples-{stage}", recipe.sample_seconds)
         generator.train()
         setup.wait()
+    if setup.writes:
+        _copy(made, path)  # once more, for a run that was killed between the two
     return path
+
+
+def _holds(path: Path, generator: Generator, vae: Vae) -> bool:
+    """Whether the checkpoint at `path` has these weights."""
+    try:
+        held = checkpoint.stored(path)
+        parts = (("generator", generator), ("vae", vae))
+        return all(
+            torch.equal(held.tensor(f"{part}.{name}"), tensor.cpu().half().float())
+            for part, module in parts
+            for name, tensor in module.state_dict().items()
+        )
+    except CheckpointError:  # there is none, or it is damaged
+        return False
+
+
+def _copy(source: Path, target: Path) -> None:
+    temporary = target.with_suffix(".tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+def _refuse_prompts(profile: Profile) -> None:
+    if profile.text.tokens and (profile.text.kind != "vocabulary" or profile.text.tokens != PROMPT_TOKENS):
+        raise UsageError(
+            f"profile {profile.name} reads prompts of {profile.text.tokens} tokens of kind {profile.text.kind!r}; "
+            f"clips hold the ids of {PROMPT_TOKENS} words",
+            f'in its [text] set kind = "vocabulary" and tokens = {PROMPT_TOKENS}, or tokens = 0 to train without text',
+        )
+
+
+def _same_run(run: Path, profile: Profile, recipe: Recipe, start: Start | None, setup: Setup) -> None:
+    """Write down what `run` is made from, or compare. Raises UsageError for a folder that was made from something else."""
+    starts = {name: checkpoint.stored(path).sha256 for name, path in vars(start).items() if path} if start else {}
+    wanted = {"profile": profile.dumps(), "recipe": repr(recipe), "start": json.dumps(starts)}
+    path = run / "run.json"
+    setup.wait()
+    try:
+        held = json.loads(path.read_text()) if path.exists() else wanted
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "delete it if the run is yours to go on with") from None
+    if differing := [name for name, value in wanted.items() if held.get(name) != value]:
+        raise UsageError(
+            f"run {run} was made with another {' and another '.join(differing)}",
+            f"give another folder with --run, or ask for what {path} says; to begin anew, delete {run}",
+        )
+    setup.wait()  # all look before one writes
+    if setup.writes and not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(wanted, indent=1))
+        temporary.replace(path)
 
 
 def _silence(text: str) -> None:
@@ -134,8 +199,8 @@ def _fit(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe, repo
 
 def cached_latents(path: Path, vae: Vae, clips: list[ClipFile], profile: Profile, report: Report) -> Latents:
     """All clips as latents, from the cache if it was made with this encoder and these clips."""
-    names = "".join(clip.path.name for clip in clips).encode()
-    key = hashlib.sha256(names + b"".join(t.numpy().tobytes() for t in vae.encoder.state_dict().values())).hexdigest()
+    files = repr([(clip.path.name, found.st_size, found.st_mtime_ns) for clip in clips for found in [clip.path.stat()]]).encode()
+    key = hashlib.sha256(files + b"".join(t.numpy().tobytes() for t in vae.encoder.state_dict().values())).hexdigest()
     with contextlib.suppress(SafetensorError, OSError, KeyError):  # none yet, or damaged: made again
         held = load_file(path)
         if bytes(held.pop("key").tolist()).hex() == key:
@@ -150,7 +215,9 @@ def cached_latents(path: Path, vae: Vae, clips: list[ClipFile], profile: Profile
             if latents is None:  # one allocation for all: many small ones between large ones would scatter the heap
                 latents = _empty_latents(len(clips), z, profile)
             if z.shape == latents.z.shape[1:]:
-                latents.z[used], latents.tokens[used] = z, torch.from_numpy(arrays["tokens"])
+                latents.z[used] = z
+                if profile.text.tokens:
+                    latents.tokens[used] = torch.from_numpy(arrays["tokens"])
                 latents.conditions[used] = torch.from_numpy(conditions(profile, arrays["poses"]))
                 used += 1
             else:
@@ -183,7 +250,7 @@ def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe
     average = fit(
         vae, lambda rng: vae_loss(vae, stage, lambda r: snippets.draw(stage, r), rng), stage.optimiser, run / "vae.state", recipe.seed,
         lambda step, loss: report(f"VAE: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),
-        dataclasses.replace(setup, device="cpu", mesh=None),
+        dataclasses.replace(setup, device="cpu", bf16=setup.bf16 and (setup.device == "cpu" or has_bf16("cpu")), mesh=None),
     )  # fmt: skip
     vae.load_state_dict(average, strict=False)
 

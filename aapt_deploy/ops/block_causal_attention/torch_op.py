@@ -1,7 +1,8 @@
 """BlockCausalAttention in torch: an operator that runs, and a node in an exported ONNX graph.
 
 The operator is functional. A variant that writes its caches does not survive `torch.onnx.export`, and committing is the runtime's job anyway. The
-body here is for CPU tensors; a GPU kernel adds itself with `operator.register_kernel("cuda")`. It has a gradient, into the caches as well: student
+body here is plain torch and runs wherever training does; a GPU kernel for inference takes the place of it there with
+`operator.register_kernel("cuda")`. It has a gradient, into the caches as well: student
 forcing trains through the same rollout that inference runs.
 """
 
@@ -35,9 +36,9 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_c
     return out, k_block, v_block
 
 
-@torch.library.custom_op(TORCH_NAME, mutates_args=(), device_types="cpu")
+@torch.library.custom_op(TORCH_NAME, mutates_args=())
 def operator(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.ops.aapt.block_causal_attention` for CPU tensors."""
+    """`torch.ops.aapt.block_causal_attention`, in plain torch; B streams in lockstep, of one length, under training."""
     n = int(cache_len)
     assert 0 <= n <= k_cache.shape[1], f"{cache_len=} {k_cache.shape=}"
     return attend_to(q, k, v, k_cache[:, :n], v_cache[:, :n]).contiguous(), _block(k, k_cache), _block(v, v_cache)

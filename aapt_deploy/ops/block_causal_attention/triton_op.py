@@ -61,7 +61,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ca
 
 def attended(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor) -> Tensor:
     """`attend` without copies of the block."""
-    _, tokens, heads, dim = q.shape
+    streams, tokens, heads, dim = q.shape
+    assert streams == 1, f"{q.shape=}: several streams at once are for training, which takes the plain form"
     assert q.dtype == k_cache.dtype == v_cache.dtype and dim & dim - 1 == 0, f"{q.dtype=} {k_cache.dtype=} {dim=}"
     q, k, v = (x.contiguous() for x in (q, k, v))
     assert k_cache.is_contiguous() and v_cache.is_contiguous()
