@@ -27,7 +27,7 @@ from aapt_deploy.engine import Engine, Engines, open_engines
 from aapt_deploy.engine.ort import OrtEngine, OrtEngines, Threads
 from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.graph_file import load_model, save_model
-from aapt_deploy.machine import adds_int8_exactly, cores
+from aapt_deploy.machine import SAFE_WEIGHT_BITS, WEIGHT_BITS, adds_int8_exactly, cores
 from aapt_deploy.ops.block_causal_attention import Ring, onnx_function
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
@@ -106,6 +106,8 @@ def _build_one(bundle: Bundle, backend: str, precision: str, report: Report) -> 
         else:
             report(f"{key}: lowering the graphs")
             graphs = _lower(bundle, stage, precision, starts, report)
+            if precision == "int8":
+                entry["weight_bits"] = WEIGHT_BITS if adds_int8_exactly() else SAFE_WEIGHT_BITS  # read where the engine is opened
             entry["graphs"] = {name: f"{stage.relative}/{path.name}" for name, path in graphs.items()}
             threads, step_ms = _tune(bundle.profile, graphs, precision, starts[0], lambda text: report(f"{key}: {text}"))
             engines = OrtEngines(bundle.profile, graphs, threads, precision)
@@ -147,7 +149,7 @@ def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], re
         report("onnxruntime-int8: quantising the linear layers")
         _quantise_linears(graphs["generator"])
         report("onnxruntime-int8: calibrating the decoder on its own rollouts")
-        _quantise_decoder(bundle, graphs["decoder"], starts)
+        _quantise_decoder(graphs["decoder"], list(_decoder_inputs(bundle, starts)))
     return graphs
 
 
@@ -162,18 +164,17 @@ def _quantise_linears(path: Path) -> None:
         )  # fmt: skip
 
 
-def _quantise_decoder(bundle: Bundle, path: Path, starts: list[Start]) -> None:
-    """int8 convolutions (QDQ), calibrated on the latents and memories of the bundle's own rollouts in fp32.
+def _quantise_decoder(path: Path, samples: list[dict[str, np.ndarray]]) -> None:
+    """int8 convolutions (QDQ), calibrated on `samples`: the latents and memories of the bundle's own rollouts in fp32.
 
     The linear path stays in float: it makes nearly all of the picture, for a few percent of the products, and pictures that are darker than the
     start frames would leave its calibrated range (docs/log.md).
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    reader = Samples(list(_decoder_inputs(bundle, starts)))
     with _quiet(), _in_float(path) as source:
         quantize_static(
-            source, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+            source, path, Samples(samples), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], reduce_range=not adds_int8_exactly(),
             nodes_to_exclude=[node.name for node in load_model(source).graph.node if any(LINEAR_PATH in name for name in node.input)],
             extra_options={"CalibMovingAverage": True},

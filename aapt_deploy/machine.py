@@ -6,6 +6,8 @@ from pathlib import Path
 
 from aapt_deploy import __version__
 
+WEIGHT_BITS, SAFE_WEIGHT_BITS = 8, 7  # of an int8 weight, where products are added exactly, and where the sum of two must fit into 16 bits
+
 
 def cores() -> int:
     """CPU cores that this process may use."""

@@ -52,7 +52,8 @@ class Streamed:
 
 
 def stream(bundle: Bundle, request: Request, warn: Callable[[str], None], progress: Callable[[str], None]) -> Streamed:
-    """Stream until `request.seconds`, a signal, or the reader's end. `warn` hears of bad controls, `progress` one line per block.
+    """Stream until `request.seconds`, a signal, or the reader's end. `warn` hears of bad controls and of an engine that is not for this CPU,
+    `progress` one line per block.
 
     Raises the errors of the bundle, the prompt, the image, the controls and the sink; an existing output file survives them.
     """
@@ -65,7 +66,7 @@ def stream(bundle: Bundle, request: Request, warn: Callable[[str], None], progre
     steer = _steering(profile, begin, lambda block: controls.at(block, block * block_s), warn)
     made, first, ended = 0, 0.0, "done"
     with _signals() as caught, open_sink(request.output, request.format, video.width, video.height, video.fps) as sink:
-        engines = open_engines(bundle, request.backend, request.precision)
+        engines = open_engines(bundle, request.backend, request.precision, warn)
         try:
             started = time.perf_counter()
             for frames in rollout(engines, profile, begin.image, steer, request.seed):

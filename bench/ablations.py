@@ -120,9 +120,25 @@ def play(
     generator.load_state_dict(learners[0].averaged(), strict=False)
 
 
+def how(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that a variant is made from, as the record says it."""
+    made = {
+        "variant": dataclasses.asdict(variant), "stage": dataclasses.asdict(stage_of(variant, options)), "seed": SEED,
+        "regression_updates": options.regression if variant.taught else 0,
+        "from": {name: checkpoint.stored(getattr(options, name)).sha256 for name in ("adapted", "distilled")},
+    }  # fmt: skip
+    same: dict[str, Any] = json.loads(json.dumps(made))
+    return same
+
+
 def trained(name: str, variant: Variant, latents: Latents, options: argparse.Namespace) -> Path:
-    """The checkpoint of one variant, made now unless it is there."""
-    path = options.out / f"{name}.safetensors"
+    """The checkpoint of one variant, made now unless it is there. Ends the program when `options.out` holds one that was made otherwise."""
+    path, told_how = options.out / f"{name}.safetensors", options.out / f"{name}.json"
+    if told_how.exists() and json.loads(told_how.read_text()) != how(variant, options):
+        sys.exit(
+            f"error: {name} in {options.out} was made, or begun, otherwise than these options say\nhint: {told_how} tells how; or give another OUT"
+        )
+    told_how.write_text(json.dumps(how(variant, options), indent=1))
     if path.exists():
         return path
     told: Callable[[str], Progress] = lambda what: lambda step, loss: say(f"{name}, {what}: {step} updates, loss {loss:.4f}")
@@ -175,9 +191,7 @@ def main() -> None:
     record = {
         "what": "heads and horizons of the adversarial stage, and input recycling, from one generator", "date": today,
         "versions": {"torch": torch.__version__.split("+")[0]},
-        "from": {name: checkpoint.load(getattr(options, name)).sha256 for name in ("adapted", "distilled")},
-        "clips": len(latents.z), "seed": SEED, "regression_updates": options.regression,
-        "stages": {name: dataclasses.asdict(stage_of(variant, options)) for name, variant in chosen.items()},
+        "clips": len(latents.z), "variants": {name: how(variant, options) for name, variant in chosen.items()},
         "curves": {path.stem: curve(path) for path in sorted(options.out.glob("*.jsonl"))}, "evaluation": judged,
     }  # fmt: skip
     options.record.write_text(json.dumps(record, indent=1) + "\n")

@@ -76,5 +76,10 @@ def test_all_variants_are_trained_once_and_judged(
     written = json.loads(record.read_text())
     assert list(written["evaluation"]["made"]) == ["distilled", "causal-clip", "unrecycled"]
     assert len({each["checkpoint"] for each in written["evaluation"]["made"].values()}) == 3
-    assert written["stages"]["causal-clip"]["logits"] == "clip" and written["curves"].keys() >= {"causal-clip-played", "unrecycled-taught"}
+    made = written["variants"]
+    assert made["causal-clip"]["stage"]["logits"] == "clip" and made["unrecycled"]["variant"]["recycles"] is False
+    assert made["unrecycled"]["regression_updates"] == 2 and made["causal-clip"]["regression_updates"] == 0
+    with pytest.raises(SystemExit, match=r"unrecycled in .* was made, or begun, otherwise"):
+        run("--variants", "unrecycled", "--train-only", "--updates", "3")
+    assert written["curves"].keys() >= {"causal-clip-played", "unrecycled-taught"}
     assert json.loads(capsys.readouterr().out).keys() == written["evaluation"]["made"].keys()

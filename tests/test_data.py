@@ -1,6 +1,7 @@
 """Clips on disk: rendered ones resume where a run stopped, broken ones are skipped and named, and a user's videos become clips."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from aapt_deploy.camera import Pose, condition_map
@@ -78,11 +80,11 @@ def test_conditions_follow_the_poses(rendered: Path) -> None:
 
 def test_rendering_resumes(rendered: Path, tmp_path: Path) -> None:
     first, second = "clip-00000007-0.safetensors", "clip-00000007-1.safetensors"
-    for name, data in contents(rendered).items():
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / first).write_bytes(b"mine")  # would be overwritten by a second rendering
+    save_file(arrays(), tmp_path / first)  # would be overwritten by a second rendering
+    save_file(arrays(), tmp_path / second)
+    mine = contents(tmp_path)
     assert render_world(tmp_path, TINY, 7, BLOCKS) == 0
-    assert (tmp_path / first).read_bytes() == b"mine"
+    assert contents(tmp_path) == mine
     (tmp_path / first).unlink()
     assert render_world(tmp_path, TINY, 7, BLOCKS) == FLIGHTS
     for name in (first, second):  # an interrupted world comes out as an unbroken one
@@ -91,12 +93,24 @@ def test_rendering_resumes(rendered: Path, tmp_path: Path) -> None:
     assert sorted(contents(tmp_path)) == [first, second]
 
 
-def test_many_worlds_are_rendered_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aapt_deploy.train.data.render_world.__defaults__", (1,))
+@pytest.mark.parametrize("size", [(WIDTH, HEIGHT, BLOCKS + 1), (WIDTH // 2, HEIGHT, BLOCKS), (WIDTH, HEIGHT // 2, BLOCKS)])
+def test_clips_of_another_length_or_size_are_rendered_again(rendered: Path, tmp_path: Path, size: tuple[int, int, int]) -> None:
+    """And those only: a folder that is rendered twice in one size is rendered once."""
+    width, height, blocks = size
+    other = dataclasses.replace(TINY, video=dataclasses.replace(TINY.video, width=width, height=height))
+    for name, data in contents(rendered).items():
+        (tmp_path / name).write_bytes(data)
+    assert render_world(tmp_path, other, 7, blocks) == FLIGHTS
+    clips = [load_file(path) for path in tmp_path.iterdir()]
+    assert [clip["frames"].shape for clip in clips] == [(1 + 4 * blocks, height, width, 3)] * FLIGHTS
+    assert render_world(tmp_path, other, 7, blocks) == 0
+
+
+def test_many_worlds_are_rendered_and_counted(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    assert list(render_worlds(folder, TINY, 3, 2, processes=1)) == [FLIGHTS, FLIGHTS]
+    assert list(render_worlds(folder, TINY, 3, 2, processes=1, blocks=1)) == [FLIGHTS, FLIGHTS]
     assert sorted(contents(folder)) == [f"clip-{seed:08d}-{flight}.safetensors" for seed in (3, 4) for flight in range(FLIGHTS)]
-    assert list(render_worlds(folder, TINY, 3, 2, processes=1)) == [0, 0]
+    assert list(render_worlds(folder, TINY, 3, 2, processes=1, blocks=1)) == [0, 0]
 
 
 def test_worlds_are_rendered_by_several_processes(tmp_path: Path) -> None:
@@ -149,6 +163,18 @@ def broken_clips() -> dict[str, Callable[[Path], None]]:
         "nan-poses": saved(poses=np.full((BLOCKS + 1, 5), np.nan)),
         "long-tokens": saved(tokens=np.zeros(9, np.int64)),
     }
+
+
+@pytest.mark.parametrize("kind", sorted(broken_clips().keys() - {"folder", "nan-poses"}))
+def test_a_broken_clip_is_rendered_again(kind: str, rendered: Path, tmp_path: Path) -> None:
+    """By its header, so bad numbers go unseen; a folder of that name is its owner's to clear away."""
+    for name, data in contents(rendered).items():
+        (tmp_path / name).write_bytes(data)
+    path = tmp_path / "clip-00000007-0.safetensors"
+    path.unlink()
+    broken_clips()[kind](path)
+    assert render_world(tmp_path, TINY, 7, BLOCKS) == FLIGHTS
+    assert np.array_equal(load_file(path)["frames"], load_file(rendered / path.name)["frames"])
 
 
 @pytest.mark.parametrize("kind", broken_clips())
@@ -204,6 +230,14 @@ def make_video(path: Path, frames: int) -> None:
         container.mux(stream.encode(None))
 
 
+def check_clips(folder: Path, *firsts: int, blocks: int = BLOCKS) -> None:
+    """The clips of `folder` must be pieces of `make_video`'s videos that begin at the frames `firsts`."""
+    clips = [file.read(TINY) for file in clip_files(folder, unexpected)]
+    levels = sorted([float(frame.mean()) for frame in clip["frames"]] for clip in clips if clip is not None)
+    assert len(levels) == len(firsts)
+    np.testing.assert_allclose(levels, [[20 + 4 * i for i in range(first, first + 1 + 4 * blocks)] for first in firsts], atol=2.5)
+
+
 def test_videos_become_clips_and_broken_ones_are_named(tmp_path: Path) -> None:
     source, folder, skipped = tmp_path / "videos", tmp_path / "clips", Skipped()
     (source / "deep").mkdir(parents=True)
@@ -211,20 +245,69 @@ def test_videos_become_clips_and_broken_ones_are_named(tmp_path: Path) -> None:
     make_video(source / "deep" / "c.MP4", 10)
     make_video(source / "short.mkv", 5)
     (source / "b.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(500))
+    (source / "folder.mp4").mkdir()
     (source / "notes.txt").write_text("no video")
     assert import_videos(source, folder, TINY, noting(skipped), BLOCKS) == 3
-    assert [name for name, _ in skipped] == ["b.mp4"]
-    clips = [file.read(TINY) for file in clip_files(folder, unexpected)]
-    assert len(clips) == 3
-    levels = [[float(frame.mean()) for frame in clip["frames"]] for clip in clips if clip is not None]
-    assert levels[0] == pytest.approx([20 + 4 * i for i in range(9)], abs=2.5)
-    assert levels[1] == pytest.approx([20 + 4 * i for i in range(8, 17)], abs=2.5)  # opens with the frame that closed the first
-    assert levels[2] == pytest.approx([20 + 4 * i for i in range(9)], abs=2.5)  # the next video does not continue the last one
-    for clip in clips:
+    assert [name for name, _ in skipped] == ["b.mp4", "folder.mp4"]
+    check_clips(folder, 0, 0, 8)  # the second clip opens with the frame that closed the first; the next video does not continue the last one
+    for file in clip_files(folder, unexpected):
+        clip = file.read(TINY)
         assert clip is not None
         assert not clip["poses"].any()
         assert np.array_equal(clip["tokens"], token_ids(Look())[0])
         assert not conditions(TINY, clip["poses"]).any()
+
+
+def test_another_folder_of_videos_adds_to_the_clips(tmp_path: Path) -> None:
+    """Both with a video of the same name; of a video that lies in both, one copy is enough."""
+    folder, first, second = (tmp_path / name for name in ("clips", "first", "second"))
+    for source, frames in ((first, 9), (second, 17)):
+        source.mkdir()
+        make_video(source / "a.mp4", frames)
+    assert import_videos(first, folder, TINY, unexpected, BLOCKS) == 1
+    before = contents(folder)
+    (second / "moved.mp4").write_bytes((first / "a.mp4").read_bytes())
+    assert import_videos(second, folder, TINY, unexpected, BLOCKS) == 2
+    assert contents(folder).items() > before.items()
+    check_clips(folder, 0, 0, 8)
+
+
+def test_an_import_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
+    source, folder = tmp_path / "videos", tmp_path / "clips"
+    source.mkdir()
+    make_video(source / "a.mp4", 25)
+    assert import_videos(source, folder, TINY, unexpected, BLOCKS) == 3
+    before = contents(folder)
+    missing, cut, kept = sorted(folder.iterdir())
+    missing.unlink()
+    cut.write_bytes(cut.read_bytes()[:-100])
+    made = kept.stat().st_mtime_ns
+    assert import_videos(source, folder, TINY, unexpected, BLOCKS) == 2
+    assert contents(folder) == before
+    assert kept.stat().st_mtime_ns == made
+    assert import_videos(source, folder, TINY, unexpected, BLOCKS) == 0
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_videos_cut_to_another_length_replace_their_clips(tmp_path: Path, blocks: int) -> None:
+    source, folder = tmp_path / "videos", tmp_path / "clips"
+    source.mkdir()
+    make_video(source / "a.mp4", 25)
+    assert import_videos(source, folder, TINY, unexpected, BLOCKS) == 3
+    assert import_videos(source, folder, TINY, unexpected, blocks) == 6 // blocks
+    check_clips(folder, *(4 * blocks * piece for piece in range(6 // blocks)), blocks=blocks)
+
+
+def test_a_clip_that_cannot_be_written_is_no_broken_video(tmp_path: Path) -> None:
+    source, folder = tmp_path / "videos", tmp_path / "clips"
+    source.mkdir()
+    make_video(source / "a.mp4", 9)
+    import_videos(source, folder, TINY, unexpected, BLOCKS)
+    (clip,) = folder.iterdir()
+    clip.unlink()
+    clip.with_suffix(f".{os.getpid()}.tmp").mkdir()  # where the clip is written first
+    with pytest.raises((OSError, SafetensorError)):
+        import_videos(source, folder, TINY, unexpected, BLOCKS)
 
 
 def test_a_video_that_breaks_off_keeps_its_whole_clips(tmp_path: Path) -> None:
@@ -236,9 +319,6 @@ def test_a_video_that_breaks_off_keeps_its_whole_clips(tmp_path: Path) -> None:
     (source / "a.mp4").write_bytes(data)
     make_video(source / "b.mp4", 9)
     written = import_videos(source, tmp_path / "clips", TINY, noting(skipped), BLOCKS)
-    files = clip_files(tmp_path / "clips", unexpected)
-    assert written == len(files) >= 3
+    assert written >= 3
     assert [name for name, _ in skipped] == ["a.mp4"]
-    last = files[-1].read(TINY)
-    assert last is not None
-    assert [float(frame.mean()) for frame in last["frames"]] == pytest.approx([20 + 4 * i for i in range(9)], abs=2.5)  # all of b, nothing of a
+    check_clips(tmp_path / "clips", 0, *(8 * piece for piece in range(written - 1)))  # all of b, nothing of a in it

@@ -1,13 +1,14 @@
 """Engines: every backend gives the frames of the torch modules, over a ring that wraps, with prompts that change; caches stay where they are."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import frames_of, turning
+from conftest import Ran, frames_of, turning
+from test_bundle import rewrite_manifest
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import Pose, condition_map
@@ -299,6 +300,36 @@ def test_an_engines_entry_that_makes_no_sense_is_a_bundle_error(copied: Path, da
     with pytest.raises(BundleError) as caught:
         open_engines(opened, "onnxruntime", asked)
     assert caught.value.hint
+
+
+# --- int8 on a CPU that it was not built on ---
+
+
+@pytest.mark.parametrize(("bits", "exact", "warned"), [(8, False, True), (8, True, False), (7, False, False), (7, True, False), (None, False, False)])
+def test_weights_that_overflow_here_are_warned_of(copied: Path, bits: int | None, exact: bool, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle older than the entry says nothing of its bits, and nothing is said of it."""
+    monkeypatch.setattr("aapt_deploy.engine.adds_int8_exactly", lambda: exact)
+    opened, said = Bundle.open(copied), list[str]()
+    entry = opened.engines["onnxruntime-int8"]
+    del entry["weight_bits"]
+    if bits is not None:
+        entry["weight_bits"] = bits
+    for precision in ("fp32", "int8"):
+        open_engines(opened, "onnxruntime", precision, said.append).close()
+    assert len(said) == warned
+    command = f"aapt build-engine {copied} --backend onnxruntime --precision int8"
+    assert all(line.startswith(f"engine onnxruntime-int8 of {copied} ") and line.endswith(command) and "\n" not in line for line in said)
+
+
+@pytest.mark.parametrize("command", ["stream", "profile", "quality"])
+def test_the_user_is_warned_once(copied: Path, tmp_path: Path, command: str, aapt: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aapt_deploy.engine.adds_int8_exactly", lambda: False)
+    more = {"stream": ("-o", tmp_path / "x.y4m", "--seconds", 1), "profile": ("--blocks", 10), "quality": ("--seconds", 1)}[command]
+    rewrite_manifest(copied, lambda manifest: manifest["engines"]["onnxruntime-int8"].update(weight_bits=8))
+    for precision, times in (("int8", 1), ("fp32", 0)):
+        if (command, precision) != ("quality", "fp32"):  # which would be compared with itself
+            said = aapt(command, copied, "--precision", precision, *more).err.splitlines()
+            assert sum(line.startswith("warning: engine onnxruntime-int8 ") for line in said) == times, said
 
 
 def test_a_graph_that_onnx_runtime_refuses_is_a_bundle_error(opened: Bundle, tmp_path: Path) -> None:

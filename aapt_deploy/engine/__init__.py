@@ -4,13 +4,16 @@ A backend is one file and one row of BACKENDS; nothing else in the project knows
 """
 
 import importlib
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from aapt_deploy import console
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine.plan_layers import LayerTime
 from aapt_deploy.errors import BundleError, UsageError
+from aapt_deploy.machine import WEIGHT_BITS, adds_int8_exactly
 
 BACKENDS = {  # name -> module that opens all graphs of a bundle
     "onnxruntime": "aapt_deploy.engine.ort",
@@ -66,14 +69,22 @@ class Layered(Protocol):
         ...
 
 
-def open_engines(bundle: Bundle, backend: str, precision: str | None = None) -> Engines:
-    """Open every graph of `bundle` with `backend`; see `precision_of` for a precision of None.
+def open_engines(bundle: Bundle, backend: str, precision: str | None = None, warn: Callable[[str], None] = console.warn) -> Engines:
+    """Open every graph of `bundle` with `backend`; see `precision_of` for a precision of None. `warn` hears, in one line, of an engine that this
+    CPU runs less exactly than the one it was built on.
 
     Raises UsageError for an unknown backend and BundleError when the bundle has no whole engine of that backend or precision.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} does not exist", f"backends: {', '.join(BACKENDS)}")
-    engines: Engines = importlib.import_module(BACKENDS[backend]).open_bundle(bundle, precision_of(bundle, backend, precision))
+    chosen = precision_of(bundle, backend, precision)
+    entry = bundle.engines.get(f"{backend}-{chosen}", {})  # of AS_EXPORTED there is none
+    if entry.get("weight_bits") == WEIGHT_BITS and not adds_int8_exactly():
+        warn(
+            f"engine {backend}-{chosen} of {bundle.path} has weights of {WEIGHT_BITS} bits, whose products overflow on this CPU and spoil pictures; "
+            f"build it again on this machine: aapt build-engine {bundle.path} --backend {backend} --precision {chosen}"
+        )
+    engines: Engines = importlib.import_module(BACKENDS[backend]).open_bundle(bundle, chosen)
     return engines
 
 

@@ -1,6 +1,6 @@
 """Clips on disk: rendered flights or a user's own video files, one interface.
 
-A data folder holds `clip-<seed>.safetensors` files with
+A data folder holds `clip-<seed>-<flight>.safetensors` and `clip-video-<hash of the video>-<piece>.safetensors` files with
     frames  uint8 [1 + 4n, H, W, 3]    frame 0, then n blocks of four frames
     poses   float64 [n + 1, 5]         x, y, z, heading, pitch at frame 0 and at the end of each block; zeros for real video
     tokens  int64 [4]                  prompt ids
@@ -8,6 +8,7 @@ A damaged or mis-sized clip is skipped, counted and named; training never stops 
 """
 
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from aapt_deploy.camera import Pose, condition_map
@@ -29,6 +30,7 @@ BLOCKS = 24  # blocks per rendered clip: 97 frames, 4 s
 FLIGHTS = 2  # clips per world: a world takes as long to make as 40 frames
 VALIDATION_SEED = 10_000_000  # worlds from this seed on are never trained on
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+NAMED_BY = 12  # hexadecimal digits of a video's hash in the names of its clips: two of a million videos share them once in 560 folders
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,25 @@ def write_clip(path: Path, frames: np.ndarray, poses: np.ndarray, tokens: np.nda
     temporary.rename(path)
 
 
+def _is_clip(path: Path, profile: Profile, blocks: int) -> bool:
+    """Whether `path` holds a whole clip of `blocks` blocks in the profile's picture size, by its header alone."""
+    v = profile.video
+    shapes = {
+        "frames": [1 + v.temporal_stride * blocks, v.height, v.width, 3],
+        "poses": [blocks + 1, len(dataclasses.fields(Pose))],
+        "tokens": [PROMPT_TOKENS],
+    }
+    try:
+        with safe_open(path, framework="numpy") as file:  # refuses a file that is shorter than its header says
+            return all(file.get_slice(name).get_shape() == shape for name, shape in shapes.items()) and file.get_slice("frames").get_dtype() == "U8"
+    except (OSError, SafetensorError):
+        return False
+
+
 def render_world(folder: Path, profile: Profile, seed: int, blocks: int = BLOCKS) -> int:
-    """Render the clips of world `seed`, unless the folder has them all. Returns how many it wrote."""
+    """Render the clips of world `seed`, unless the folder has them all, of this length and size. Returns how many it wrote."""
     paths = [folder / f"clip-{seed:08d}-{flight}.safetensors" for flight in range(FLIGHTS)]
-    if all(path.exists() for path in paths):
+    if all(_is_clip(path, profile, blocks) for path in paths):
         return 0
     world = World(seed, Look(), profile.video.width, profile.video.height)
     rng = np.random.default_rng((seed, 1))
@@ -107,19 +124,48 @@ def render_worlds(folder: Path, profile: Profile, first_seed: int, worlds: int, 
 
 
 def import_videos(source: Path, folder: Path, profile: Profile, skip: Callable[[Path, str], None], blocks: int = BLOCKS) -> int:
-    """Cut every video file under `source` into clips. Cameras are unknown, so poses are zeros; prompts are open. Returns clips written."""
-    from aapt_deploy.video import read_video
+    """Cut every video file under `source` into clips. Cameras are unknown, so poses are zeros; prompts are open. Returns clips written.
 
+    Clips are named after what is in their video: another folder's join them, those that are there already stay, and those that an earlier import
+    cut to another length or size go.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    length, written = 1 + profile.video.temporal_stride * blocks, 0
+    poses, tokens, written = np.zeros((blocks + 1, len(dataclasses.fields(Pose)))), token_ids(Look())[0], 0
     for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES):
-        held: list[np.ndarray] = []
         try:
-            for frame in read_video(str(path), profile.video.width, profile.video.height, profile.video.fps):
-                held.append(frame)
-                if len(held) == length:
-                    write_clip(folder / f"clip-video-{written:06d}.safetensors", np.stack(held), np.zeros((blocks + 1, 5)), token_ids(Look())[0])
-                    written, held = written + 1, held[-1:]  # the last frame opens the next clip
+            name = _named_after(path)
+            for clip in folder.glob(f"{name}-*.safetensors"):
+                if not _is_clip(clip, profile, blocks):
+                    clip.unlink()
+            for piece, frames in enumerate(_cut(path, profile, 1 + profile.video.temporal_stride * blocks)):
+                clip = folder / f"{name}-{piece:06d}.safetensors"
+                if not clip.exists():
+                    write_clip(clip, frames, poses, tokens)
+                    written += 1
         except InputError as error:
             skip(path, str(error))
     return written
+
+
+def _named_after(video: Path) -> str:
+    """How the names of a video's clips begin. Raises InputError for a file that cannot be read."""
+    try:
+        with video.open("rb") as file:
+            return f"clip-video-{hashlib.file_digest(file, 'sha256').hexdigest()[:NAMED_BY]}"
+    except OSError as error:
+        raise InputError(f"video {video}: {error.strerror or error}", "name a video file that can be read") from None
+
+
+def _cut(video: Path, profile: Profile, length: int) -> Iterator[np.ndarray]:
+    """The pieces uint8 [length, H, W, 3] of a video, each of which opens with the frame that closed the one before; the rest is left out.
+
+    Raises InputError as `read_video` does, after the pieces before the damage.
+    """
+    from aapt_deploy.video import read_video
+
+    held: list[np.ndarray] = []
+    for frame in read_video(video, profile.video.width, profile.video.height, profile.video.fps):
+        held.append(frame)
+        if len(held) == length:
+            yield np.stack(held)
+            held = held[-1:]

@@ -162,9 +162,9 @@ def _classifier(profile: Profile, report: Report) -> Classifier:
     for seed in range(TEACHING_WORLDS):
         world, rng = World(seed, Look(), profile.video.width, profile.video.height), np.random.default_rng((seed, 3))
         poses = (pose for _ in range(TEACHING_TRIES) if headroom(world, [pose := start_pose(world, rng)]) > CLEARANCE)
-        views = np.stack([world.render(pose) for pose in islice(poses, TEACHING_VIEWS)])
-        features.append(measure(views).features)
-        looks += [world.look] * len(views)
+        if views := [world.render(pose) for pose in islice(poses, TEACHING_VIEWS)]:  # in a few worlds there is no room, for flights neither
+            features.append(measure(np.stack(views)).features)
+            looks += [world.look] * len(views)
         report(f"{seed + 1} of {TEACHING_WORLDS} worlds to learn prompts from")
     return Classifier(np.concatenate(features), looks)
 

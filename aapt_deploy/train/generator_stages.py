@@ -177,7 +177,7 @@ class GeneratorStages:
         if stage.blocks > (available := self.latents.conditions.shape[1]):
             raise InputError(
                 f"adversarial stage {number} wants segments of {stage.blocks} blocks, the clips have {available}",
-                f"render longer clips with: aapt train data FOLDER --blocks {stage.blocks}",
+                f"make longer ones, as those were made, with: aapt train data FOLDER --blocks {stage.blocks}",
             )
         seed = self.recipe.seed + SEEDS["adversarial"] + number
         torch.manual_seed(seed)  # of the discriminator's heads
