@@ -1,11 +1,14 @@
 """`aapt train`: the commands that make and judge checkpoints. As in cli.py, every command parses, calls and reports."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from aapt_deploy.errors import OutputError
 from aapt_deploy.options import Backend, Json, Precision, ProfileName, needing
 
 Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Mixed precision. Default: where the hardware has it.")]
@@ -20,15 +23,18 @@ def train_data(
     first_seed: Annotated[int, typer.Option(min=0)] = 0,
     blocks: Annotated[int, typer.Option(min=2, help="Blocks of four frames per clip: six are a second.")] = 24,
     processes: Annotated[int, typer.Option(min=1)] = 2,
-    videos: Annotated[Path | None, typer.Option(help="Cut the video files in this folder into clips instead of rendering.")] = None,
+    videos: Annotated[Path | None, typer.Option(help="Cut this video, or all in this folder, into clips instead of rendering.")] = None,
     profile: ProfileName = "demo-cpu",
+    force: Annotated[bool, typer.Option("--force", help="Make clips of another length or size again.")] = False,
 ) -> None:
     """Make training clips: rendered flights over procedural worlds, or pieces of your own videos."""
     from aapt_deploy import console, profiles
     from aapt_deploy.train import data
 
     shape = profiles.load(profile)
-    with console.progress(f"writing clips to {folder}") as progress:
+    if not force:
+        data.refuse_other_clips(folder, shape, blocks)
+    with _writing(folder), console.progress(f"writing clips to {folder}") as progress:
         if videos is not None:
             written = data.import_videos(videos, folder, shape, lambda path, reason: console.warn(f"skipped {path}: {reason}"), blocks)
         else:
@@ -44,7 +50,9 @@ def train_run(
     folder: Annotated[Path, typer.Argument(help="Folder of clips, made by `aapt train data`.")],
     run: Annotated[Path, typer.Option("--run", help="Folder of the run; an interrupted run goes on.")] = Path("runs/demo"),
     profile: ProfileName = "demo-cpu",
-    chosen: Annotated[str, typer.Option("--recipe", help="demo, demo-causal, -clip, -bidirectional-clip, -consistency, or paper.")] = "demo",
+    chosen: Annotated[
+        str, typer.Option("--recipe", help="demo, demo-causal, -clip, -bidirectional-clip, -consistency, -anchored, or paper.")
+    ] = "demo",
     start: Annotated[Path | None, typer.Option("--from", help="Checkpoint with a VAE and a flow-matching generator: go on from there.")] = None,
     distilled: Annotated[Path | None, typer.Option(help="With --from: a one-step checkpoint, in the place of distillation.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -62,11 +70,12 @@ def train_run(
     if distilled is not None and start is None:
         raise UsageError("--distilled stands in for a stage after --from", "name the flow-matching checkpoint it came from with --from")
     shape = profiles.load(profile)
-    with needing("train"), console.progress(f"training in {run}") as progress:
+    with needing("train"), _writing(run), console.progress(f"training in {run}") as progress:
         from aapt_deploy.train import recipe, setup, stages
 
         how = setup.joined(device, _mixed(device, bf16), checkpointing, context)
-        path = stages.train(folder, run, shape, recipe.named(chosen), progress, how, stages.Start(start, distilled) if start else None)
+        begin = stages.Start(start, distilled) if start else None
+        path = stages.train(folder, run, shape, recipe.named(chosen), progress, how, begin, console.warn)
     console.say(f"checkpoint: {path}")
 
 
@@ -84,12 +93,15 @@ def train_all(
     from aapt_deploy import console, profiles, reports
 
     shape, clips, run = profiles.load(profile), folder / "clips", folder / "run"
-    with needing("train"), console.progress(f"training in {folder}") as progress:
+    with needing("train"), _writing(folder), console.progress(f"training in {folder}") as progress:
         from aapt_deploy.train import data, evaluate, recipe, setup, stages
 
+        steps = recipe.named(chosen)
+        evaluate.refuse_length(seconds)
+        data.refuse_other_clips(clips, shape, data.BLOCKS)
         for done, _ in enumerate(data.render_worlds(clips, shape, 0, worlds, 2), start=1):
             progress(f"{done} of {worlds} worlds")
-        stages.train(clips, run, shape, recipe.named(chosen), progress, setup.Setup(bf16=_mixed("cpu", bf16)))
+        stages.train(clips, run, shape, steps, progress, setup.Setup(bf16=_mixed("cpu", bf16)), warn=console.warn)
         checkpoints = sorted(run.glob("checkpoint-*.safetensors"), key=lambda path: path.stat().st_mtime)
         out = folder / "evaluation"
         record = evaluate.evaluate(checkpoints, out, flights, seconds, "torch", None, progress)
@@ -109,13 +121,24 @@ def train_evaluate(
     """Measure how long a checkpoint's world holds: picture, motion, camera and prompt, against the renderer."""
     from aapt_deploy import console, reports
 
-    with needing("train"), console.progress(f"evaluating {len(bundles)} bundles") as progress:
+    with needing("train"), _writing(out), console.progress(f"evaluating {len(bundles)} bundles") as progress:
         from aapt_deploy.train import evaluate
 
         record = evaluate.evaluate(bundles, out, flights, seconds, backend, precision, progress)
     reports.evaluation(record, out)
     if as_json:
         typer.echo(json.dumps(record))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says about a folder that cannot be written, or a full disk, into one error."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{folder} cannot be written: {error}", "free some space, or name a folder that can be written") from None
 
 
 def _mixed(device: str, wanted: bool | None) -> bool:

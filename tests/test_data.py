@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from aapt_deploy.camera import Pose, condition_map
-from aapt_deploy.errors import InputError
+from aapt_deploy.errors import InputError, OutputError
 from aapt_deploy.profiles import load
 from aapt_deploy.prompts import PROMPT_TOKENS, Look, token_ids
 from aapt_deploy.train.data import FLIGHTS, ClipFile, clip_files, conditions, import_videos, render_world, render_worlds, write_clip
@@ -322,3 +323,38 @@ def test_a_video_that_breaks_off_keeps_its_whole_clips(tmp_path: Path) -> None:
     assert written >= 3
     assert [name for name, _ in skipped] == ["a.mp4"]
     check_clips(tmp_path / "clips", 0, *(8 * piece for piece in range(written - 1)))  # all of b, nothing of a in it
+
+
+# --- the command ---
+
+
+def test_clips_of_another_length_are_not_made_again_unasked(aapt: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    ask = ("train", "data", folder, "--worlds", 1, "--profile", "tiny-cpu", "--processes", 1)
+    assert aapt(*ask, "--blocks", 3).code == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ran = aapt(*ask, "--blocks", 2)
+    assert ran.code == InputError.exit_code and "has 13 frames of 64x32, not 9 of 64x32" in ran.err and "--force" in ran.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert aapt(*ask, "--blocks", 2, "--force").code == 0
+    assert {path.name for path in folder.iterdir()} == before.keys() and all(path.read_bytes() != before[path.name] for path in folder.iterdir())
+
+
+def test_videos_that_are_not_there_are_an_error(aapt: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.mp4").write_bytes(b"no video")
+    told = {"nowhere": "is no file and no folder", "empty": "holds no video", "broken": "none of 1 videos"}
+    for name, reason in told.items():
+        ran = aapt("train", "data", tmp_path / "clips", "--videos", tmp_path / name, "--profile", "tiny-cpu")
+        assert ran.code == InputError.exit_code and reason in ran.err and "Traceback" not in ran.err, ran.err
+
+
+@pytest.mark.parametrize("command", ["data", "run"])
+def test_a_folder_that_cannot_be_written_is_an_error(command: str, aapt: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "clips").mkdir()
+    render_world(tmp_path / "clips", TINY, 0, 3)
+    where = {"data": [tmp_path / "file" / "x", "--worlds", 1, "--processes", 1], "run": [tmp_path / "clips", "--run", tmp_path / "file" / "x"]}
+    ran = aapt("train", command, *where[command], "--profile", "tiny-cpu")
+    assert ran.code == OutputError.exit_code and f"{tmp_path / 'file' / 'x'} cannot be written" in ran.err, ran.err

@@ -13,7 +13,7 @@ from conftest import Ran
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import Pose, Velocity
 from aapt_deploy.engine import open_engines
-from aapt_deploy.errors import UsageError
+from aapt_deploy.errors import OutputError, UsageError
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile, load
 from aapt_deploy.prompts import Look
@@ -309,6 +309,16 @@ def test_checkpoints_and_bundles_are_judged_side_by_side(aapt: Any, bundle: Path
     by_engine, by_torch, again = made.values()
     assert by_torch == again and by_engine["checkpoint"] == loaded.sha256 == again["checkpoint"]
     assert by_torch["windows"][0]["sharpness"] == pytest.approx(by_engine["windows"][0]["sharpness"], abs=0.02)
+
+
+def test_what_cannot_be_judged_is_refused_before_the_first_flight(aapt: Any, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for more, code in [(("--backend", "nope"), UsageError.exit_code), (("--out", tmp_path / "file" / "e"), OutputError.exit_code)]:
+        ran: Ran = aapt("train", "evaluate", bundle, "--out", tmp_path / "e", "--flights", 1, "--seconds", 5, *more)
+        assert ran.code == code and "true flights" not in ran.err and not (tmp_path / "e").exists(), ran.err
+    for more in (("--seconds", 7), ("--recipe", "nope")):
+        ran = aapt("train", "all", tmp_path / "all", "--worlds", 1, "--profile", "tiny-cpu", *more)
+        assert ran.code == UsageError.exit_code and not (tmp_path / "all").exists(), ran.err
 
 
 def test_a_checkpoint_named_twice_is_refused(aapt: Any, loaded: Checkpoint, tmp_path: Path) -> None:

@@ -236,11 +236,6 @@ def test_a_batch_is_a_sink_and_consecutive_blocks() -> None:
     assert torch.allclose(steps, torch.from_numpy(temporal_rope(TINY, 1))[0].expand_as(steps), atol=1e-5)  # one block apart, wherever they lie
 
 
-def test_a_short_clip_gives_fewer_blocks() -> None:
-    batch = toy_latents(blocks=2).draw(TINY, STAGE, torch.Generator().manual_seed(0))
-    assert batch.clean.shape[:2] == (STAGE.optimiser.batch, 2)  # the sink and the only other block
-
-
 # --- random numbers ---
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import toy_latents
 
-from aapt_deploy.errors import BusyError, CheckpointError, InputError, TrainingError, UsageError
+from aapt_deploy.errors import BusyError, CheckpointError, InputError, MachineError, TrainingError, UsageError
 from aapt_deploy.lock import locked
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.vae import Vae
 from aapt_deploy.profiles import Text, load
 from aapt_deploy.train import loop, stages
+from aapt_deploy.train import recipe as recipes
 from aapt_deploy.train.data import clip_files, render_world
 from aapt_deploy.train.flow import flow_loss
 from aapt_deploy.train.loop import fit, learning_rate
@@ -391,6 +393,29 @@ def test_a_channel_that_never_moves_has_a_spread_to_divide_by() -> None:
     generator.step_spread.copy_(latents.step_spread())
     rng = torch.Generator().manual_seed(0)
     assert torch.isfinite(flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng))
+
+
+def test_the_command_line_names_every_clip_that_it_skips(aapt: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stderr that is no terminal progress is told every few seconds only."""
+    monkeypatch.setitem(recipes.RECIPES, "demo", dataclasses.replace(RECIPE, flow=RECIPE.flow[:1], sample_seconds=0))
+    ran = aapt("train", "run", clips, "--run", tmp_path / "run", "--profile", "tiny-cpu")
+    assert ran.code == 0, ran.err
+    assert "skipped clip clip-cut.safetensors" in ran.err and "skipped clip clip-small.safetensors" in ran.err
+
+
+@pytest.mark.parametrize(("device", "code"), [("mars", UsageError.exit_code), ("cuda", MachineError.exit_code)])
+def test_a_device_that_is_not_here_is_refused_before_any_work(device: str, code: int, aapt: Any, clips: Path, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is here")
+    ran = aapt("train", "run", clips, "--run", tmp_path / "run", "--profile", "tiny-cpu", "--device", device)
+    assert ran.code == code and not (tmp_path / "run").exists(), ran.err
+
+
+def test_clips_too_short_for_a_stage_are_refused() -> None:
+    latents, stage = toy_latents(), FlowStage(Optimiser(1, 2, 1e-3), blocks=6)
+    with pytest.raises(InputError, match="a stage wants 7 blocks of a clip, the clips have 6") as caught:
+        latents.draw(TINY, stage, torch.Generator())
+    assert "--blocks 7" in caught.value.hint
 
 
 def test_broken_clips_do_not_stop_the_vae_stage(clips: Path) -> None:

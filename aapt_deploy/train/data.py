@@ -79,19 +79,37 @@ def write_clip(path: Path, frames: np.ndarray, poses: np.ndarray, tokens: np.nda
     temporary.rename(path)
 
 
-def _is_clip(path: Path, profile: Profile, blocks: int) -> bool:
-    """Whether `path` holds a whole clip of `blocks` blocks in the profile's picture size, by its header alone."""
+def refuse_other_clips(folder: Path, profile: Profile, blocks: int) -> None:
+    """Raise InputError if `folder` holds whole clips of another length or picture size, which rendering or importing would make again."""
     v = profile.video
-    shapes = {
+    for path in sorted(folder.glob("clip-*.safetensors")):
+        shapes, length = _shapes(path), 1 + v.temporal_stride * blocks
+        if shapes and shapes["frames"][:3] != [length, v.height, v.width]:
+            frames, height, width = shapes["frames"][:3]
+            raise InputError(
+                f"clip {path} has {frames} frames of {width}x{height}, not {length} of {v.width}x{v.height}",
+                "name another folder, ask for that length and profile, or add --force to have clips that do not fit made again",
+            )
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of a clip's arrays by its header alone; none of a file that is no whole clip."""
+    try:
+        with safe_open(path, framework="numpy") as file:  # refuses a file that is shorter than its header says
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in ("frames", "poses", "tokens")}
+            return shapes if len(shapes["frames"]) == 4 and file.get_slice("frames").get_dtype() == "U8" else {}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _is_clip(path: Path, profile: Profile, blocks: int) -> bool:
+    """Whether `path` holds a whole clip of `blocks` blocks in the profile's picture size."""
+    v = profile.video
+    return _shapes(path) == {
         "frames": [1 + v.temporal_stride * blocks, v.height, v.width, 3],
         "poses": [blocks + 1, len(dataclasses.fields(Pose))],
         "tokens": [PROMPT_TOKENS],
     }
-    try:
-        with safe_open(path, framework="numpy") as file:  # refuses a file that is shorter than its header says
-            return all(file.get_slice(name).get_shape() == shape for name, shape in shapes.items()) and file.get_slice("frames").get_dtype() == "U8"
-    except (OSError, SafetensorError):
-        return False
 
 
 def render_world(folder: Path, profile: Profile, seed: int, blocks: int = BLOCKS) -> int:
@@ -124,14 +142,19 @@ def render_worlds(folder: Path, profile: Profile, first_seed: int, worlds: int, 
 
 
 def import_videos(source: Path, folder: Path, profile: Profile, skip: Callable[[Path, str], None], blocks: int = BLOCKS) -> int:
-    """Cut every video file under `source` into clips. Cameras are unknown, so poses are zeros; prompts are open. Returns clips written.
+    """Cut a video file, or every one under a folder, into clips. Cameras are unknown, so poses are zeros; prompts are open. Returns clips written.
 
     Clips are named after what is in their video: another folder's join them, those that are there already stay, and those that an earlier import
-    cut to another length or size go.
+    cut to another length or size go. Raises InputError when `source` has no video, or none that can be read.
     """
+    videos = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    if not videos:
+        what = "holds no video" if source.is_dir() else "is no file and no folder"
+        raise InputError(f"{source} {what}", f"name a video, or a folder of videos ({', '.join(VIDEO_SUFFIXES)})")
     folder.mkdir(parents=True, exist_ok=True)
     poses, tokens, written = np.zeros((blocks + 1, len(dataclasses.fields(Pose)))), token_ids(Look())[0], 0
-    for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES):
+    broken: list[Path] = []
+    for path in videos:
         try:
             name = _named_after(path)
             for clip in folder.glob(f"{name}-*.safetensors"):
@@ -143,7 +166,10 @@ def import_videos(source: Path, folder: Path, profile: Profile, skip: Callable[[
                     write_clip(clip, frames, poses, tokens)
                     written += 1
         except InputError as error:
+            broken.append(path)
             skip(path, str(error))
+    if broken == videos:
+        raise InputError(f"none of {len(videos)} videos in {source} can be read whole", "name videos that ffmpeg can decode")
     return written
 
 

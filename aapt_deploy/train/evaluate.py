@@ -114,18 +114,20 @@ def evaluate(bundles: Sequence[Path], out: Path, flights: int, seconds: int, bac
 def judge(entrants: Mapping[str, Entrant], out: Path, flights: int, seconds: int, report: Report) -> dict[str, Any]:
     """Fly all entrants through the same plans; write evaluation.json, curves.png and one sheet each into `out`. Returns the record.
 
-    Raises UsageError when entrants differ in picture size or frame rate, or when `seconds` is no multiple of the window.
+    Raises UsageError when entrants differ in picture size or frame rate, or when `seconds` is no multiple of the window, and what opening an engine
+    does; all before the first flight.
     """
+    refuse_length(seconds)
     (first, leader), *others = entrants.items()
     profile = leader.profile
     for name, other in others:
         if other.profile.video != profile.video:
             raise UsageError(f"{first} and {name} differ in their video", "evaluate generators of one picture size and rate together")
-    if seconds % WINDOW_S:
-        raise UsageError(f"{seconds} seconds are no multiple of the {WINDOW_S} s window", f"take {seconds // WINDOW_S * WINDOW_S + WINDOW_S}")
+    for entrant in entrants.values():
+        entrant.open().close()
+    out.mkdir(parents=True, exist_ok=True)
     per_second = profile.video.fps // profile.video.temporal_stride
     truth = _truth(profile, flights, seconds * per_second, report)
-    out.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, entrant in entrants.items():
         flown = _fly_all(entrant, truth, partial(_under, name, report))
@@ -141,6 +143,12 @@ def judge(entrants: Mapping[str, Entrant], out: Path, flights: int, seconds: int
     (out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", record)
     return record
+
+
+def refuse_length(seconds: int) -> None:
+    """Raise UsageError for flights of a length that windows do not divide."""
+    if seconds % WINDOW_S:
+        raise UsageError(f"{seconds} seconds are no multiple of the {WINDOW_S} s window", f"take {seconds // WINDOW_S * WINDOW_S + WINDOW_S}")
 
 
 def _truth(profile: Profile, flights: int, blocks: int, report: Report) -> Truth:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aapt_deploy.errors import InputError
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import posterior
 from aapt_deploy.profiles import Profile
@@ -53,9 +54,14 @@ class Latents:
         return (self.z[:, 1:].float() - self.z[:, :-1].float()).std(dim=(0, 1, 3, 4)).clamp_min(SMALLEST_SPREAD)[:, None, None]
 
     def draw(self, profile: Profile, stage: FlowStage | ConsistencyStage | TrajectoryStage | AnchoredStage, rng: torch.Generator) -> Batch:
-        """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips."""
+        """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips. Raises InputError for clips that are too short."""
         clips, m = self.z.shape[0], self.conditions.shape[1]
-        b, n = stage.optimiser.batch, min(stage.blocks, m - 1)
+        b, n = stage.optimiser.batch, stage.blocks
+        if n >= m:
+            raise InputError(
+                f"a stage wants {1 + n} blocks of a clip, the clips have {m}",
+                f"make longer ones, as those were made, with: aapt train data FOLDER --blocks {1 + n}",
+            )
         chosen = torch.randint(clips, (b,), generator=rng)
         first = torch.randint(1, m - n + 1, (b,), generator=rng)
         blocks = torch.cat([torch.zeros(b, 1, dtype=torch.long), first[:, None] + torch.arange(n)], dim=1)  # [B, 1 + n]

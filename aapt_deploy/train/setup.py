@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from aapt_deploy.errors import UsageError
+from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.models.backbone import Backbone
 from aapt_deploy.models.context import Context
 
@@ -98,10 +98,14 @@ def has_bf16(device: str) -> bool:
 
 
 def joined(device: str, bf16: bool, checkpointing: bool, context: int) -> Setup:
-    """The setup of this process among those that `torchrun` started; ALONE's where it did not. Raises UsageError when `context` does not divide them.
+    """The setup of this process among those that `torchrun` started; ALONE's where it did not. On a GPU each process takes the one of its local rank.
 
-    On a GPU each process takes the one of its local rank.
+    Raises UsageError when `context` does not divide the processes or for an unknown device, and MachineError for one that is not here.
     """
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device!r} is neither cpu nor cuda", "for example --device cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("there is no GPU that PyTorch can use", "train with --device cpu, or look at what `aapt doctor` says")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if context < 1 or world % context:
         raise UsageError(f"--context {context} does not divide {world} processes", "start a multiple of it with torchrun --nproc-per-node")

@@ -64,9 +64,12 @@ class Start:
 
 
 def train(
-    data: Path, run: Path, profile: Profile, recipe: Recipe, report: Report, setup: Setup = ALONE, start: Start | None = None
+    data: Path, run: Path, profile: Profile, recipe: Recipe, report: Report, setup: Setup = ALONE, start: Start | None = None,
+    warn: Report | None = None,
 ) -> Path:  # fmt: skip
     """Train everything that `run` does not hold yet. Returns the path of the last stage's checkpoint; `run` holds one of each.
+
+    `report` hears of progress, `warn` (default: `report`) of each clip that cannot be used.
 
     With `start`, the profile is that of its checkpoint. Raises InputError for a data folder without clips or a start that does not fit, UsageError
     for a profile whose prompts clips do not hold or a folder of another run, BusyError while another process writes there, and CheckpointError for
@@ -74,17 +77,19 @@ def train(
     """
     run.mkdir(parents=True, exist_ok=True)
     with locked(run, f"run {run}") if setup.writes else contextlib.nullcontext():
-        return _train(data, run, profile, recipe, report if setup.writes else _silence, setup, start)
+        heard = (report, warn or report) if setup.writes else (_silence, _silence)
+        return _train(data, run, profile, recipe, heard, setup, start)
 
 
-def _train(data: Path, run: Path, profile: Profile, recipe: Recipe, report: Report, setup: Setup, start: Start | None) -> Path:
+def _train(data: Path, run: Path, profile: Profile, recipe: Recipe, heard: tuple[Report, Report], setup: Setup, start: Start | None) -> Path:
+    report, warn = heard
     skipped: list[str] = []
 
     def skip(path: Path, reason: str) -> None:
         if path.name in skipped:  # each part of the run meets it again
             return
         skipped.append(path.name)
-        report(f"skipped clip {path.name}: {reason} ({len(skipped)} so far)")
+        warn(f"skipped clip {path.name}: {reason} ({len(skipped)} so far)")
 
     began = time.monotonic()
     clips = clip_files(data, skip)
@@ -145,8 +150,11 @@ def _holds(path: Path, generator: Generator, vae: Vae) -> bool:
 
 def _copy(source: Path, target: Path) -> None:
     temporary = target.with_suffix(".tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _refuse_prompts(profile: Profile) -> None:
