@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from aapt_deploy.bundle import Bundle, Stage
+from aapt_deploy.bundle import Bundle, Stage, export_again
 from aapt_deploy.camera import CRUISE, Velocity
-from aapt_deploy.engine import Engine, Engines, open_engines
+from aapt_deploy.engine import Engine, Engines, buildable, open_engines, refuse_unknown
 from aapt_deploy.engine.ort import OrtEngine, OrtEngines, Threads
 from aapt_deploy.errors import MachineError, UsageError
-from aapt_deploy.graph_file import load_model, save_model
+from aapt_deploy.graph_file import load_model, refuse_other, save_model
 from aapt_deploy.machine import SAFE_WEIGHT_BITS, WEIGHT_BITS, adds_int8_exactly, cores
 from aapt_deploy.ops.block_causal_attention import Ring, onnx_function
 from aapt_deploy.profiles import Profile
@@ -34,7 +34,7 @@ from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.signature import signatures
 from aapt_deploy.starts import Start, all_starts
 
-PRECISIONS = {"onnxruntime": ("fp32", "int8", "fp8"), "torch": ("fp32", "bf16")}
+BUILT = ("onnxruntime", "torch")  # the backends of this module
 ON_DEMAND = "bf16"  # built only when it is named
 ELSEWHERE = {"tensorrt": "aapt_deploy.build_tensorrt"}  # backends with a module of their own
 TUNING_BLOCKS = 10  # measured for each thread setting
@@ -66,17 +66,17 @@ def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Re
     if backend in ELSEWHERE:
         built: list[Built] = importlib.import_module(ELSEWHERE[backend]).build(bundle, precision, attention, report)
         return built
-    if backend not in PRECISIONS:
-        raise UsageError(f"backend {backend!r} cannot be built", f"backends: {', '.join((*PRECISIONS, *ELSEWHERE))}")
+    if backend not in BUILT:
+        raise UsageError(f"backend {backend!r} cannot be built", f"backends: {', '.join((*BUILT, *ELSEWHERE))}")
     if attention != "auto":
         raise UsageError(f"--attention is for {', '.join(ELSEWHERE)}, not for {backend}", "leave it out")
-    if precision is not None and precision not in PRECISIONS[backend]:
-        raise UsageError(f"precision {precision!r} does not exist for {backend}", f"precisions: {', '.join(PRECISIONS[backend])}")
-    wanted = tuple(name for name in _possible(bundle, backend) if name != ON_DEMAND) if precision is None else (precision,)
-    if not set(wanted) <= set(_possible(bundle, backend)):
+    refuse_unknown(backend, precision)
+    possible = buildable(bundle, backend)
+    wanted = tuple(name for name in possible if name != ON_DEMAND) if precision is None else (precision,)
+    if not set(wanted) <= set(possible):
         graphs = bundle.manifest.get("precision", "fp32")
         raise UsageError(
-            f"bundle {bundle.path} holds graphs in {graphs}; {backend} builds {' and '.join(_possible(bundle, backend))} from them, not {precision}",
+            f"bundle {bundle.path} holds graphs in {graphs}; {backend} builds {' and '.join(possible)} from them, not {precision}",
             f"export another bundle with: aapt export CKPT -o OTHER --precision {'fp8' if precision == 'fp8' else 'fp32'}",
         )
     if bundle.profile.target.device != "cpu":
@@ -87,12 +87,6 @@ def build_engine(bundle: Bundle, backend: str, precision: str | None, report: Re
     if "int8" in wanted and "fp32" not in wanted and f"{backend}-fp32" not in bundle.engines:
         wanted = ("fp32", *wanted)  # int8 is calibrated on it and compared with it
     return [_build_one(bundle, backend, name, report) for name in wanted]
-
-
-def _possible(bundle: Bundle, backend: str) -> tuple[str, ...]:
-    """The precisions that `backend` makes of this bundle's graphs. The torch engine runs the checkpoint, which is whole in every bundle."""
-    in_fp8 = bundle.manifest.get("precision") == "fp8"
-    return PRECISIONS[backend] if backend == "torch" else tuple(name for name in PRECISIONS[backend] if (name == "fp8") == in_fp8)
 
 
 def _build_one(bundle: Bundle, backend: str, precision: str, report: Report) -> Built:
@@ -125,10 +119,9 @@ def _build_one(bundle: Bundle, backend: str, precision: str, report: Report) -> 
 
 
 def _open_torch(bundle: Bundle, precision: str) -> Engines:
-    from aapt_deploy.engine.eager import EagerEngines
-    from aapt_deploy.models import checkpoint
+    from aapt_deploy.engine.eager import EagerEngines, checkpoint_of
 
-    return EagerEngines(checkpoint.load(bundle.checked(bundle.CHECKPOINT)), cores(), precision)
+    return EagerEngines(checkpoint_of(bundle), cores(), precision)
 
 
 # ONNX Runtime
@@ -137,11 +130,12 @@ def _open_torch(bundle: Bundle, precision: str) -> Engines:
 def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], report: Report) -> dict[str, Path]:
     """Write the backend's form of every graph below `stage.path`."""
     profile, graphs = bundle.profile, {}
-    for name in signatures(profile):
+    for name, signature in signatures(profile).items():
         source, graphs[name] = bundle.checked(f"{name}.onnx"), stage.path / f"{name}.onnx"
         if (bundle.path / f"{name}.onnx.data").exists() or f"{name}.onnx.data" in bundle.manifest["files"]:
             bundle.checked(f"{name}.onnx.data")
         model = load_model(source)
+        refuse_other(model, signature, source, export_again(bundle.path))
         if name == "generator":
             model = onnx_function.lower_in_place(model, Ring.of(profile, in_place=True))
         save_model(model, graphs[name])  # not a copy of the file: its weights may lie beside it

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from aapt_deploy import console, proofs
 from aapt_deploy.build import Built, Report, median_step_ms
 from aapt_deploy.bundle import Bundle, Stage
-from aapt_deploy.engine import cuda, plan_layers
+from aapt_deploy.engine import cuda, plan_layers, refuse_unknown
 from aapt_deploy.engine.plan_receipt import Receipt, graph_sha256
 from aapt_deploy.engine.trt import Options, TrtEngines
 from aapt_deploy.errors import BundleError, MachineError, OutputError, ParityError, UsageError
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from aapt_deploy.engine import trt_api
 
 BACKEND = "tensorrt"
-PRECISIONS = ("fp8", "bf16", "fp32")
 FORMS = ("auto", *proofs.FORMS)
 RECIPE = 1  # of this module; a plan of another one is not kept
 FP8_SM = 89
@@ -115,8 +114,7 @@ def build(bundle: Bundle, precision: str | None, attention: str, report: Report)
 def _precision(bundle: Bundle, wanted: str | None) -> str:
     exported = str(bundle.manifest.get("precision", ""))
     precision = wanted or ("fp8" if exported == "fp8" else "bf16")
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r} does not exist for {BACKEND}", f"precisions: {', '.join(PRECISIONS)}")
+    refuse_unknown(BACKEND, precision)
     if (precision == "fp8") != (exported == "fp8"):
         again = f"aapt export CKPT --precision {'fp8' if precision == 'fp8' else 'fp32'}"
         raise UsageError(

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from aapt_deploy import profiles
-from aapt_deploy.errors import BundleError, OutputError
+from aapt_deploy.errors import BundleError, OutputError, ProfileError
 from aapt_deploy.lock import LOCK, locked
 from aapt_deploy.profiles import Profile
 
@@ -36,7 +36,16 @@ MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"  # key of the manifest's own hash, over everything else in it
 REPLACED = "replaced"  # the old bundle, for the moment between two renames
 LARGEST_MANIFEST_BYTES = 16 << 20
-EXPORT_HINT = "make a whole one with: aapt export CKPT -o BUNDLE"
+
+
+def export_again(path: Path) -> str:
+    """The hint for a damaged bundle at `path`."""
+    return f"make a whole one in its place with: aapt export CKPT -o {path} --force"
+
+
+def build_again(path: Path, backend: str, precision: str) -> str:
+    """The hint for a damaged engine of the bundle at `path`."""
+    return f"build it again with: aapt build-engine {path} --backend {backend} --precision {precision}"
 
 
 @dataclass(frozen=True)
@@ -60,13 +69,17 @@ class Bundle:
         except OSError as error:
             reason = f"cannot be read: {error.strerror}"
         if reason:
-            raise BundleError(f"bundle {path} {reason}", EXPORT_HINT)
+            raise BundleError(f"bundle {path} {reason}", f"make a whole one with: aapt export CKPT -o {path}")
         return cls(path, _read_manifest(path))
 
     @cached_property
     def profile(self) -> Profile:
+        """What the bundle was made for. Raises BundleError when its text is no profile: a hash does not say who wrote it."""
         path = self.checked("profile.toml")
-        return profiles.loads(path.read_text(encoding="utf-8"), str(path))
+        try:
+            return profiles.loads(path.read_text(encoding="utf-8"), str(path))
+        except (UnicodeDecodeError, ProfileError) as error:
+            raise BundleError(f"bundle {self.path} has a profile.toml that cannot be used: {error}", export_again(self.path)) from None
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:
@@ -78,7 +91,8 @@ class Bundle:
         """The path of file `name`, once its size and hash are found to be the manifest's. Raises BundleError."""
         entry = self.manifest["files"].get(name)
         path = self.path / name
-        hint = f"make it again with: aapt build-engine {self.path}" if name.startswith("engines/") else EXPORT_HINT
+        engine = re.match("engines/([^/]+)-([^/-]+)/", name)  # engines/<backend>-<precision>/
+        hint = build_again(self.path, *engine.groups()) if engine else export_again(self.path)
         if entry is None:
             raise BundleError(f"bundle {self.path} does not list {name!r}", hint)
         if name in self._seen:
@@ -240,10 +254,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if wrong := _mistyped(manifest):
             raise ValueError(f"wrong type of {', '.join(map(repr, wrong))}")
     except OSError as error:
-        raise BundleError(f"bundle manifest {file} cannot be read: {error.strerror}", EXPORT_HINT) from None
+        raise BundleError(f"bundle manifest {file} cannot be read: {error.strerror}", export_again(path)) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise BundleError(f"bundle manifest {file} is damaged: {reason}", EXPORT_HINT) from None
+        raise BundleError(f"bundle manifest {file} is damaged: {reason}", export_again(path)) from None
     for name in manifest["files"]:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
@@ -252,13 +266,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _mistyped(manifest: dict[str, Any]) -> list[str]:
-    """Keys and names whose values have not the type that the rest of the package counts on."""
-    shapes: dict[str, type] = {"format_version": int, "profile": str, "files": dict, "engines": dict, "start_frames": dict}
-    if wrong := [key for key, kind in shapes.items() if not isinstance(manifest.get(key, {}), kind)]:
+    """Keys and names whose values have not the type that the rest of the package counts on. Raises KeyError for a key that every bundle has."""
+    shapes: dict[str, type] = {
+        "format_version": int, "profile": str, "precision": str, "source": dict, "files": dict, "engines": dict, "start_frames": dict,
+    }  # fmt: skip
+    if wrong := [key for key, kind in shapes.items() if not isinstance(manifest.get(key, kind()), kind)]:
         return wrong
     for name, entry in manifest["files"].items():
         if not (isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} and type(entry["bytes"]) is int and _is_sha256(entry["sha256"])):
             wrong.append(name)
+    wrong += ["source"] * (not _is_sha256(manifest["source"].get("sha256")))
     wrong += [key for key, entry in manifest["engines"].items() if not isinstance(entry, dict)]
     return wrong + [name for name, prompt in manifest.get("start_frames", {}).items() if not isinstance(prompt, str)]
 
@@ -307,7 +324,7 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
 

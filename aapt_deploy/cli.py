@@ -7,7 +7,7 @@ stdout carries data: frames, or one line of JSON with --json. stderr is for peop
     3  measured, and the verdict is bad            7  the bundle is being built by another process
     4  a file that was given is broken             8  an exported graph disagrees with its reference
     9  training diverged
-    130 / 143  stopped by Ctrl-C / SIGTERM; what was streamed until then is kept
+    130 / 143  stopped by Ctrl-C / SIGTERM; what was streamed until then is kept, anything else that is half made is removed
 """
 
 import json
@@ -23,7 +23,7 @@ from aapt_deploy import __version__
 from aapt_deploy.cli_doctor import doctor
 from aapt_deploy.cli_train import train_app
 from aapt_deploy.errors import AaptError, OutputError, UsageError, VerdictError
-from aapt_deploy.options import Backend, BundleArg, Device, Force, Json, Precision, needing, placed
+from aapt_deploy.options import Backend, BundleArg, Device, Force, Json, Precision, command_named, needing, placed
 
 if TYPE_CHECKING:
     from aapt_deploy.build import Built
@@ -130,6 +130,8 @@ def profile(
     from aapt_deploy import console, reports
 
     if diff:
+        if bundle is not None:
+            raise UsageError(f"--diff compares two records and measures nothing, but {bundle} is named", "leave out BUNDLE or --diff")
         from aapt_deploy.profile_diff import difference
 
         found = difference(*diff)
@@ -164,22 +166,22 @@ def quality(
     ] = None,
     reference_bundle: Annotated[Path | None, typer.Option(help="Bundle of the same checkpoint that holds the reference. Default: BUNDLE.")] = None,
     seconds: Annotated[int, typer.Option(min=1, help="Length of each rollout, one per start frame.")] = 5,
-    plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG (needs matplotlib).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves to this .png, .svg or .pdf (needs matplotlib).")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a precision costs: latents, frames and drift against another engine of the bundle. Exit 3 if a threshold is missed."""
     from aapt_deploy import console, reports
 
+    with needing("train"):
+        from aapt_deploy.quality import plotter
+
+        draw = plotter(plot)  # refused now, and not after minutes of measuring
     with console.progress(f"comparing engines of {bundle}") as progress:
         loss = _quality((bundle, reference_bundle), placed(backend, device), precision, reference, seconds, progress)
-    if plot is not None:
-        with needing("train"):
-            from aapt_deploy import quality as measured
-
-            measured.plot(loss, plot)
     reports.quality(loss)
     if as_json:
         typer.echo(loss.json())
+    draw(loss)
     raise typer.Exit(VerdictError.exit_code if loss.failures else 0)
 
 
@@ -205,7 +207,8 @@ def stream(
 
     paced = controls == "-" if realtime is None else realtime
     request = Request(out, format, seconds, seed, image, prompt, controls, paced, placed(backend, device), precision)
-    _refuse_two_uses_of_stdout(out, as_json)
+    if out == "-" and as_json:
+        raise UsageError("--json writes to stdout, and so does --out -", "leave one of them out")
     with console.progress(f"streaming to {'stdout' if out == '-' else out}") as progress:
         done = _stream(bundle, request, progress)
     reports.streamed(done)
@@ -255,6 +258,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint to write.")] = Path("random.safetensors"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where to draw them: cpu, or cuda, in seconds.")] = "cpu",
+    force: Force = False,
 ) -> None:
     """Write a checkpoint of random weights, to size an engine. On a GPU none is needed: aapt profile PROFILE --backend torch --device cuda."""
     from aapt_deploy import console, profiles
@@ -263,13 +267,8 @@ def init(
     with needing("export"), console.steps(f"drawing weights for {shape.name}"):
         from aapt_deploy.initialise import random_checkpoint
 
-        count = random_checkpoint(shape, out, seed, device)
+        count = random_checkpoint(shape, out, seed, device, force)
     console.say(f"{out}: {count / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
-
-
-def _refuse_two_uses_of_stdout(out: str, as_json: bool) -> None:
-    if out == "-" and as_json:
-        raise UsageError("--json writes to stdout, and so does --out -", "leave one of them out")
 
 
 def _export(
@@ -393,7 +392,9 @@ def _run() -> int:
     except _BadUsage as error:
         help_text = error.ctx.get_help() if error.ctx else ""
         if error.format_message() == help_text:  # a group that was given no command
-            typer.echo(help_text, err=True)
+            from aapt_deploy import console
+
+            console.say(help_text)
             return UsageError.exit_code
-        path = error.ctx.command_path if error.ctx else "aapt"
+        path = error.ctx.command_path if error.ctx else command_named(typer.main.get_command(app), sys.argv[1:])
         raise UsageError(error.format_message(), f"see: {path} --help") from None

@@ -1,10 +1,15 @@
-"""What people see: everything here goes to stderr, in colour on a terminal and as plain lines anywhere else. stdout belongs to data."""
+"""What people see: everything here goes to stderr, in colour on a terminal and as plain lines anywhere else. stdout belongs to data.
 
+Nothing here stops a command: what stderr does not take (a full disk, a reader that left, no stderr at all) is lost, and the work goes on.
+"""
+
+import contextlib
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -18,9 +23,34 @@ LIVE_EVERY_S = 0.25
 WIDE = 160  # columns where there is no terminal: a table in a log must keep its figures
 
 
+class Forgiving:
+    """A text stream that may be None or fail, and then loses what is written to it."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        return self._stream is not None and not self._stream.closed and self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.flush()
+
+
 def stderr() -> Console:
-    """A console on today's sys.stderr."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDE)
+    """A console on today's sys.stderr; on the one below it while a status line of rich stands in its place."""
+    stream = Forgiving(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+    return Console(file=cast(IO[str], stream), highlight=False, soft_wrap=True, width=None if stream.isatty() else WIDE)
 
 
 def say(text: str) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper
 
 from aapt_deploy.errors import BundleError
+from aapt_deploy.signature import GraphSignature
 
 INLINE_LIMIT_BYTES = 1_800_000_000  # of a finished graph
 HOLLOW_LIMIT_BYTES = 100_000_000  # of hollow constants: above, they go beside the graph
@@ -46,6 +47,22 @@ def load_model(path: Path) -> onnx.ModelProto:
     except Exception as error:  # protobuf's and onnx's own exception types differ from release to release
         raise BundleError(f"graph {path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}", hint) from None
     return model
+
+
+def refuse_other(model: onnx.ModelProto, signature: GraphSignature, path: Path, hint: str) -> None:
+    """Raise BundleError, with `hint`, unless `model`, as exported to `path`, takes and gives what `signature` says."""
+    inputs, outputs = (
+        {value.name: (_dtype(value.type.tensor_type.elem_type), [dim.dim_value for dim in value.type.tensor_type.shape.dim]) for value in values}
+        for values in (model.graph.input, model.graph.output)
+    )
+    if wrong := signature.misfit(inputs, outputs, state_leaves=signature.name == "decoder"):  # a generator's blocks are committed
+        raise BundleError(f"graph {path} is not the {signature.name} of its bundle: {wrong}", hint)
+
+
+def _dtype(elem_type: int) -> str:
+    """float32, uint8, …; for a type that numpy has not, and for none, ONNX's own name."""
+    known = elem_type in onnx.helper.get_all_tensor_dtypes()
+    return str(onnx.helper.tensor_dtype_to_np_dtype(elem_type)) if known else f"type {elem_type}"
 
 
 def _refuse_outside(model: onnx.ModelProto, path: Path) -> None:

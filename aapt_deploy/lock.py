@@ -1,12 +1,13 @@
-"""One process at a time may write to a folder."""
+"""Writing where others may write or read: one process at a time in a folder, and files that are there whole or not at all."""
 
 import contextlib
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from aapt_deploy.errors import BusyError
+from aapt_deploy.errors import BusyError, OutputError
 
 LOCK = ".lock"
 
@@ -33,3 +34,35 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise OutputError where `path`, once links are followed, leads to something that a file must not replace: a folder, a pipe, a device."""
+    target = os.path.realpath(path)
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise OutputError(f"{path} exists and is not a regular file; it is left as it is", "name a new file")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A new file beside `path` to write to, which takes the place of `path` when the block ends well and is removed when it does not.
+
+    A symbolic link stays one: what it points to is replaced. Permissions follow the umask, also where the writer made the file anew. Raises
+    OutputError as `refuse_irregular` does, and OSError.
+    """
+    refuse_irregular(path)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # a name that nobody has
+    try:
+        mode = os.fstat(descriptor).st_mode & 0o777
+        os.close(descriptor)
+        yield temporary
+        os.chmod(temporary, mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

@@ -122,6 +122,12 @@ class Fp8:
 
 
 PRECISIONS = ("fp32", "bf16", "fp8_e4m3", "int8")
+LARGEST = {  # of each key, far above what anybody builds: with all of them together, counts of bytes still fit into 64 bits
+    "dim": 1 << 16, "depth": 1 << 10, "heads": 1 << 10, "patch": 1 << 6, "mlp_ratio": 1 << 6, "halo": 1 << 6, "tokens": 1 << 16,
+    "width": 1 << 14, "height": 1 << 14, "fps": 1000, "latent_channels": 1 << 10, "spatial_stride": 1 << 8, "temporal_stride": 1 << 8,
+    "frames": 10_000, "sink_frames": 10_000, "encoder_channels": 1 << 14, "decoder_channels": 1 << 14, "blocks": 1 << 6, "temporal_kernel": 1 << 6,
+    "sm": 10_000, "memory_gb": 1 << 20,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         m, v, w = self.model, self.video, self.window
-        self._refuse(self._too_small())  # first, because the rest divides by them
+        self._refuse(self._out_of_range())  # first, because the rest divides by them
         problems = []
         if m.dim % m.heads:
             problems.append(f"model.dim = {m.dim} is not a multiple of model.heads = {m.heads}")
@@ -183,14 +189,15 @@ class Profile:
             problems.append(f"target.device = {self.target.device!r} is neither 'cpu' nor 'cuda'")
         self._refuse(problems)
 
-    def _too_small(self) -> list[str]:
-        """Sizes and channel counts that are not positive."""
+    def _out_of_range(self) -> list[str]:
+        """Sizes and channel counts that are not positive, or so large that nothing can be computed of them."""
         problems = []
         for name in ("model", "text", "video", "window", "vae", "target"):
             for field, value in dataclasses.asdict(getattr(self, name)).items():
                 smallest = 0 if field in ("halo", "tokens", "sink_frames", "sm", "memory_gb") else 1
                 values = value if isinstance(value, tuple) else (value,)
                 problems += [f"{name}.{field} = {v} is below {smallest}" for v in values if isinstance(v, int) and v < smallest]
+                problems += [f"{name}.{field} = {v} is above {LARGEST[field]}" for v in values if isinstance(v, int) and v > LARGEST[field]]
         return problems
 
     def _refuse(self, problems: list[str]) -> None:
@@ -262,7 +269,7 @@ def loads(text: str, source: str) -> Profile:
     """
     try:
         raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: an integer of 5000 digits is a bare ValueError
         raise ProfileError(f"profile {source}: not valid TOML: {error}", "see profiles/demo-cpu.toml for a complete example") from None
     problems: list[str] = []
     sections: dict[str, Any] = {}

@@ -5,14 +5,14 @@ any of them leaves the builder with nothing proved, and it then takes the form t
 of a build that was stopped lie in the same directory. Receipts are JSON written by this user's own processes; what is damaged counts as absent.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from aapt_deploy.lock import whole
 
 FORMAT = "aapt-tensorrt-proofs-1"
 
@@ -85,18 +85,10 @@ def timing_cache_file(here: Here) -> Path:
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all. Raises OSError."""
+    """Write a file, and its folder, so that it is there whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+    with whole(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def save(here: Here, proofs: Iterable[Proof]) -> Path:

@@ -10,7 +10,9 @@ The profile's [quality] holds the thresholds. Whether a checkpoint is good is an
 """
 
 import contextlib
+import io
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -21,8 +23,9 @@ import numpy as np
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE, Velocity
-from aapt_deploy.engine import AS_EXPORTED, Engine, Engines, open_engines
-from aapt_deploy.errors import UsageError
+from aapt_deploy.engine import AS_EXPORTED, Engine, Engines, open_engines, refuse_unknown, to_get
+from aapt_deploy.errors import OutputError, UsageError
+from aapt_deploy.lock import refuse_irregular, whole
 from aapt_deploy.machine import machine
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
@@ -30,6 +33,7 @@ from aapt_deploy.starts import Start, all_starts
 
 SSIM_WINDOW = 8  # pixels
 FLAT = 1.0  # deviation of luma, in levels, below which a picture shows nothing
+PICTURES = (".png", ".svg", ".pdf")  # suffixes of plots
 STILL = 0.1  # share of the reference's change between blocks below which a block stands still
 
 Report = Callable[[str], None]
@@ -149,21 +153,23 @@ def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, report
 
 def _source(bundle: Bundle) -> Any:
     """The hash of the checkpoint that a bundle was made of."""
-    return bundle.manifest.get("source", {}).get("sha256")
+    return bundle.manifest["source"]["sha256"]
 
 
 def _open(bundle: Bundle, name: str) -> Engines:
     backend, _, precision = name.rpartition("-")
+    if not backend:
+        raise UsageError(f"{name!r} names no engine", "engines are named BACKEND-PRECISION, for example onnxruntime-fp32")
+    refuse_unknown(backend, precision)
     if name not in bundle.engines and backend not in AS_EXPORTED:
         built = ", ".join(sorted(bundle.engines)) or "none"
-        command = f"aapt build-engine {bundle.path} --backend {backend} --precision {precision}"
-        raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; build it with: {command}")
+        raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; {to_get(bundle, backend, precision)}")
     return open_engines(bundle, backend, precision)
 
 
 def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seconds: int, report: Report) -> Loss:
     profile, starts = bundle.profile, all_starts(bundle)
-    per_second = profile.video.fps // profile.video.temporal_stride
+    per_second = max(1, profile.video.fps // profile.video.temporal_stride)  # blocks; a slower video is judged block by block
     blocks, passes = seconds * per_second, len(profile.sampler.timesteps)
     forced, decoded, free, frames = [], [], [], []
     for number, begin in enumerate(starts, start=1):
@@ -259,8 +265,40 @@ def _box(x: np.ndarray) -> np.ndarray:
     return mean
 
 
-def plot(loss: Loss, path: Path) -> None:
-    """Errors by block, figures by frame and by second, as one picture."""
+def plotter(path: Path | None) -> Callable[[Loss], None]:
+    """What draws a Loss into the picture `path`, or nothing for None. All that would keep it from that is met here, before anything is measured.
+
+    Raises UsageError for a suffix of no picture, OutputError where no file can be written, ModuleNotFoundError without matplotlib; what it returns
+    raises OutputError, and leaves an older picture as it was.
+    """
+    if path is None:
+        return lambda loss: None
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"--plot {path} has the suffix {path.suffix!r} of no picture", f"suffixes: {', '.join(PICTURES)}")
+    import matplotlib.backends.backend_agg  # noqa: F401  it is here, or is not
+
+    with _writing(path):
+        refuse_irregular(path)
+        tempfile.TemporaryFile(dir=path.parent).close()  # only to see whether a file can be written there
+    return lambda loss: _save(plot(loss, path.suffix[1:].lower()), path)
+
+
+def _save(picture: bytes, path: Path) -> None:
+    with _writing(path), whole(path) as temporary:
+        temporary.write_bytes(picture)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"plot {path} cannot be written: {error.strerror or error}", "choose another path, in a folder that exists") from None
+
+
+def plot(loss: Loss, kind: str) -> bytes:
+    """Errors by block, figures by frame and by second, as one picture; `kind` as in PICTURES, without the dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -280,4 +318,6 @@ def plot(loss: Loss, path: Path) -> None:
             axes.plot(values, marker=".", label=label)
         axes.set_title(title, fontsize=9)
     figure.axes[-1].legend()
-    figure.savefig(path)
+    file = io.BytesIO()
+    figure.savefig(file, format=kind)
+    return file.getvalue()

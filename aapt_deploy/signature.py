@@ -10,6 +10,7 @@ Exporter, builder, engines, rollout and tests read it, so a renamed tensor is re
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aapt_deploy.profiles import CONDITION_CHANNELS, PIXEL_CHANNELS, Profile
@@ -17,6 +18,9 @@ from aapt_deploy.rope import rope_pairs
 
 NEXT = ".next"  # a state tensor `x` leaves its graph as `x.next`
 GRAPHS = ("encoder", "prompt", "generator", "decoder")
+
+
+Tensors = Mapping[str, tuple[str, Sequence[int | str | None]]]  # name -> dtype and shape, as found in a file
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,17 @@ class GraphSignature:
 
     def spec(self, name: str) -> TensorSpec:
         return next(spec for spec in (*self.inputs, *self.outputs, *self.state) if spec.name == name)
+
+    def misfit(self, inputs: "Tensors", outputs: "Tensors", state_leaves: bool) -> str:
+        """The first tensor, in words, in which a graph with these inputs and outputs is not this one; "" where it is. `state_leaves`: as NEXT."""
+        leaving = [TensorSpec(spec.name + NEXT, spec.shape, spec.dtype) for spec in self.state if state_leaves]
+        for side, specs, found in (("input", (*self.inputs, *self.state), inputs), ("output", (*self.outputs, *leaving), outputs)):
+            wanted = {spec.name: f"{spec.dtype} {list(spec.shape)}" for spec in specs}
+            there = {name: f"{dtype} {list(shape)}" for name, (dtype, shape) in found.items()}
+            for name in sorted(wanted.keys() | there.keys()):
+                if wanted.get(name) != there.get(name):
+                    return f"{side} {name!r} is {there.get(name, 'missing')}, by the profile {wanted.get(name, 'none')}"
+        return ""
 
 
 def layer_names(prefix: str, profile: Profile) -> list[str]:

@@ -35,7 +35,7 @@ def start(bundle: Bundle, image: str | None, prompt: str | None) -> Start:
         return _start(bundle.profile, read_image(image, video.width, video.height), prompt or "")
     if image is None:
         if not frames:
-            raise UsageError(f"bundle {bundle.path} holds no start frame", "give a picture with --image FILE")
+            raise UsageError(f"bundle {bundle.path} holds no start frame", "give it a picture to start from: --image PICTURE")
         image = _fitting(frames, prompt or "") if spoken else next(iter(frames))
     own = frames[image] if spoken else ""  # elsewhere it is a description for people, and must not be taken for a file's name
     return _start(bundle.profile, read_image(bundle.checked(f"start/{image}.png"), video.width, video.height), prompt or own)

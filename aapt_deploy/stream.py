@@ -21,6 +21,8 @@ from aapt_deploy.rollout import Steer, Steering, rollout
 from aapt_deploy.starts import Start, start, text_of
 from aapt_deploy.video import ReaderGone, open_sink
 
+GRACE_S = 3.0  # for the block in hand, once a signal has come
+
 
 @dataclass(frozen=True)
 class Request:
@@ -124,17 +126,26 @@ def _line(frames: int, fps: int, made_per_s: float, wanted: int | None) -> str:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one interrupts at once."""
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one interrupts at once.
+
+    So does the first where it is not heeded in time: a pipe that nobody opens or reads holds a write, and its writer, for ever.
+    """
     caught: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    def insist(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)  # by way of whoever holds interrupts back: a file is not cut inside a frame
+
+    handlers = {signal.SIGINT: handle, signal.SIGTERM: handle, signal.SIGALRM: insist}
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield caught
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in old.items():
             signal.signal(number, handler)

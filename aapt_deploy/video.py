@@ -250,6 +250,8 @@ def open_sink(output: str, format: str | None, width: int, height: int, fps: int
     `format` is a key or alias of FORMATS; None takes the path's suffix, or y4m for stdout. Raises UsageError for a choice that cannot work,
     OutputError for a place that cannot be written, MachineError where the encoder is missing.
     """
+    if not output:
+        raise UsageError("the name of the output is empty", "name a file with -o, or - for stdout")
     if "://" in output:
         pipe = f"aapt stream ... -o - --format mpegts | ffmpeg -i - -c copy -f mpegts {shlex.quote(output)}"
         raise UsageError(f"{output} is an address; frames go to a file or to stdout", f"pipe them there: {pipe}")
@@ -257,27 +259,27 @@ def open_sink(output: str, format: str | None, width: int, height: int, fps: int
     chosen = FORMATS[key]
     if chosen.pixels == "yuv420p" and (width % 2 or height % 2):
         raise UsageError(f"{key} cannot hold {width}x{height}: its colours need even sizes", "take nut or rawvideo, or a profile of even size")
-    path = Path(os.path.realpath(output))  # a symbolic link stays one: what it points to is replaced
+    name, path = "stdout" if output == "-" else output, Path(os.path.realpath(output))  # a symbolic link stays one: what it points to is replaced
     if output != "-" and os.path.isdir(path):  # os.path, because pathlib raises for a name that is too long
         raise OutputError(f"{output} is a folder", f"name a file in it: -o {shlex.quote(str(Path(output) / 'stream.mkv'))}")
     is_file = output != "-" and (os.path.isfile(path) or not os.path.exists(path))
     if not is_file and not chosen.to_pipe:
-        raise UsageError(
-            f"{key} cannot go to {'stdout' if output == '-' else output}: it is finished by seeking back to its start",
-            f"formats that can: {', '.join(PIPE_FORMATS)} (fmp4 is fragmented mp4)",
-        )
+        hint = f"formats that can: {', '.join(PIPE_FORMATS)} (fmp4 is fragmented mp4)"
+        raise UsageError(f"{key} cannot go to {name}: it is finished by seeking back to its start", hint)
     if chosen.codec not in av.codecs_available:
         raise MachineError(f"{key} needs the encoder {chosen.codec}, which this PyAV lacks", "pip install --force-reinstall --only-binary av av")
     try:
-        if output == "-":
-            return Sink(_Target(_stdout(), "stdout", seekable=False), chosen, (width, height), fps)
         if not is_file:
-            return Sink(_Target(os.open(path, os.O_WRONLY), output, seekable=False), chosen, (width, height), fps)
-        if not os.path.isdir(path.parent):
+            fd = _stdout() if output == "-" else os.open(path, os.O_WRONLY)
+            return Sink(_Target(fd, name, seekable=False), chosen, (width, height), fps)
+        there = next(parent for parent in path.parents if os.path.exists(parent))
+        if not os.path.isdir(there):
+            raise OutputError(f"{output}: {there} is not a folder", "name a file in a folder that exists")
+        if there != path.parent:
             raise OutputError(f"{output}: there is no folder {path.parent}", f"make it first: mkdir -p {shlex.quote(str(path.parent))}")
         fd, part = _open_part(path)
     except OSError as error:
-        raise _unwritable("stdout" if output == "-" else output, error) from None
+        raise _unwritable(name, error) from None
     return Sink(_Target(fd, output, seekable=True), chosen, (width, height), fps, part, path)
 
 
@@ -338,10 +340,8 @@ def read_image(path: str | Path, width: int, height: int) -> np.ndarray:
     found = (frame.width, frame.height) if frame.rotation % 180 == 0 else (frame.height, frame.width)
     if abs(found[0] * height / (found[1] * width) - 1) > 0.01:
         crop = f"scale={width}:{height}:force_original_aspect_ratio=increase,crop={width}:{height}"
-        raise InputError(
-            f"image {path} is {found[0]}x{found[1]}, which is not the shape of {width}x{height}",
-            f"crop it to {width}x{height}: ffmpeg -i {shlex.quote(str(path))} -vf {crop} start.png",
-        )
+        hint = f"crop it to {width}x{height}: ffmpeg -i {shlex.quote(str(path))} -vf {crop} start.png"
+        raise InputError(f"image {path} is {found[0]}x{found[1]}, which is not the shape of {width}x{height}", hint)
     return _covering(frame, width, height, Fraction(1))
 
 

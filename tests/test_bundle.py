@@ -19,6 +19,7 @@ from aapt_deploy.profiles import load
 
 TINY = load("tiny-cpu")
 ENGINE = "onnxruntime-fp32"
+SOURCE = {"checkpoint": "demo.safetensors", "sha256": "0" * 64}
 FILES = ("encoder.onnx", "generator.onnx", "generator.onnx.data", "checkpoint.safetensors", "start/hills.png")
 
 
@@ -29,6 +30,7 @@ def make(path: Path, mark: str = "first", overwrite: bool = False) -> Bundle:
         for name in FILES:
             (draft.path / name).write_bytes(f"{mark} {name} ".encode() * 500)
         draft.manifest["start_frames"] = {"hills": "green hills"}
+        draft.manifest["source"] = SOURCE
         draft.manifest["mark"] = mark
     opened = Bundle.open(path)
     add(opened, mark)
@@ -188,6 +190,7 @@ def test_a_manifest_of_absurd_size_is_not_read(path: Path) -> None:
         ("format_version", "1"), ("format_version", None), ("profile", 3), ("files", []), ("files", {"a": 3}), ("files", {"a": {"bytes": 1}}),
         ("files", {"a": {"bytes": True, "sha256": "0" * 64}}), ("files", {"a": {"bytes": 1, "sha256": "0" * 63}}),
         ("files", {"a": {"bytes": 1, "sha256": 0}}), ("engines", []), ("engines", {"a": 3}), ("start_frames", []), ("start_frames", {"a": 3}),
+        ("precision", ["fp8"]), ("source", None), ("source", {}), ("source", {"sha256": 3}), ("source", {"sha256": "0" * 63}),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_named(path: Path, key: str, value: object) -> None:
@@ -198,7 +201,7 @@ def test_a_value_of_the_wrong_type_is_named(path: Path, key: str, value: object)
     assert repr(key) in message or "'a'" in message
 
 
-@pytest.mark.parametrize("key", ["format_version", "files", "engines", SEAL])
+@pytest.mark.parametrize("key", ["format_version", "files", "engines", "source", SEAL])
 def test_a_missing_key_is_named(path: Path, key: str) -> None:
     make(path)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -207,6 +210,20 @@ def test_a_missing_key_is_named(path: Path, key: str) -> None:
         manifest[SEAL] = bundles._seal({k: v for k, v in manifest.items() if k != SEAL})
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert f"is damaged: no '{key}'" in refusal(lambda: Bundle.open(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(b"name = '\xff'", "'utf-8' codec can't decode byte 0xff"), (b"name = 3", "'name' = 3 must be str"), (b"name = ", "not valid TOML")],
+)
+def test_a_profile_that_cannot_be_used_is_the_bundles_fault_though_its_hash_fits(path: Path, text: bytes, reason: str) -> None:
+    make(path)
+    (path / "profile.toml").write_bytes(text)
+    rewrite_manifest(path, lambda manifest: manifest["files"].update({"profile.toml": bundles._describe(path / "profile.toml")}))
+    with pytest.raises(BundleError, match=f"^bundle {path} has a profile.toml that cannot be used: ") as caught:
+        _ = Bundle.open(path).profile
+    assert reason in str(caught.value)
+    assert caught.value.hint.endswith(f"aapt export CKPT -o {path} --force")
 
 
 def test_a_newer_format_says_upgrade(path: Path) -> None:
@@ -263,11 +280,18 @@ def test_a_file_cut_short_lost_or_unlisted_is_named(path: Path) -> None:
 
 def test_a_damaged_engine_is_built_again_and_a_damaged_graph_exported_again(path: Path) -> None:
     opened = make(path)
-    for name, command in ((engine_file(opened), f"aapt build-engine {path}"), ("encoder.onnx", "aapt export")):
+    with opened.add_engine("tensorrt-fp8") as stage:
+        (stage.path / "decoder.plan").write_bytes(b"plan")
+    commands = {
+        engine_file(opened): f"aapt build-engine {path} --backend onnxruntime --precision fp32",
+        "engines/tensorrt-fp8/1/decoder.plan": f"aapt build-engine {path} --backend tensorrt --precision fp8",
+        "encoder.onnx": f"aapt export CKPT -o {path} --force",
+    }
+    for name, command in commands.items():
         (path / name).write_bytes(b"")
         with pytest.raises(BundleError) as caught:
             opened.checked(name)
-        assert command in caught.value.hint
+        assert caught.value.hint.endswith(f"with: {command}")
 
 
 def test_a_folder_or_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(path: Path) -> None:
@@ -350,7 +374,7 @@ def test_an_asked_replacement_replaces_all_of_it(path: Path, one_step: bool, mon
         monkeypatch.setattr(bundles, "_exchange", lambda new, old: False)
     make(path)
     with create(path, TINY, overwrite=True) as draft:
-        draft.manifest["mark"] = "second"
+        draft.manifest |= {"mark": "second", "source": SOURCE}
     opened = Bundle.open(path)
     assert opened.manifest["mark"] == "second"
     assert tree(path) == {"profile.toml", "manifest.json"}
@@ -401,6 +425,8 @@ def test_a_place_that_cannot_be_written_is_an_output_error(path: Path) -> None:
     path.write_text("a file")
     assert "cannot be written: Not a directory" in refusal(lambda: make(path / "below"), OutputError)
     assert "cannot be written: File name too long" in refusal(lambda: make(path.with_name("x" * 250)), OutputError)
+    if Path("/proc/self").exists():  # a folder that takes no new one, not even from root
+        assert refusal(lambda: make(Path("/proc/bundle")), OutputError) == "bundle /proc/bundle cannot be written: No such file or directory"
 
 
 def test_readers_never_see_a_moment_without_a_bundle(path: Path) -> None:
@@ -410,8 +436,8 @@ def test_readers_never_see_a_moment_without_a_bundle(path: Path) -> None:
     reader = child("print('ready', flush=True)\nwhile not (path.parent / 'stop').exists(): Bundle.open(path)\nprint('done')", path)
     wait_for(reader, "ready")
     for _ in range(30):
-        with create(path, TINY, overwrite=True):
-            pass
+        with create(path, TINY, overwrite=True) as draft:
+            draft.manifest["source"] = SOURCE
     (path.parent / "stop").touch()
     assert finish(reader) == ("done", "")
 
@@ -427,7 +453,7 @@ with Bundle.open(path).add_engine("torch-fp32") as stage:
 HOLD_CREATE = """
 with create(path, TINY, overwrite=True) as draft:
     (draft.path / "encoder.onnx").write_bytes(b"half")
-    draft.manifest["mark"] = "child"
+    draft.manifest |= {"mark": "child", "source": SOURCE}
     print("busy", flush=True)
     sys.stdin.read()
 """

@@ -1,7 +1,9 @@
 """Checkpoints: what is saved is what is loaded, and whatever is wrong with a file ends in one CheckpointError that says so."""
 
 import json
+import os
 import pickle
+import resource
 import struct
 from collections.abc import Callable
 from hashlib import sha256
@@ -95,13 +97,52 @@ def test_weights_in_float32_are_loaded_as_they_are(good: Path, tmp_path: Path) -
 def test_a_failed_save_is_told_and_leaves_the_old_file(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(good.read_bytes())
-    (tmp_path / "x.tmp").mkdir()  # in the way of the temporary file
-    for target in (path, tmp_path / "no-such-folder" / "x.safetensors"):
-        with pytest.raises(OutputError, match="cannot be written") as caught:
-            save(target, TINY, *build(TINY), {}, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for target, most in ((path, 100_000), (tmp_path / "no-such-folder" / "x.safetensors", limits[0])):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))  # as a disk that fills up
+        try:
+            with pytest.raises(OutputError, match=f"{target} cannot be written") as caught:
+                save(target, TINY, *build(TINY), {}, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert caught.value.exit_code == 6
         assert caught.value.hint
     assert path.read_bytes() == good.read_bytes()
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_a_save_touches_nothing_of_the_users_but_the_file_it_is_told_to(tmp_path: Path) -> None:
+    (tmp_path / "x.tmp").write_text("mine")
+    save(tmp_path / "x.safetensors", TINY, *build(TINY), {}, {})
+    assert sorted(os.listdir(tmp_path)) == ["x.safetensors", "x.tmp"]
+    assert (tmp_path / "x.tmp").read_text() == "mine"
+
+
+def test_a_save_replaces_a_file_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-the-pipe").symlink_to("pipe")
+    before = sorted(os.listdir(tmp_path))
+    for name in before:
+        with pytest.raises(OutputError, match=f"{name} exists and is not a regular file"):
+            save(tmp_path / name, TINY, *build(TINY), {}, {})
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "to-the-pipe").is_symlink() and os.listdir(tmp_path / "folder") == []
+
+
+def test_a_link_stays_a_link_and_permissions_follow_the_umask(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "x.safetensors"
+    link.symlink_to("disk/real.safetensors")
+    before = os.umask(0o027)
+    try:
+        for _ in range(2):  # made, and replaced
+            save(link, TINY, *build(TINY), {}, {})
+            assert link.is_symlink() and os.listdir(tmp_path / "disk") == ["real.safetensors"]
+            assert (tmp_path / "disk" / "real.safetensors").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+    assert load(link).profile == TINY
 
 
 # --- damaged files ---

@@ -135,7 +135,11 @@ def test_a_group_without_a_command_shows_its_help(aapt: Aapt, arguments: tuple[s
         ("stream BUNDLE -o no/such/folder/x.mp4", 6, "there is no folder"),
         ("stream BUNDLE -o /dev/full --format y4m --seconds 1", 6, "/dev/full: cannot be written: No space left"),
         ("stream BUNDLE -o x.mp4 --backend cuda", 2, "backend 'cuda' does not exist"),
+        ("stream BUNDLE -o x.mp4 --backend torch-cuda", 2, "backend 'torch-cuda' does not exist"),
         ("stream BUNDLE -o x.mp4 --precision fp8", 4, "no onnxruntime engine in fp8"),
+        ("stream BUNDLE -o x.mp4 --precision fp16", 2, "precision 'fp16' does not exist for onnxruntime"),
+        ("stream BUNDLE -o precious/x.mkv", 6, "precious is not a folder"),
+        ("stream BUNDLE -o precious/a/x.mkv", 6, "precious is not a folder"),
         ("stream nowhere -o x.mp4", 4, "bundle nowhere is not a directory"),
         ("stream . -o x.mp4", 4, "has no manifest.json"),
         ("profile BUNDLE --blocks 3", 2, "Invalid value for '--blocks'"),
@@ -153,6 +157,8 @@ def test_a_group_without_a_command_shows_its_help(aapt: Aapt, arguments: tuple[s
         ("export CKPT -o b --sha256 00", 4, "expected 00"),
         ("init none", 4, "profile 'none' is neither a file nor a shipped preset"),
         ("init tiny-cpu -o no/such/folder/r.safetensors", 6, "cannot be written"),
+        ("init tiny-cpu -o CKPT", 6, "exists"),
+        ("init tiny-cpu -o r.safetensors --seed 18446744073709551616", 2, "--seed 18446744073709551616 is above 18446744073709551615"),
         ("demo -o CKPT", 6, "cannot be written"),
         ("demo --seconds nan", 2, "--seconds nan"),
     ],
@@ -205,6 +211,22 @@ def test_truncated_checkpoints(aapt: Aapt, loaded: Checkpoint, tmp_path: Path, k
     ran = aapt("export", tmp_path / "x.safetensors", "-o", tmp_path / "b")
     assert ran.code == 4
     assert "x.safetensors" in ran.error
+
+
+def test_a_checkpoint_that_is_there_is_replaced_only_when_asked(aapt: Aapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "trained.safetensors"
+    out.write_bytes(b"hours of training")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "draw", None)  # refused before weights are drawn
+        ran = aapt("init", "tiny-cpu", "-o", out)
+    assert (ran.code, ran.out, ran.error) == (6, "", f"checkpoint {out} exists")
+    assert "--force" in ran.err
+    assert out.read_bytes() == b"hours of training"
+    assert aapt("init", "tiny-cpu", "-o", out, "--force").code == 0
+    assert checkpoint.load(out).profile.name == "tiny-cpu"
+    ran = aapt("init", "tiny-cpu", "-o", tmp_path, "--force")
+    assert (ran.code, ran.error) == (6, f"{tmp_path} exists and is not a regular file; it is left as it is")
+    assert os.listdir(tmp_path) == [out.name]
 
 
 def test_weights_that_do_not_fit_into_memory_are_not_drawn(aapt: Aapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

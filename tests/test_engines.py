@@ -10,6 +10,8 @@ import torch
 from conftest import Ran, frames_of, turning
 from test_bundle import rewrite_manifest
 
+from aapt_deploy import build
+from aapt_deploy import bundle as bundles
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import Pose, condition_map
 from aapt_deploy.engine import Engines, open_engines, ort, precision_of
@@ -274,14 +276,26 @@ def test_the_precision_is_the_one_asked_for_else_the_profiles_else_the_fastest(o
 def test_what_was_not_built_is_named_with_the_command_that_builds_it(opened: Bundle, copied: Path) -> None:
     with pytest.raises(UsageError, match="backend 'tensorflow' does not exist"):
         open_engines(opened, "tensorflow")
-    with pytest.raises(BundleError, match="no onnxruntime engine in fp16") as caught:
+    with pytest.raises(UsageError, match="precision 'fp16' does not exist for onnxruntime") as unknown:
         open_engines(opened, "onnxruntime", "fp16")
-    assert "built: fp32, int8" in caught.value.hint
+    assert unknown.value.hint == "precisions: fp32, int8, fp8"
+    with pytest.raises(BundleError, match="no onnxruntime engine in fp8") as caught:
+        open_engines(opened, "onnxruntime", "fp8")
+    assert caught.value.hint == "built: fp32, int8; export another bundle for it with: aapt export CKPT -o OTHER --precision fp8"
     other = Bundle.open(copied)
     del other.engines["torch-fp32"]
     with pytest.raises(BundleError, match="no torch engine") as caught:
         open_engines(other, "torch")
     assert f"aapt build-engine {copied} --backend torch" in caught.value.hint
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("torch", "bf16"), ("torch", None), ("onnxruntime", "int8")])
+def test_the_command_in_the_hint_builds_the_engine(bare: Path, aapt: Callable[..., Ran], one_core: None, backend: str, precision: str | None) -> None:
+    with pytest.raises(BundleError, match=f"has no {backend} engine") as caught:
+        open_engines(Bundle.open(bare), backend, precision)
+    command = caught.value.hint.partition("aapt ")[2].split()
+    assert aapt(*command).code == 0
+    assert open_engines(Bundle.open(bare), backend, precision).backend == backend
 
 
 @pytest.mark.parametrize(
@@ -336,4 +350,55 @@ def test_a_graph_that_onnx_runtime_refuses_is_a_bundle_error(opened: Bundle, tmp
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match=r"cannot load .*bad\.onnx") as caught:
         ort.open_session(tmp_path / "bad.onnx", Threads(1, False))
-    assert "build-engine" in caught.value.hint
+    assert caught.value.hint == ort.EXPORT
+
+
+# --- hashes that fit, of files that do not ---
+
+
+def reseal(path: Path, *names: str) -> Bundle:
+    """Put today's hashes of files into the manifest, as somebody would who also knows how to seal it."""
+    rewrite_manifest(path, lambda manifest: manifest["files"].update({name: bundles._describe(path / name) for name in names}))
+    return Bundle.open(path)
+
+
+@pytest.mark.parametrize(
+    ("graph", "other", "reason"),
+    [
+        ("generator", "decoder", "is not the generator of its bundle: input 'condition' is missing, by the profile float32 [1, 6, "),
+        ("decoder", "encoder", "is not the decoder of its bundle: input 'image' is uint8 [32, 64, 3], by the profile none"),
+        ("prompt", "generator", "is not the prompt of its bundle: input 'condition' is float32 [1, 6, "),
+    ],
+)
+def test_another_graph_under_an_engines_name_is_refused_with_the_command_that_builds_it(copied: Path, graph: str, other: str, reason: str) -> None:
+    for precision in ("fp32", "int8"):
+        folder = Path(Bundle.open(copied).engines[f"onnxruntime-{precision}"]["graphs"][graph]).parent
+        (copied / folder / f"{graph}.onnx").write_bytes((copied / folder / f"{other}.onnx").read_bytes())
+        opened = reseal(copied, f"{folder}/{graph}.onnx")
+        with pytest.raises(BundleError) as caught:
+            open_engines(opened, "onnxruntime", precision)
+        assert str(copied / folder / f"{graph}.onnx") in str(caught.value) and reason in str(caught.value), caught.value
+        assert caught.value.hint.endswith(f"aapt build-engine {copied} --backend onnxruntime --precision {precision}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(("graph", "other"), [("generator", "decoder"), ("decoder", "encoder"), ("encoder", "prompt")])
+def test_another_graph_under_the_bundles_name_is_refused_by_the_build(bare: Path, graph: str, other: str, precision: str) -> None:
+    (bare / f"{graph}.onnx").write_bytes((bare / f"{other}.onnx").read_bytes())
+    opened = reseal(bare, f"{graph}.onnx")
+    with pytest.raises(BundleError, match=f"graph {bare}/{graph}.onnx is not the {graph} of its bundle: input ") as caught:
+        build.build_engine(opened, "onnxruntime", precision, lambda text: None)
+    assert caught.value.hint.endswith(f"aapt export CKPT -o {bare} --force")
+    assert Bundle.open(bare).engines == {} and not list(bare.glob(".stage-*"))
+
+
+@pytest.mark.parametrize(("old", "new"), [("depth = 2", "depth = 3"), ("depth = 2", "depth = 1"), ("frames = 3", "frames = 4")])
+def test_a_profile_of_other_graphs_is_refused_by_every_engine(copied: Path, old: str, new: str) -> None:
+    text = (copied / "profile.toml").read_text()
+    assert text.count(f"\n{old}\n") == 1
+    (copied / "profile.toml").write_text(text.replace(f"\n{old}\n", f"\n{new}\n"))
+    opened = reseal(copied, "profile.toml")
+    for backend, reason in (("onnxruntime", "by the profile "), ("torch", f"bundle {copied}: profile.toml and checkpoint differ in generator")):
+        with pytest.raises(BundleError) as caught:
+            open_engines(opened, backend, "fp32")
+        assert reason in str(caught.value) and f" {copied} " in caught.value.hint

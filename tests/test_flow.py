@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import toy_latents
 
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import posterior

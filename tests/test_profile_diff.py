@@ -61,6 +61,8 @@ def test_layers_are_sorted_by_what_changed_and_new_and_gone_ones_are_told(tmp_pa
         ("[]", "no object"), ("{", "not JSON"), ("{}", "lacks profile"), (json.dumps(record(steady={"step": {"p50_ms": "fast"}})), "stage step"),
         (json.dumps(record(steady={"step": {"p50_ms": 1, "p95_ms": float("nan")}})), "stage step"), (json.dumps(record(machine=3)), "no object"),
         (json.dumps(record(layers={"generator": [{"name": 3, "ms": 1}]})), "layers of generator"), ("[" * 100_000, "not JSON"),
+        (json.dumps(record(steady={"step": {"p50_ms": 10**400, "p95_ms": 1}})), "stage step"),
+        (json.dumps(record(layers={"generator": [{"name": "gemm", "ms": 10**400}]})), "layers of generator"),
     ],
 )  # fmt: skip
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str, reason: str) -> None:
@@ -76,3 +78,17 @@ def test_a_missing_file_and_a_missing_bundle_are_told(tmp_path: Path, aapt: Any)
     assert ran.code == 4 and "none.json cannot be read" in ran.error
     ran = aapt("profile")
     assert ran.code == 2 and "no BUNDLE" in ran.error
+
+
+def test_a_bundle_beside_two_records_is_not_left_out_in_silence(tmp_path: Path, aapt: Any) -> None:
+    good = written(tmp_path, "good.json", record())
+    ran = aapt("profile", "some-bundle", "--diff", good, good)
+    assert ran.code == 2 and "some-bundle is named" in ran.error and not ran.out
+
+
+@pytest.mark.parametrize(
+    ("words", "path"), [("profile --diff A", "aapt profile"), ("profile B --blocks", "aapt profile"), ("train run --recipe", "aapt train run")]
+)
+def test_an_option_without_its_value_leads_to_its_own_commands_help(aapt: Any, words: str, path: str) -> None:
+    ran = aapt(*words.split())
+    assert ran.code == 2 and "requires" in ran.error and ran.err.splitlines()[-1] == f"hint: see: {path} --help"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aapt_deploy.errors import ProfileError
-from aapt_deploy.profiles import Profile, Sampler, Text, Vae, Video, Window, load, loads, preset_folder
+from aapt_deploy.profiles import LARGEST, Profile, Sampler, Text, Vae, Video, Window, load, loads, preset_folder
 
 PRESETS = sorted(path.stem for path in preset_folder().glob("*.toml"))
 TINY = load("tiny-cpu")
@@ -122,7 +122,7 @@ def test_a_section_must_be_a_section_and_a_name_a_string() -> None:
     assert "'window' must be a section [window]" in refusal("window = 3\n" + re.sub(r"\[window\]\nframes = 3\n", "", TINY_TOML))
 
 
-@pytest.mark.parametrize("text", ["name =", "\x00", "[model", "x = " + "[" * 20000, 'name = "a"\nname = "b"'])
+@pytest.mark.parametrize("text", ["name =", "\x00", "[model", "x = " + "[" * 20000, 'name = "a"\nname = "b"', "x = " + "9" * 5000])
 def test_what_is_not_toml_is_refused(text: str) -> None:
     assert "not valid TOML" in refusal(text)
 
@@ -157,12 +157,29 @@ def test_what_is_not_toml_is_refused(text: str) -> None:
         ({"precision__weights": 'weights = "fp7"'}, "precision.weights = 'fp7' is not one of fp32, bf16, fp8_e4m3, int8"),
         ({"target__device": 'device = "tpu"'}, "target.device = 'tpu'"),
         ({"target__device": 'device = "cpu"\nmemory_gb = -1'}, "target.memory_gb = -1 is below 0"),
+        ({"video__width": "width = 1_000_000_000_000"}, "video.width = 1000000000000 is above 16384"),
+        ({"window__frames": "frames = 100_000_000_000_000_000_000"}, "window.frames = 100000000000000000000 is above 10000"),
+        ({"vae__decoder_channels": "decoder_channels = [16, 8, 70000]"}, "vae.decoder_channels = 70000 is above 16384"),
     ],
 )
 def test_a_contradiction_is_refused_with_its_values(lines: dict[str, str], reason: str) -> None:
     message = refusal(edited(**lines))
     assert "profile tiny-cpu" in message
     assert reason in message
+
+
+def test_every_size_has_a_limit_below_which_all_counts_fit_into_64_bits() -> None:
+    """At all limits at once; the presets are checked against theirs when they are loaded."""
+    sections = {}
+    for name in ("model", "text", "video", "window", "vae", "target"):
+        section = getattr(TINY, name)
+        fields = {key: value for key, value in vars(section).items() if key not in ("sink_frames", "temporal_stride", "spatial_stride")}
+        most = {key: LARGEST[key] for key, value in fields.items() if isinstance(value, int)}  # KeyError: a new field needs its limit
+        most |= {key: (LARGEST[key],) * len(value) for key, value in fields.items() if isinstance(value, tuple)}
+        sections[name] = replace(section, **most)
+    large = TINY.replace(**sections)
+    assert large.model.dim == 1 << 16
+    assert large.kv_cache_bytes < 2**63
 
 
 def test_all_contradictions_are_listed_together() -> None:

@@ -1,8 +1,8 @@
 """`aapt quality`: known losses are found at their size, and real engines pass or fail by the profile's thresholds."""
 
 import dataclasses
-import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from conftest import Exported, Ran
 from test_bundle import rewrite_manifest
 
 from aapt_deploy import quality
-from aapt_deploy.bundle import Bundle
+from aapt_deploy.bundle import Bundle, _describe
 from aapt_deploy.engine import Engine, Engines, open_engines
-from aapt_deploy.errors import BundleError, ProfileError, UsageError, VerdictError
+from aapt_deploy.errors import MachineError, OutputError, ProfileError, UsageError, VerdictError
 from aapt_deploy.profiles import Quality, loads
 from aapt_deploy.quality import Loss, compare, ssim
 
@@ -139,6 +139,16 @@ def test_ssim_by_hand() -> None:
     assert ssim(a, a) == pytest.approx(1)
 
 
+def test_a_video_of_less_than_a_block_a_second_is_judged_block_by_block(copied: Path) -> None:
+    profile = copied / "profile.toml"
+    profile.write_text(profile.read_text().replace("fps = 24", "fps = 2"))
+    rewrite_manifest(copied, lambda manifest: manifest["files"].update({"profile.toml": _describe(profile)}))
+    opened = Bundle.open(copied)
+    assert opened.profile.video.fps == 2
+    loss = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 3, lambda text: None)
+    assert len(loss.seconds) == len(loss.latent_error) == 3 and loss.blocks == 6, "three from each of two start frames"
+
+
 def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(bundle: Path, copied: Path, exported: Exported) -> None:
     opened, other = Bundle.open(bundle), Bundle.open(copied)
     same = compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, lambda text: None, other)
@@ -161,12 +171,71 @@ def test_the_command_reports_plots_and_passes(aapt: Callable[..., Ran], bundle: 
     assert "within the profile's thresholds" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("place", "code", "words"),
+    [
+        ("nodir/q.png", OutputError.exit_code, "nodir/q.png cannot be written: No such file or directory"),
+        ("file/q.png", OutputError.exit_code, "file/q.png cannot be written: Not a directory"),
+        ("folder.png", OutputError.exit_code, "folder.png exists and is not a regular file"),
+        ("q.xyz", UsageError.exit_code, "q.xyz has the suffix '.xyz' of no picture"), ("q", UsageError.exit_code, "has the suffix ''"),
+    ],
+)  # fmt: skip
+def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(
+    aapt: Callable[..., Ran], bundle: Path, tmp_path: Path, place: str, code: int, words: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    ran = aapt("quality", bundle, "--precision", "int8", "--seconds", 1, "--plot", tmp_path / place, "--json")
+    assert ran.code == code and words in ran.error
+    assert len(ran.err.splitlines()) == 2 and ran.out == "", "nothing was compared"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_measured(
+    aapt: Callable[..., Ran], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    ran = aapt("quality", bundle, "--seconds", 1, "--plot", tmp_path / "q.png")
+    assert ran.code == MachineError.exit_code and "'matplotlib" in ran.error and "aapt_deploy[train]" in ran.err
+    assert len(ran.err.splitlines()) == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_that_fails_in_the_end_costs_neither_the_figures_nor_an_older_plot(
+    aapt: Callable[..., Ran], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of a file refuses the picture as a full disk does."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "q.png").write_bytes(b"older")
+    limit, drawn = resource.getrlimit(resource.RLIMIT_FSIZE), quality.plot
+
+    def plot_on_a_full_disk(loss: Loss, kind: str) -> bytes:
+        picture = drawn(loss, kind)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        return picture
+
+    monkeypatch.setattr(quality, "plot", plot_on_a_full_disk)
+    try:
+        ran = aapt("quality", bundle, "--precision", "int8", "--seconds", 1, "--plot", tmp_path / "q.png", "--json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert ran.code == OutputError.exit_code and ran.error == f"plot {tmp_path}/q.png cannot be written: File too large"
+    assert json.loads(ran.out)["failures"] == [] and "within the profile's thresholds" in ran.err
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("q.png", b"older")]
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [(".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_a_plot_is_what_its_suffix_says(tmp_path: Path, suffix: str, begins: bytes) -> None:
+    good = Loss("p", "a", "b", [quality.Second(40.0, 0.95, 1.0, 1.0)], [0.01, 0.02], 50.0, 0.01, 0.001, 0, 0, 2, THRESHOLDS, {})
+    quality.plotter(tmp_path / f"q{suffix}")(good)
+    assert (tmp_path / f"q{suffix}").read_bytes().startswith(begins)
+
+
 def test_a_missed_threshold_of_the_profile_is_exit_3(aapt: Callable[..., Ran], copied: Path) -> None:
     profile = copied / "profile.toml"
     text = profile.read_text()
     profile.write_text(text[: text.index("[quality]")] + "[quality]\npsnr_db = 120.0\n")
-    now = {"sha256": hashlib.sha256(profile.read_bytes()).hexdigest(), "bytes": profile.stat().st_size}
-    rewrite_manifest(copied, lambda manifest: manifest["files"].update({"profile.toml": now}))
+    rewrite_manifest(copied, lambda manifest: manifest["files"].update({"profile.toml": _describe(profile)}))
     ran = aapt("quality", copied, "--precision", "int8", "--seconds", 1)
     assert ran.code == VerdictError.exit_code, ran.err
     assert "DB IS BELOW 120.0" in ran.err and ran.out == ""
@@ -177,7 +246,9 @@ def test_a_missed_threshold_of_the_profile_is_exit_3(aapt: Callable[..., Ran], c
     [
         (("--reference", "onnxruntime-int8", "--precision", "int8"), UsageError.exit_code, "onnxruntime-int8 is compared with itself"),
         (("--reference", "tensorrt-fp8", "--precision", "int8"), UsageError.exit_code, "no engine 'tensorrt-fp8'"),
-        (("--precision", "fp64"), BundleError.exit_code, "fp64"),
+        (("--precision", "fp64"), UsageError.exit_code, "precision 'fp64' does not exist"),
+        (("--reference", "nope"), UsageError.exit_code, "'nope' names no engine"),
+        (("--reference", "onnxruntime-bf16"), UsageError.exit_code, "precision 'bf16' does not exist for onnxruntime"),
     ],
 )
 def test_wrong_engines_are_named(aapt: Callable[..., Ran], bundle: Path, arguments: tuple[str, ...], code: int, words: str) -> None:

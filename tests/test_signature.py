@@ -160,3 +160,18 @@ def test_bytes_of_a_tensor() -> None:
     assert TensorSpec("x", (2, 3), "int64").bytes == 48
     frames = signature.decoder(TINY).spec("frames")
     assert frames.bytes == 4 * 64 * 32 * 3
+
+
+def test_a_graph_that_takes_or_gives_anything_else_is_told_by_the_first_tensor_that_differs() -> None:
+    decoder = signatures(TINY)["decoder"]
+    takes = {spec.name: (spec.dtype, spec.shape) for spec in (*decoder.inputs, *decoder.state)}
+    gives = {spec.name: (spec.dtype, spec.shape) for spec in decoder.outputs} | {spec.name + NEXT: (spec.dtype, spec.shape) for spec in decoder.state}
+    assert decoder.misfit(takes, gives, state_leaves=True) == ""
+    first = decoder.state[0]
+    assert decoder.misfit(takes, gives, state_leaves=False).startswith(f"output '{first.name}{NEXT}' is float32 [")
+    assert decoder.misfit(takes | {"z": ("int8", ["n", 2])}, gives, True) == "input 'z' is int8 ['n', 2], by the profile none"
+    wrong = {**gives, "frames": ("float32", gives["frames"][1])}
+    size = list(gives["frames"][1])
+    assert decoder.misfit(takes, wrong, True) == f"output 'frames' is float32 {size}, by the profile uint8 {size}"
+    del takes["latent"]
+    assert decoder.misfit(takes, gives, True).startswith("input 'latent' is missing, by the profile float32 [1, ")

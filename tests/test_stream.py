@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import COMMAND, ENVIRONMENT, PROMPTS, picture
+from test_bundle import rewrite_manifest
 
 from aapt_deploy import stream as streams
 from aapt_deploy.bundle import Bundle
@@ -168,6 +169,16 @@ def test_pictures_and_prompts_that_cannot_be_used(bundle: Path, tmp_path: Path) 
     assert "prompt word 'klingon' is outside the vocabulary" in refusal(UsageError, bundle, out, prompt="klingon desert")
     assert "two values of time" in refusal(UsageError, bundle, out, prompt="dawn, night")
     assert sorted(os.listdir(tmp_path)) == ["square.png", "text.png"]
+
+
+def test_a_bundle_without_start_frames_asks_for_a_picture_and_streams_from_one(copied: Path, image: Path, tmp_path: Path, aapt: Any) -> None:
+    """As `aapt init` makes checkpoints."""
+    rewrite_manifest(copied, lambda manifest: manifest.update(start_frames={}))
+    ran = aapt("stream", copied, "-o", tmp_path / "x.y4m", "--seconds", 0.5)
+    assert ran.code == UsageError.exit_code and ran.error == f"bundle {copied} holds no start frame"
+    assert ran.err.splitlines()[-1] == "hint: give it a picture to start from: --image PICTURE"
+    assert not (tmp_path / "x.y4m").exists()
+    assert aapt("stream", copied, "-o", tmp_path / "x.y4m", "--seconds", 0.5, "--image", image).code == 0
 
 
 def test_a_generator_without_text_takes_no_prompt(bundle: Path, tmp_path: Path, tiny: Profile) -> None:
@@ -391,10 +402,26 @@ def test_ctrl_c_while_a_stream_starts(ffmpeg: str, bundle: Path, tmp_path: Path,
         assert frames_in(out) >= 1
 
 
+def test_one_ctrl_c_ends_a_stream_to_a_pipe_that_nobody_reads(bundle: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for reader in (None, os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)):  # it is not even opened; it is, and stalls
+        with process(bundle, "-o", tmp_path / "pipe", "--format", "nut") as running:
+            assert running.stderr is not None
+            assert running.stderr.readline() == f"streaming to {tmp_path / 'pipe'}\n".encode()
+            time.sleep(1)
+            running.send_signal(signal.SIGINT)
+            assert running.wait(streams.GRACE_S + 10) == 130
+            assert b"Traceback" not in running.stderr.read()
+        if reader is not None:
+            os.close(reader)
+
+
 def test_signals_are_given_back(bundle: Path, tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
     run(bundle, tmp_path / "x.rgb")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 # --- what a stream needs
@@ -406,6 +433,16 @@ def test_a_stream_imports_neither_torch_nor_onnx(bundle: Path, tmp_path: Path) -
     imported = {line.rsplit("|", 1)[1].strip() for line in err.splitlines() if line.startswith("import time:")}
     assert {"onnxruntime", "av", "numpy"} <= imported
     assert not {name.split(".")[0] for name in imported} & {"torch", "onnx", "onnxscript", "tensorrt", "sympy"}
+
+
+def test_a_stream_leaves_nothing_in_the_users_home(bundle: Path, tmp_path: Path) -> None:
+    """ONNX Runtime would: an id for its telemetry, kept in a database."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    subprocess.run(command(bundle, "-o", tmp_path / "x.mp4", "--seconds", 0.5), env=environment, capture_output=True, check=True)
+    assert list(home.rglob("*")) == []
 
 
 def test_the_result_as_json(bundle: Path, tmp_path: Path, aapt: Any) -> None:

@@ -311,8 +311,13 @@ def test_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a folder"):
         open_sink(str(tmp_path / "a.mp4"), None, WIDTH, HEIGHT, FPS)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OutputError, match="file"):
-        open_sink(str(tmp_path / "file" / "a.mp4"), None, WIDTH, HEIGHT, FPS)
+    for below in (tmp_path / "file" / "a.mp4", tmp_path / "file" / "no" / "a.mp4"):
+        with pytest.raises(OutputError, match="file is not a folder") as blocked:
+            open_sink(str(below), None, WIDTH, HEIGHT, FPS)
+        assert "mkdir" not in blocked.value.hint
+    for name in (None, "mp4"):
+        with pytest.raises(UsageError, match="the name of the output is empty"):
+            open_sink("", name, WIDTH, HEIGHT, FPS)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc, where not even root can make files")

@@ -21,6 +21,9 @@ BACKENDS = {  # name -> module that opens all graphs of a bundle
     "torch-cuda": "aapt_deploy.engine.torch_cuda",  # `--backend torch --device cuda`
     "tensorrt": "aapt_deploy.engine.trt",
 }
+PRECISIONS = {  # what each of them runs in
+    "onnxruntime": ("fp32", "int8", "fp8"), "torch": ("fp32", "bf16"), "torch-cuda": ("fp8", "bf16"), "tensorrt": ("fp8", "bf16", "fp32"),
+}  # fmt: skip
 OVERLAPPED = ("tensorrt", "torch-cuda")  # whose decoder works beside the generator: the rollout makes the next latent while this one is decoded
 AS_EXPORTED = ("torch-cuda",)  # run the bundle's checkpoint and scales: nothing is built for them
 MOST_THREADS = 1024  # that a manifest may ask for
@@ -73,10 +76,8 @@ def open_engines(bundle: Bundle, backend: str, precision: str | None = None, war
     """Open every graph of `bundle` with `backend`; see `precision_of` for a precision of None. `warn` hears, in one line, of an engine that this
     CPU runs less exactly than the one it was built on.
 
-    Raises UsageError for an unknown backend and BundleError when the bundle has no whole engine of that backend or precision.
+    Raises UsageError for an unknown backend or precision and BundleError when the bundle has no whole engine of them.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r} does not exist", f"backends: {', '.join(BACKENDS)}")
     chosen = precision_of(bundle, backend, precision)
     entry = bundle.engines.get(f"{backend}-{chosen}", {})  # of AS_EXPORTED there is none
     if entry.get("weight_bits") == WEIGHT_BITS and not adds_int8_exactly():
@@ -89,22 +90,47 @@ def open_engines(bundle: Bundle, backend: str, precision: str | None = None, war
 
 
 def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
-    """The precision to open: the one asked for, else the profile's own, else the fastest that was built; where nothing is built, the bundle's own."""
+    """The precision to open: the one asked for, else the profile's own, else the fastest that was built; where nothing is built, the bundle's own.
+
+    Raises UsageError for a backend or a precision that does not exist, and BundleError for an engine that was not built.
+    """
+    refuse_unknown(backend, precision)
     if backend in AS_EXPORTED:
         return precision or ("fp8" if bundle.manifest.get("precision") == "fp8" else "bf16")
     built = _built(bundle, backend)
-    if not built:
-        raise BundleError(f"bundle {bundle.path} has no {backend} engine", f"build one with: aapt build-engine {bundle.path} --backend {backend}")
     if precision is None and bundle.profile.precision.weights in built:
         return bundle.profile.precision.weights
-    if precision is None:
+    if precision is None and built:
         return min(built, key=lambda name: float(built[name]["step_ms"]))
+    if precision is None:
+        raise BundleError(f"bundle {bundle.path} has no {backend} engine", f"build one with: aapt build-engine {bundle.path} --backend {backend}")
     if precision not in built:
-        raise BundleError(
-            f"bundle {bundle.path} has no {backend} engine in {precision}",
-            f"built: {', '.join(sorted(built))}; build it with: aapt build-engine {bundle.path} --precision {precision}",
-        )
+        there = ", ".join(sorted(built)) or "none"
+        raise BundleError(f"bundle {bundle.path} has no {backend} engine in {precision}", f"built: {there}; {to_get(bundle, backend, precision)}")
     return precision
+
+
+def refuse_unknown(backend: str, precision: str | None) -> None:
+    """Raise UsageError for a backend, or a precision of it, that does not exist. A precision of None is always right."""
+    if backend not in BACKENDS:
+        named = ", ".join(name for name in BACKENDS if name not in AS_EXPORTED)
+        raise UsageError(f"backend {backend!r} does not exist", f"backends: {named}; torch runs on a GPU with --device cuda")
+    if precision is not None and precision not in PRECISIONS[backend]:
+        place = "torch on a GPU" if backend == "torch-cuda" else backend
+        raise UsageError(f"precision {precision!r} does not exist for {place}", f"precisions: {', '.join(PRECISIONS[backend])}")
+
+
+def buildable(bundle: Bundle, backend: str) -> tuple[str, ...]:
+    """The precisions that `backend` makes of this bundle's graphs. The torch engine runs the checkpoint, which is whole in every bundle."""
+    in_fp8 = bundle.manifest.get("precision") == "fp8"
+    return PRECISIONS[backend] if backend == "torch" else tuple(name for name in PRECISIONS[backend] if (name == "fp8") == in_fp8)
+
+
+def to_get(bundle: Bundle, backend: str, precision: str) -> str:
+    """The hint for an engine that exists and that `bundle` has not: the build, or where its graphs are in the other precision another export."""
+    if precision in buildable(bundle, backend):
+        return f"build it with: aapt build-engine {bundle.path} --backend {backend} --precision {precision}"
+    return f"export another bundle for it with: aapt export CKPT -o OTHER --precision {'fp8' if precision == 'fp8' else 'fp32'}"
 
 
 def _built(bundle: Bundle, backend: str) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aapt_deploy.bundle import Bundle
+from aapt_deploy.bundle import Bundle, export_again
+from aapt_deploy.errors import BundleError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.models.graphs import graph_modules
@@ -121,4 +122,13 @@ class EagerEngines:
 def open_bundle(bundle: Bundle, precision: str) -> EagerEngines:
     """The checkpoint inside `bundle`, run by torch."""
     entry = bundle.engines[f"{BACKEND}-{precision}"]
-    return EagerEngines(checkpoint.load(bundle.checked(bundle.CHECKPOINT)), int(entry["threads"]), precision)
+    return EagerEngines(checkpoint_of(bundle), int(entry["threads"]), precision)
+
+
+def checkpoint_of(bundle: Bundle) -> Checkpoint:
+    """The checkpoint inside `bundle`. Raises BundleError when its graphs are not those of the bundle's profile: a hash does not say whose it is."""
+    loaded = checkpoint.load(bundle.checked(bundle.CHECKPOINT))
+    ours, its = signatures(bundle.profile), signatures(loaded.profile)
+    if wrong := sorted(name for name in ours.keys() | its.keys() if ours.get(name) != its.get(name)):
+        raise BundleError(f"bundle {bundle.path}: profile.toml and checkpoint differ in {', '.join(wrong)}", export_again(bundle.path))
+    return loaded

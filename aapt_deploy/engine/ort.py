@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from aapt_deploy.bundle import Bundle
+from aapt_deploy.bundle import Bundle, build_again
 from aapt_deploy.errors import BundleError
 from aapt_deploy.ops.block_causal_attention import NEXT, SLOT, VALID, Ring
 from aapt_deploy.profiles import Profile
 from aapt_deploy.signature import GraphSignature, TensorSpec, generator, layer_names, signatures
 
 BACKEND = "onnxruntime"
+EXPORT = "export the checkpoint again"  # hint where a graph was lowered a moment ago, so that the exported one is to blame
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Threads:
     spinning: bool
 
 
-def open_session(path: Path, threads: Threads, profiling: Path | None = None, fuse: bool = True) -> onnxruntime.InferenceSession:
+def open_session(path: Path, threads: Threads, profiling: Path | None = None, fuse: bool = True, hint: str = EXPORT) -> onnxruntime.InferenceSession:
     """A session on the CPU. Without `fuse`, Q/DQ pairs stay where they are: FP8 has no fused operators here.
 
-    Raises BundleError when ONNX Runtime refuses the graph.
+    Raises BundleError, with `hint`, when ONNX Runtime refuses the graph.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -46,7 +47,17 @@ def open_session(path: Path, threads: Threads, profiling: Path | None = None, fu
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception types are private
-        raise BundleError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}", "build the engine again: aapt build-engine") from None
+        raise BundleError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}", hint) from None
+
+
+def refuse_other(session: onnxruntime.InferenceSession, signature: GraphSignature, path: Path, hint: str) -> None:
+    """Raise BundleError, with `hint`, unless the graph at `path` takes and gives what `signature` says: a hash does not say whose graph it is."""
+    inputs, outputs = (
+        {node.name: (node.type.removeprefix("tensor(").removesuffix(")").replace("float", "float32"), node.shape) for node in nodes}
+        for nodes in (session.get_inputs(), session.get_outputs())
+    )
+    if wrong := signature.misfit(inputs, outputs, state_leaves=True):
+        raise BundleError(f"graph {path} is not the {signature.name} of its bundle: {wrong}", hint)
 
 
 def _value(array: np.ndarray) -> Any:
@@ -96,16 +107,21 @@ class OrtEngine:
         raise TypeError("only a generator has blocks to commit")
 
 
+def in_place(profile: Profile) -> GraphSignature:
+    """The generator's, as `lower_in_place` leaves it: caches of the ring that is written where it lies, a slot and a count for their length."""
+    portable = generator(profile, Ring.of(profile, in_place=True).tokens)
+    inputs = (*(spec for spec in portable.inputs if spec.name != "cache_len"), *(TensorSpec(name, (1,), "int64") for name in (SLOT, VALID)))
+    return GraphSignature(portable.name, inputs, (portable.spec("clean"),), portable.state)
+
+
 class OrtGenerator:
     """The generator with its caches written in place."""
 
     def __init__(self, session: onnxruntime.InferenceSession, profile: Profile) -> None:
         self.session, self.profile = session, profile
-        self.ring = Ring.of(profile, in_place=True)
-        signature = generator(profile, self.ring.tokens)
-        inputs = (*(spec for spec in signature.inputs if spec.name != "cache_len"), TensorSpec(SLOT, (1,), "int64"), TensorSpec(VALID, (1,), "int64"))
-        self.inputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in inputs}
-        self.outputs = {"clean": np.zeros(signature.spec("clean").shape, np.float32)}
+        self.ring, signature = Ring.of(profile, in_place=True), in_place(profile)
+        self.inputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.inputs}
+        self.outputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.outputs}
         self.caches = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.state}
         self.binding = session.io_binding()
         for name, array in self.inputs.items():
@@ -141,11 +157,13 @@ class OrtEngines:
 
     backend = BACKEND
 
-    def __init__(self, profile: Profile, graphs: dict[str, Path], threads: Threads, precision: str) -> None:
+    def __init__(self, profile: Profile, graphs: dict[str, Path], threads: Threads, precision: str, hint: str = EXPORT) -> None:
+        """Raises BundleError, with `hint`, for a graph that ONNX Runtime refuses or that is not what the profile says."""
         self.precision = precision
         self.engines: dict[str, OrtEngine | OrtGenerator] = {}
         for name, signature in signatures(profile).items():
-            session = open_session(graphs[name], threads, fuse=precision != "fp8")
+            session = open_session(graphs[name], threads, fuse=precision != "fp8", hint=hint)
+            refuse_other(session, in_place(profile) if name == "generator" else signature, graphs[name], hint)
             self.engines[name] = OrtGenerator(session, profile) if name == "generator" else OrtEngine(session, signature)
 
     def __getitem__(self, graph: str) -> OrtEngine | OrtGenerator:
@@ -156,12 +174,12 @@ class OrtEngines:
 
 
 def open_bundle(bundle: Bundle, precision: str) -> OrtEngines:
-    """The engines of `bundle` in `precision`, with the threads that the build found best."""
-    entry = bundle.engines[f"{BACKEND}-{precision}"]
+    """The engines of `bundle` in `precision`, with the threads that the build found best. Raises BundleError when they are damaged or another's."""
+    entry, hint = bundle.engines[f"{BACKEND}-{precision}"], build_again(bundle.path, BACKEND, precision)
     files = entry.get("graphs")
     if not isinstance(files, dict) or files.keys() != signatures(bundle.profile).keys() or not all(isinstance(file, str) for file in files.values()):
-        raise BundleError(f"bundle {bundle.path}: its {BACKEND} engine in {precision} lacks graphs", f"build it: aapt build-engine {bundle.path}")
+        raise BundleError(f"bundle {bundle.path}: its {BACKEND} engine in {precision} lacks graphs", hint)
     graphs = {name: bundle.checked(file) for name, file in files.items()}
     for weights in {f"{file}.data" for file in files.values()} & bundle.manifest["files"].keys():
         bundle.checked(weights)
-    return OrtEngines(bundle.profile, graphs, Threads(int(entry["threads"]), bool(entry["spinning"])), precision)
+    return OrtEngines(bundle.profile, graphs, Threads(int(entry["threads"]), bool(entry["spinning"])), precision, hint)

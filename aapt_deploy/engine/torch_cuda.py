@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aapt_deploy import scales as scale_files
 from aapt_deploy.bundle import Bundle
+from aapt_deploy.engine.eager import checkpoint_of
 from aapt_deploy.engine.torch_calibrate import calibrate
 from aapt_deploy.engine.torch_decoder import StreamDecoder
 from aapt_deploy.engine.torch_kernels import Kernels, on_gpu, plain
@@ -238,7 +239,7 @@ def open_bundle(bundle: Bundle, precision: str) -> GpuEngines:
         raise UsageError(f"bundle {bundle.path} has no FP8 scales", "export it with: aapt export CKPT -o BUNDLE --precision fp8")
     device = the_gpu(bundle.profile, precision)
     scales = scale_files.load(bundle.checked(scale_files.FILE), bundle.profile) if precision == "fp8" else None
-    loaded = checkpoint.load(bundle.checked(bundle.CHECKPOINT))
+    loaded = checkpoint_of(bundle)
     with memory_for(bundle.profile):
         return GpuEngines(loaded.generator.to(device), loaded.vae.to(device), scales, Options.of(precision, device))
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aapt_deploy import profiles
 from aapt_deploy.errors import CheckpointError, OutputError
+from aapt_deploy.lock import whole
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import spatial_rope
 from aapt_deploy.models.vae import Vae
@@ -66,19 +67,22 @@ class Checkpoint(Stored):
 
 
 def save(path: Path, profile: Profile, generator: Generator, vae: Vae, training: dict[str, object], start_frames: dict[str, StartFrame]) -> None:
-    """Write a checkpoint in float16. `training` is kept as JSON in the metadata. Raises OutputError."""
+    """Write a checkpoint in float16, in place of an older file at `path`. `training` is kept as JSON in the metadata.
+
+    It is there whole or not at all. Raises OutputError, also where `path` is a folder, a pipe or a device.
+    """
     tensors = {f"generator.{name}": t for name, t in generator.state_dict().items()}
     tensors |= {f"vae.{name}": t for name, t in vae.state_dict().items()}
     tensors = {name: t.to(torch.float16).contiguous() for name, t in tensors.items()}
     tensors |= {START + name: frame.image.contiguous() for name, frame in start_frames.items()}
     prompts = json.dumps({name: frame.prompt for name, frame in start_frames.items()})
     metadata = {"format": FORMAT, "profile": profile.dumps(), "training": json.dumps(training), "start": prompts}
-    temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
+        with whole(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except (SafetensorError, OSError) as error:
-        raise OutputError(f"checkpoint {path} cannot be written: {error}", "name a file in a folder that exists, with room for it") from None
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"checkpoint {path} cannot be written: {reason}", "name a file in a folder that exists, with room for it") from None
 
 
 def load(path: Path, sha256: str | None = None) -> Checkpoint:

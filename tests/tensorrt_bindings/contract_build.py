@@ -100,7 +100,7 @@ class Rig:
                 model = generator_graph(self.profile) if name == "generator" else plain_graph(signature)
                 (draft.path / f"{name}.onnx").write_bytes(model.SerializeToString())
             scales.save(scales.Scales({}, self.scales), draft.path / scales.FILE)
-            draft.manifest["precision"] = "fp8"
+            draft.manifest |= {"precision": "fp8", "source": {"checkpoint": "made.safetensors", "sha256": "0" * 64}}
         return bundles.Bundle.open(path)
 
     def _script(self) -> dict[str, Any]:

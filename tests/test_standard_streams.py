@@ -1,0 +1,88 @@
+"""Standard streams that are closed, full or left by their reader, in real processes: messages stop no work, lost data is an error."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import COMMAND, ENVIRONMENT
+
+AAPT = " ".join(COMMAND)
+pytestmark = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+def shell(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run `line` in bash with $AAPT and pipefail, inside `folder`."""
+    command = ["bash", "-o", "pipefail", "-c", line]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT | {"AAPT": AAPT}, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def whole(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file that an undisturbed stream writes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert shell(f"$AAPT stream {bundle} -o x.mkv --seconds 1", folder).returncode == 0
+    return (folder / "x.mkv").read_bytes()
+
+
+# --- stderr
+
+
+@pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", "2> >(true)", "2> >(head -c 5 >/dev/null)"])
+def test_a_stream_goes_on_without_its_stderr(bundle: Path, whole: bytes, tmp_path: Path, redirected: str) -> None:
+    done = shell(f"$AAPT stream {bundle} -o x.mkv --seconds 1 --json {redirected}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["frames"] == 24
+    assert os.listdir(tmp_path) == ["x.mkv"]
+    assert (tmp_path / "x.mkv").read_bytes() == whole
+
+
+def test_frames_on_stdout_survive_a_stderr_whose_reader_left(bundle: Path, tmp_path: Path) -> None:
+    lines = [f"$AAPT stream {bundle} -o - --seconds 1 {redirected} > {name}" for name, redirected in (("a", ""), ("b", "2> >(true)"), ("c", "2>&-"))]
+    assert [shell(line, tmp_path).returncode for line in lines] == [0, 0, 0]
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b == c != b""
+
+
+@pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", "2> >(true)"])
+@pytest.mark.parametrize(("arguments", "code"), [("bogus", 2), ("", 2), ("profile nowhere", 4), ("doctor", 0)])
+def test_exit_codes_need_no_stderr(tmp_path: Path, arguments: str, code: int, redirected: str) -> None:
+    done = shell(f"$AAPT {arguments} {redirected}", tmp_path)
+    assert (done.returncode, done.stdout) == (code, "")
+
+
+def test_closed_streams_are_no_door_into_the_users_files(tmp_path: Path) -> None:
+    """A file that is opened takes the lowest free number; at 1 or 2 it would get what libraries print."""
+    code = "import os, sys; from aapt_deploy import __main__ as m; m.occupy(); sys.exit(os.open('mine', os.O_WRONLY | os.O_CREAT))"
+    done = shell(f'{COMMAND[0]} -c "{code}" <&- >&- 2>&-', tmp_path)
+    assert done.returncode > 2
+
+
+# --- stdout
+
+
+@pytest.mark.parametrize("arguments", ["doctor --json", "--help", "--version", "train --help"])
+def test_a_full_stdout_is_one_error(tmp_path: Path, arguments: str) -> None:
+    done = shell(f"$AAPT {arguments} >/dev/full", tmp_path)
+    assert done.returncode == 6
+    assert done.stderr.splitlines()[-2:] == [
+        "error: stdout cannot be written: No space left on device", "hint: free some space, or send the output elsewhere",
+    ]  # fmt: skip
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_json_to_a_closed_stdout_is_refused_before_work_is_done(bundle: Path, tmp_path: Path) -> None:
+    done = shell(f"$AAPT stream {bundle} -o x.mkv --seconds 1 --json >&-", tmp_path)
+    assert done.returncode == 6
+    assert done.stderr.splitlines() == [
+        "error: stdout is closed, and --json writes to it", "hint: send it to a file or a pipe, or leave out --json",
+    ]  # fmt: skip
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("doctor --json", 0), ("--help", 0), ("profile demo-cpu --plan --json", 0)])
+def test_a_reader_of_stdout_that_left_changes_nothing(tmp_path: Path, arguments: str, code: int) -> None:
+    done = shell(f"$AAPT {arguments} | true", tmp_path)
+    assert done.returncode == code
+    assert not [word for word in ("Traceback", "error:", "Exception ignored") if word in done.stderr]
