@@ -15,7 +15,8 @@ from aapt_deploy.errors import OutputError
 
 def main() -> None:
     """Run the command line."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # where it is ignored, it stays so
+    # Where it is ignored, it stays so; torchrun's has to end a process that waits in a collective for another one, which no Python code does.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "TORCHELASTIC_RUN_ID" not in os.environ:
         signal.signal(signal.SIGTERM, stop)
     occupy()
     if sys.stdout is not None:

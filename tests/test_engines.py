@@ -273,6 +273,18 @@ def test_the_precision_is_the_one_asked_for_else_the_profiles_else_the_fastest(o
     assert precision_of(other, "onnxruntime", None) == "int8"
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"threads": 0}, {"step_ms": 10**400}, {"step_ms": -1.0}, {"step_ms": float("nan")}, {"precision": "int4"}], ids=str
+)
+def test_what_a_manifest_says_of_an_engine_has_to_make_sense(wrong: dict[str, object], copied: Path) -> None:
+    """Somebody may have written it by hand, and sealed it."""
+    other = Bundle.open(copied)
+    other.engines["onnxruntime-int8"] |= wrong
+    with pytest.raises(BundleError, match="says of engine onnxruntime-int8 makes no sense") as caught:
+        precision_of(other, "onnxruntime", None)
+    assert caught.value.hint.endswith(f"aapt build-engine {copied} --backend onnxruntime")
+
+
 def test_what_was_not_built_is_named_with_the_command_that_builds_it(opened: Bundle, copied: Path) -> None:
     with pytest.raises(UsageError, match="backend 'tensorflow' does not exist"):
         open_engines(opened, "tensorflow")

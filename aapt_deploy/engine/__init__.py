@@ -27,6 +27,7 @@ PRECISIONS = {  # what each of them runs in
 OVERLAPPED = ("tensorrt", "torch-cuda")  # whose decoder works beside the generator: the rollout makes the next latent while this one is decoded
 AS_EXPORTED = ("torch-cuda",)  # run the bundle's checkpoint and scales: nothing is built for them
 MOST_THREADS = 1024  # that a manifest may ask for
+LONGEST_MS = 1e9  # of a step, the same
 
 
 class Engine(Protocol):
@@ -140,8 +141,12 @@ def _built(bundle: Bundle, backend: str) -> dict[str, dict[str, Any]]:
     for key, entry in bundle.engines.items():
         if entry.get("backend") != backend:
             continue
-        sound = all(type(entry.get(name)) in kinds for name, kinds in shape.items()) and 1 <= entry["threads"] <= MOST_THREADS
+        sound = all(type(entry.get(name)) in kinds for name, kinds in shape.items())
+        sound = sound and 1 <= entry["threads"] <= MOST_THREADS and 0 <= entry["step_ms"] <= LONGEST_MS
         if not sound or key != f"{backend}-{entry['precision']}":
-            raise BundleError(f"bundle {bundle.path}: what its manifest says of engine {key} makes no sense", f"aapt build-engine {bundle.path}")
+            raise BundleError(
+                f"bundle {bundle.path}: what its manifest says of engine {key} makes no sense",
+                f"build it again: aapt build-engine {bundle.path} --backend {backend}",
+            )
         built[entry["precision"]] = entry
     return built
