@@ -9,6 +9,7 @@ was made from is written down in it (run.json), and a run with anything else is 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -263,6 +264,7 @@ def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe
     vae.load_state_dict(average, strict=False)
 
 
+@functools.lru_cache(maxsize=1)  # a run asks after every stage, and five worlds take seconds
 def start_frames(profile: Profile) -> dict[str, StartFrame]:
     """The demo's start frames, rendered at the profile's size."""
     frames = {}
