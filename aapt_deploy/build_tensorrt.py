@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ from aapt_deploy.bundle import Bundle, Stage
 from aapt_deploy.engine import cuda, plan_layers, refuse_unknown
 from aapt_deploy.engine.plan_receipt import Receipt, graph_sha256
 from aapt_deploy.engine.trt import Options, TrtEngines
-from aapt_deploy.errors import BundleError, MachineError, OutputError, ParityError, UsageError
+from aapt_deploy.errors import BundleError, MachineError, ParityError, UsageError
+from aapt_deploy.lock import writing
 from aapt_deploy.lower_tensorrt import Lowered, lower
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 from aapt_deploy.parity_tensorrt import compare, start_of
@@ -305,13 +306,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """The system's refusal to write as an error."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}", "free some space, or set XDG_CACHE_HOME to a place that has it") from None
+def _told(path: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(path, "free some space, or set XDG_CACHE_HOME to a place that has it")
 
 
 # The engine

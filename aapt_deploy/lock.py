@@ -36,6 +36,16 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def writing(what: object, hint: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn the system's refusal to write `what`, and those of `others` that a library has for it, into OutputError."""
+    refusals: tuple[type[Exception], ...] = (OSError, *others)
+    try:
+        yield
+    except refusals as error:
+        raise OutputError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}", hint) from None
+
+
 def refuse_irregular(path: Path) -> None:
     """Raise OutputError where `path`, once links are followed, leads to something that a file must not replace: a folder, a pipe, a device."""
     target = os.path.realpath(path)

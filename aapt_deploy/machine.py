@@ -6,6 +6,7 @@ from pathlib import Path
 
 from aapt_deploy import __version__
 
+LONGEST_MS = 1e9  # that a record may say anything took, eleven days: sums of such times stay finite
 WEIGHT_BITS, SAFE_WEIGHT_BITS = 8, 7  # of an int8 weight, where products are added exactly, and where the sum of two must fit into 16 bits
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from aapt_deploy.errors import InputError
+from aapt_deploy.machine import LONGEST_MS
 
 HEADER = ("profile", "backend", "precision", "blocks", "passes_per_block")
 PERCENTILES = ("p50_ms", "p95_ms")
-LONGEST_MS = 1e9  # eleven days: no stage takes longer, and the sums below stay finite
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import numpy as np
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE, Velocity
 from aapt_deploy.engine import AS_EXPORTED, Engine, Engines, open_engines, refuse_unknown, to_get
-from aapt_deploy.errors import OutputError, UsageError
-from aapt_deploy.lock import refuse_irregular, whole
+from aapt_deploy.errors import UsageError
+from aapt_deploy.lock import refuse_irregular, whole, writing
 from aapt_deploy.machine import machine
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
@@ -288,13 +288,8 @@ def _save(picture: bytes, path: Path) -> None:
         temporary.write_bytes(picture)
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusals into OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"plot {path} cannot be written: {error.strerror or error}", "choose another path, in a folder that exists") from None
+def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(f"plot {path}", "choose another path, in a folder that exists")
 
 
 def plot(loss: Loss, kind: str) -> bytes:

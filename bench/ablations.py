@@ -134,11 +134,12 @@ def how(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
 def trained(name: str, variant: Variant, latents: Latents, options: argparse.Namespace) -> Path:
     """The checkpoint of one variant, made now unless it is there. Ends the program when `options.out` holds one that was made otherwise."""
     path, told_how = options.out / f"{name}.safetensors", options.out / f"{name}.json"
-    if told_how.exists() and json.loads(told_how.read_text()) != how(variant, options):
+    wanted = how(variant, options)
+    if told_how.exists() and json.loads(told_how.read_text()) != wanted:
         sys.exit(
             f"error: {name} in {options.out} was made, or begun, otherwise than these options say\nhint: {told_how} tells how; or give another OUT"
         )
-    told_how.write_text(json.dumps(how(variant, options), indent=1))
+    told_how.write_text(json.dumps(wanted, indent=1))
     if path.exists():
         return path
     told: Callable[[str], Progress] = lambda what: lambda step, loss: say(f"{name}, {what}: {step} updates, loss {loss:.4f}")
@@ -191,7 +192,7 @@ def main() -> None:
     record = {
         "what": "heads and horizons of the adversarial stage, and input recycling, from one generator", "date": today,
         "versions": {"torch": torch.__version__.split("+")[0]},
-        "clips": len(latents.z), "variants": {name: how(variant, options) for name, variant in chosen.items()},
+        "clips": len(latents.z), "variants": {name: json.loads((options.out / f"{name}.json").read_text()) for name in chosen},
         "curves": {path.stem: curve(path) for path in sorted(options.out.glob("*.jsonl"))}, "evaluation": judged,
     }  # fmt: skip
     options.record.write_text(json.dumps(record, indent=1) + "\n")

@@ -13,7 +13,7 @@ from aapt_deploy import console
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine.plan_layers import LayerTime
 from aapt_deploy.errors import BundleError, UsageError
-from aapt_deploy.machine import WEIGHT_BITS, adds_int8_exactly
+from aapt_deploy.machine import LONGEST_MS, WEIGHT_BITS, adds_int8_exactly
 
 BACKENDS = {  # name -> module that opens all graphs of a bundle
     "onnxruntime": "aapt_deploy.engine.ort",
@@ -27,7 +27,6 @@ PRECISIONS = {  # what each of them runs in
 OVERLAPPED = ("tensorrt", "torch-cuda")  # whose decoder works beside the generator: the rollout makes the next latent while this one is decoded
 AS_EXPORTED = ("torch-cuda",)  # run the bundle's checkpoint and scales: nothing is built for them
 MOST_THREADS = 1024  # that a manifest may ask for
-LONGEST_MS = 1e9  # of a step, the same
 
 
 class Engine(Protocol):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aapt_deploy import scales as scale_files
 from aapt_deploy.bundle import Bundle
+from aapt_deploy.engine import refuse_unknown
 from aapt_deploy.engine.eager import checkpoint_of
 from aapt_deploy.engine.torch_calibrate import calibrate
 from aapt_deploy.engine.torch_decoder import StreamDecoder
@@ -38,7 +39,6 @@ from aapt_deploy.signature import TensorSpec, layer_names, signatures
 
 BACKEND = "torch-cuda"
 PRECISIONS = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}  # -> type of the activations
-SERVED = ("fp8", "bf16")  # to users; fp32 is for tests
 PULL = -0.8  # of random networks, in units of a step's deviation
 
 
@@ -254,8 +254,7 @@ def open_random(profile: Profile, precision: str | None) -> GpuEngines:
 
 def the_gpu(profile: Profile, precision: str) -> torch.device:
     """Raises UsageError for a precision or a profile, and MachineError for a machine, that this engine is not for."""
-    if precision not in SERVED:
-        raise UsageError(f"precision {precision!r} does not exist for torch on a GPU", f"precisions: {', '.join(SERVED)}")
+    refuse_unknown("torch-cuda", precision)  # fp32 is for tests
     if not torch.cuda.is_available():
         raise MachineError("PyTorch finds no CUDA GPU", "aapt doctor tells what is missing; --device cpu runs a bundle on the CPU")
     if precision == "fp8":

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aapt_deploy import profiles
-from aapt_deploy.errors import CheckpointError, OutputError
-from aapt_deploy.lock import whole
+from aapt_deploy.errors import CheckpointError
+from aapt_deploy.lock import whole, writing
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import spatial_rope
 from aapt_deploy.models.vae import Vae
@@ -77,12 +77,8 @@ def save(path: Path, profile: Profile, generator: Generator, vae: Vae, training:
     tensors |= {START + name: frame.image.contiguous() for name, frame in start_frames.items()}
     prompts = json.dumps({name: frame.prompt for name, frame in start_frames.items()})
     metadata = {"format": FORMAT, "profile": profile.dumps(), "training": json.dumps(training), "start": prompts}
-    try:
-        with whole(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-    except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"checkpoint {path} cannot be written: {reason}", "name a file in a folder that exists, with room for it") from None
+    with writing(f"checkpoint {path}", "name a file in a folder that exists, with room for it", SafetensorError), whole(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load(path: Path, sha256: str | None = None) -> Checkpoint:

@@ -81,9 +81,9 @@ def write_clip(path: Path, frames: np.ndarray, poses: np.ndarray, tokens: np.nda
 
 def refuse_other_clips(folder: Path, profile: Profile, blocks: int) -> None:
     """Raise InputError if `folder` holds whole clips of another length or picture size, which rendering or importing would make again."""
-    v = profile.video
+    v, length = profile.video, 1 + profile.video.temporal_stride * blocks
     for path in sorted(folder.glob("clip-*.safetensors")):
-        shapes, length = _shapes(path), 1 + v.temporal_stride * blocks
+        shapes = _shapes(path)
         if shapes and shapes["frames"][:3] != [length, v.height, v.width]:
             frames, height, width = shapes["frames"][:3]
             raise InputError(

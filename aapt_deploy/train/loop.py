@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from aapt_deploy import lock
 from aapt_deploy.errors import CheckpointError, TrainingError, UsageError
 from aapt_deploy.train.draws import numbers
 from aapt_deploy.train.recipe import Optimiser
@@ -161,9 +162,8 @@ def _forget(log: Path, step: int) -> None:
     """Drop the lines of updates after `step`, which are done again."""
     if log.exists():
         kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        temporary = log.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, log)
+        with lock.whole(log) as temporary:
+            temporary.write_text("".join(kept))
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from aapt_deploy import __version__
 from aapt_deploy.errors import CheckpointError, InputError, UsageError
-from aapt_deploy.lock import locked
+from aapt_deploy.lock import locked, whole
 from aapt_deploy.machine import machine
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import StartFrame
@@ -150,12 +150,8 @@ def _holds(path: Path, generator: Generator, vae: Vae) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_suffix(".tmp")
-    try:
+    with whole(target) as temporary:
         shutil.copyfile(source, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _refuse_prompts(profile: Profile) -> None:
@@ -184,9 +180,8 @@ def _same_run(run: Path, profile: Profile, recipe: Recipe, start: Start | None, 
         )
     setup.wait()  # all look before one writes
     if setup.writes and not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(wanted, indent=1))
-        temporary.replace(path)
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=1))
 
 
 def _silence(text: str) -> None:
@@ -224,9 +219,7 @@ def cached_latents(path: Path, vae: Vae, clips: list[ClipFile], profile: Profile
             if latents is None:  # one allocation for all: many small ones between large ones would scatter the heap
                 latents = _empty_latents(len(clips), z, profile)
             if z.shape == latents.z.shape[1:]:
-                latents.z[used] = z
-                if profile.text.tokens:
-                    latents.tokens[used] = torch.from_numpy(arrays["tokens"])
+                latents.z[used], latents.tokens[used] = z, torch.from_numpy(arrays["tokens"])[: profile.text.tokens]
                 latents.conditions[used] = torch.from_numpy(conditions(profile, arrays["poses"]))
                 used += 1
             else:

@@ -1,9 +1,8 @@
 """BlockCausalAttention in torch: an operator that runs, and a node in an exported ONNX graph.
 
 The operator is functional. A variant that writes its caches does not survive `torch.onnx.export`, and committing is the runtime's job anyway. The
-body here is plain torch and runs wherever training does; a GPU kernel for inference takes the place of it there with
-`operator.register_kernel("cuda")`. It has a gradient, into the caches as well: student
-forcing trains through the same rollout that inference runs.
+body here is plain torch and runs wherever training does; a GPU kernel for inference takes its place there with `operator.register_kernel("cuda")`.
+It has a gradient, into the caches as well: student forcing trains through the same rollout that inference runs.
 """
 
 from typing import Any
