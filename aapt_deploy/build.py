@@ -220,7 +220,7 @@ class RecordedEngines:
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
-        self.backend, self.precision = engines.backend, engines.precision
+        self.backend, self.precision, self.overlapped = engines.backend, engines.precision, False
         self.seen: list[dict[str, np.ndarray]] = []
 
     def __getitem__(self, graph: str) -> Engine:

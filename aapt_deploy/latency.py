@@ -10,7 +10,7 @@ The rollout knows nothing of clocks. It is given engines that are wrapped in a s
     encode      frames -> H.264, outside the step: a consumer's cost
     step        prompt + generator + commit + decoder + hand-off, wall clock from one block's frames to the next
 
-Where the decoder works beside the generator (engine.OVERLAPPED), a block is generated while the one before is decoded: a step is then as long as the
+Where the decoder works beside the generator (Engines.overlapped), a block is generated while the one before is decoded: a step is then as long as the
 longer of the two, and frames are encoded when all is measured, because the engines would work on meanwhile.
 
 A cold block is among the first COLD_BLOCKS, while caches fill and memory is touched for the first time.
@@ -28,7 +28,7 @@ import numpy as np
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
-from aapt_deploy.engine import OVERLAPPED, Engine, Engines, Layered, open_engines
+from aapt_deploy.engine import Engine, Engines, Layered, open_engines
 from aapt_deploy.engine.plan_layers import LayerTime
 from aapt_deploy.machine import machine
 from aapt_deploy.profiles import Profile
@@ -120,7 +120,7 @@ class TimedEngines:
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
-        self.backend, self.precision = engines.backend, engines.precision
+        self.backend, self.precision, self.overlapped = engines.backend, engines.precision, engines.overlapped
         self.making: dict[str, float] = {}  # the block that is being generated
         self.made: deque[dict[str, float]] = deque()  # blocks that wait to be decoded
         self.decoding: dict[str, float] = {}
@@ -168,7 +168,7 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
     start = time.perf_counter()
     engines = TimedEngines(open_all())
     opened = time.perf_counter()
-    beside = engines.backend in OVERLAPPED
+    beside = engines.overlapped
     stages: dict[str, list[float]] = {name: [] for name in STAGES}
     cold: list[float] = []
     kept: list[np.ndarray] = []

@@ -115,7 +115,7 @@ class Twins:
 
     def __init__(self, reference: Engines, candidate: Engines) -> None:
         self.reference, self.candidate = reference, candidate
-        self.backend, self.precision = reference.backend, reference.precision
+        self.backend, self.precision, self.overlapped = reference.backend, reference.precision, reference.overlapped
         self.errors: list[float] = []  # per pass
         self.decoded: list[float] = []  # mean square error of a block's frames
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aapt_deploy.camera import Pose, Velocity, condition_map
-from aapt_deploy.engine import OVERLAPPED, Engines
+from aapt_deploy.engine import Engines
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
 
@@ -34,7 +34,7 @@ def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer,
     decoder.reset()
     made = latents(engines, profile, image, steer, seed)
     yield decoder.run(latent=next(made))["frames"][-1:].copy()
-    for latent in one_ahead(made) if engines.backend in OVERLAPPED else made:
+    for latent in one_ahead(made) if engines.overlapped else made:
         yield decoder.run(latent=latent)["frames"].copy()
 
 

@@ -25,7 +25,7 @@ THRESHOLDS = dataclasses.asdict(Quality())
 class Spoilt:
     """Real engines, one of whose graphs answers with something else."""
 
-    backend, precision = "onnxruntime", "spoilt"
+    backend, precision, overlapped = "onnxruntime", "spoilt", False
 
     def __init__(self, engines: Engines, graph: str, change: Change) -> None:
         self.engines, self.graph, self.change = engines, graph, change

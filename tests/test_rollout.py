@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from aapt_deploy.camera import CRUISE, Pose, Velocity, condition_map
-from aapt_deploy.engine import OVERLAPPED
 from aapt_deploy.profiles import Profile, Sampler
 from aapt_deploy.rollout import Steering, denoise, one_ahead, rollout
 from aapt_deploy.rope import temporal_rope
@@ -20,7 +19,7 @@ DAY, NIGHT = np.array([[0, 5, 10, 15]]), np.array([[1, 5, 10, 15]])
 class Fake:
     """All four engines: notes every call, answers with constants."""
 
-    backend, precision = "fake", "fp32"
+    backend, precision, overlapped = "fake", "fp32", False
 
     def __init__(self, profile: Profile, graph: str = "", calls: list[tuple[str, str, dict[str, object]]] | None = None) -> None:
         self.profile, self.graph, self.calls = profile, graph, [] if calls is None else calls
@@ -204,7 +203,7 @@ def test_the_seed_is_all_there_is_to_chance(tiny: Profile) -> None:
 
 def test_a_backend_with_a_stream_of_its_own_for_the_decoder_gives_the_same_frames_one_block_ahead(tiny: Profile) -> None:
     class Beside(Fake):
-        backend = OVERLAPPED[0]
+        overlapped = True
 
     asked: list[int] = []
 

@@ -226,7 +226,7 @@ def test_an_existing_file_survives_a_stream_that_fails_in_the_middle(bundle: Pat
 
         def __init__(self, *arguments: Any) -> None:
             self.engines = open_engines(*arguments)
-            self.backend = self.engines.backend
+            self.backend, self.overlapped = self.engines.backend, False
             self.decoded = 0
 
         def __getitem__(self, graph: str) -> Any:

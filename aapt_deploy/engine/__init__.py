@@ -24,7 +24,6 @@ BACKENDS = {  # name -> module that opens all graphs of a bundle
 PRECISIONS = {  # what each of them runs in
     "onnxruntime": ("fp32", "int8", "fp8"), "torch": ("fp32", "bf16"), "torch-cuda": ("fp8", "bf16"), "tensorrt": ("fp8", "bf16", "fp32"),
 }  # fmt: skip
-OVERLAPPED = ("tensorrt", "torch-cuda")  # whose decoder works beside the generator: the rollout makes the next latent while this one is decoded
 AS_EXPORTED = ("torch-cuda",)  # run the bundle's checkpoint and scales: nothing is built for them
 MOST_THREADS = 1024  # that a manifest may ask for
 
@@ -57,6 +56,7 @@ class Engines(Protocol):
 
     backend: str
     precision: str
+    overlapped: bool  # the decoder has a stream of its own: the rollout makes the next latent while this one is decoded
 
     def __getitem__(self, graph: str) -> Engine: ...
 

@@ -98,6 +98,7 @@ class EagerEngines:
     """All graphs as torch modules."""
 
     backend = BACKEND
+    overlapped = False
 
     def __init__(self, loaded: Checkpoint, threads: int, precision: str) -> None:
         """In bf16 the networks of `loaded` are converted in place."""

@@ -156,6 +156,7 @@ class OrtEngines:
     """All graphs of a bundle, as `build` prepared them for one precision."""
 
     backend = BACKEND
+    overlapped = False
 
     def __init__(self, profile: Profile, graphs: dict[str, Path], threads: Threads, precision: str, hint: str = EXPORT) -> None:
         """Raises BundleError, with `hint`, for a graph that ONNX Runtime refuses or that is not what the profile says."""

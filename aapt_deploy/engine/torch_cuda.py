@@ -180,6 +180,7 @@ class GpuEngines:
     """All graphs of one generator and VAE on one device."""
 
     backend = BACKEND
+    overlapped = True
 
     def __init__(self, generator: Generator, vae: Vae, scales: Scales | None, options: Options) -> None:
         """The networks lie on the device, in any floating-point type; they are taken over and changed. `fp8` needs `scales`."""

@@ -6,7 +6,7 @@
 A pass is one captured graph: inputs up, plan, `clean` down; a commit of FP8 caches is another. The ring's two numbers, `cache_len` and the slot, are
 uploaded inside and read by the kernels on the device, so the same graphs serve every block. The decoder has two, one for each direction of its
 memory. Latents go from graph to graph by the host, 0.3 MB each way at 736x416, because the sampler is the host's; frames arrive in pinned memory.
-The rollout makes the next latent while this one is decoded (engine.OVERLAPPED), which is what the second stream is for. Everything is allocated
+The rollout makes the next latent while this one is decoded (Engines.overlapped), which is what the second stream is for. Everything is allocated
 when the bundle is opened.
 
 A plan is refused before one byte of it is deserialised when its receipt names another TensorRT, GPU, kernel or graph, or its hash differs.
@@ -170,6 +170,7 @@ class TrtEngines:
     """All graphs of a bundle on one GPU. Closing it closes the device."""
 
     backend = BACKEND
+    overlapped = True
 
     def __init__(self, profile: Profile, plans: "Mapping[str, Plan]", device: Device, precision: str, options: Options) -> None:
         """Raises BundleError when a plan's tensors are not the profile's, MachineError when the GPU is full. `device` is closed then, too."""
