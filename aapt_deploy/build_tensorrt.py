@@ -25,29 +25,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aapt_deploy import console, proofs
-from aapt_deploy.build import Built, Report, median_step_ms
+from aapt_deploy import proofs
 from aapt_deploy.bundle import Bundle, Stage
-from aapt_deploy.engine import cuda, plan_layers, refuse_unknown
+from aapt_deploy.engine import cuda, plan_layers
 from aapt_deploy.engine.plan_receipt import Receipt, graph_sha256
-from aapt_deploy.engine.trt import Options, TrtEngines
-from aapt_deploy.errors import BundleError, MachineError, ParityError, UsageError
+from aapt_deploy.engine.trt import RunOptions, TrtEngines
+from aapt_deploy.errors import BundleError, MachineError, ParityError
 from aapt_deploy.lock import writing
 from aapt_deploy.lower_tensorrt import Lowered, lower
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 from aapt_deploy.parity_tensorrt import compare, start_of
 from aapt_deploy.plan import WORKSPACE_GB, plan
 from aapt_deploy.profiles import Profile
-from aapt_deploy.proofs import AOT, NATIVE, PYTHON, Choice, Here
+from aapt_deploy.proofs import AOT, NATIVE, PYTHON, Choice
 from aapt_deploy.scales import FILE as SCALES
 from aapt_deploy.scales import load as load_scales
-from aapt_deploy.signature import signatures
+from aapt_deploy.trial import Built, Options, Progress, Report, median_step_ms
 
 if TYPE_CHECKING:
     from aapt_deploy.engine import trt_api
 
 BACKEND = "tensorrt"
-FORMS = ("auto", *proofs.FORMS)
 RECIPE = 1  # of this module; a plan of another one is not kept
 FP8_SM = 89
 LEAST_HOST_SHARE = 3  # host memory over weights that others report for a build; less is only warned of
@@ -60,9 +59,10 @@ class Order:
     bundle: Bundle
     precision: str
     choice: Choice
-    here: Here
+    here: cuda.Gpu
     scales: list[hopper_fp8.Scales] | None
     report: Report
+    progress: Progress | None
 
     @property
     def key(self) -> str:
@@ -78,50 +78,38 @@ class Finished:
     audit: dict[str, int]
 
 
-def build(bundle: Bundle, precision: str | None, attention: str, report: Report) -> list[Built]:
-    """Build the engine of one precision: by default fp8 where the bundle is an fp8 export, else bf16.
+def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
+    """Build the engine of each of `precisions`.
 
-    Raises UsageError for what does not exist or does not fit the bundle, MachineError without TensorRT, GPU or room, BundleError for a damaged
-    bundle or a graph that TensorRT refuses, ParityError for a plan that is not what was asked for or computes something else.
+    Raises MachineError without TensorRT, GPU or room, BundleError for a damaged bundle or a graph that TensorRT refuses, ParityError for a plan
+    that is not what was asked for or computes something else.
     """
-    began = time.monotonic()
-    precision = _precision(bundle, precision)
-    if attention not in FORMS:
-        raise UsageError(f"attention {attention!r} does not exist", f"forms: {', '.join(FORMS)}")
+    return [_build(bundle, precision, options) for precision in precisions]
+
+
+def _build(bundle: Bundle, precision: str, options: Options) -> Built:
+    began, report = time.monotonic(), options.report
     from aapt_deploy.engine import trt_api
 
     version = trt_api.version()
     device = cuda.with_driver()
     try:
-        here = device.here(version, kernels.source_hash())
+        here = device.gpu(version, kernels.source_hash())
         scales = load_scales(bundle.checked(SCALES), bundle.profile).attention if precision == "fp8" else None
         _check_machine(bundle.profile, precision, device, report)
-        choices = _choices(here, attention, scales is not None)
+        choices = _choices(here, options.attention, scales is not None)
     finally:
         device.close()
-    order = Order(bundle, precision, choices[0], here, scales, report)
+    order = Order(bundle, precision, choices[0], here, scales, report, options.progress)
     with bundle.add_engine(order.key) as stage:
         order, finished = _all_plans(order, choices, stage.folder)
         _place(stage, order, finished)
         parity, step_ms = _prove(order, stage)
-        size = sum(path.stat().st_size for path in stage.path.rglob("*") if path.is_file())
-        built = Built(order.key, round(step_ms, 2), size, 1, False, parity.pop("psnr_db"), round(time.monotonic() - began, 1))
+        built = Built(order.key, round(step_ms, 2), stage.size, 1, False, parity.pop("psnr_db"), round(time.monotonic() - began, 1))
         stage.entry |= {"parity": parity} | asdict(built)
     for plan_ in finished.values():
         _forget(plan_)
-    return [built]
-
-
-def _precision(bundle: Bundle, wanted: str | None) -> str:
-    exported = str(bundle.manifest.get("precision", ""))
-    precision = wanted or ("fp8" if exported == "fp8" else "bf16")
-    refuse_unknown(BACKEND, precision)
-    if (precision == "fp8") != (exported == "fp8"):
-        again = f"aapt export CKPT --precision {'fp8' if precision == 'fp8' else 'fp32'}"
-        raise UsageError(
-            f"bundle {bundle.path} was exported in {exported or 'an unknown precision'}, not for {precision}", f"export it again: {again}"
-        )
-    return precision
+    return built
 
 
 def _check_machine(profile: Profile, precision: str, device: cuda.Device, report: Report) -> None:
@@ -138,7 +126,7 @@ def _check_machine(profile: Profile, precision: str, device: cuda.Device, report
         parts = ", ".join(f"{name} {gb:.2f}" for name, gb in needed.memory_gb.items())
         raise MachineError(
             f"profile {profile.name} needs {needed.total_gb:.2f} GB ({parts}); {free_gb:.2f} GB are free on {device.name}",
-            "close other programs on the GPU, or take a smaller profile; aapt profile NAME --plan tells what one needs",
+            "close other programs on the GPU, or take a smaller profile; aapt plan NAME tells what one needs",
         )
     host_gb, wanted_gb = _host_bytes() / 1e9, LEAST_HOST_SHARE * needed.memory_gb["weights"]
     if 0 < host_gb < wanted_gb:
@@ -153,7 +141,7 @@ def _host_bytes() -> int:
     return 0
 
 
-def _choices(here: Here, attention: str, fp8: bool) -> list[Choice]:
+def _choices(here: cuda.Gpu, attention: str, fp8: bool) -> list[Choice]:
     """The forms to try, in order. Raises MachineError for one that was asked for and is not proved here."""
     choices = proofs.choose(proofs.load(here), fp8)
     if attention == "auto":
@@ -207,8 +195,7 @@ def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
         timings = cache.read_bytes() if cache.is_file() else b""
         settings = trt_api.Settings(lowered.plugin_layers, round(WORKSPACE_GB * 1e9), timing_cache=timings)
         order.report(f"{order.key}: building {graph}")
-        progress = order.report if isinstance(order.report, console.Phases) else None
-        built = trt_api.build(lowered.path, settings, progress, failures, trt_api.Messages())
+        built = trt_api.build(lowered.path, settings, order.progress, failures, trt_api.Messages())
         path = _unfinished(inputs)
         with _told(path):
             proofs.write_whole(path, built.plan)
@@ -360,7 +347,7 @@ def _prove(order: Order, stage: Stage) -> tuple[dict[str, Any], float]:
         device.close()
         raise
     scales = order.scales if order.choice.form in (PYTHON, AOT) and order.scales else []
-    engines = TrtEngines(profile, plans, device, order.precision, Options(order.choice.captured, scales))
+    engines = TrtEngines(profile, plans, device, order.precision, RunOptions(order.choice.captured, scales))
     try:
         first = start_of(bundle)
         order.report(f"{order.key}: comparing with the exported graphs in ONNX Runtime")

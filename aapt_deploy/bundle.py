@@ -161,6 +161,11 @@ class Stage:
         self.path = self.folder / "new"
         self.path.mkdir()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the files so far."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
 
 @dataclass
 class Draft:

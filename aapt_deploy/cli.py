@@ -13,34 +13,38 @@ stdout carries data: frames, or one line of JSON with --json. stderr is for peop
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aapt_deploy import __version__
+from aapt_deploy import __version__, cli_measure
 from aapt_deploy.cli_doctor import doctor
+from aapt_deploy.cli_measure import measured_latency
 from aapt_deploy.cli_train import train_app
-from aapt_deploy.errors import AaptError, OutputError, UsageError, VerdictError
-from aapt_deploy.options import Backend, BundleArg, Device, Force, Json, Precision, command_named, needing, placed
+from aapt_deploy.engine.table import BACKENDS, named
+from aapt_deploy.errors import AaptError, OutputError, UsageError, VerdictError, needs_extra
+from aapt_deploy.options import Backend, BundleArg, Device, Force, Json, Precision, command_named, listed
 
 if TYPE_CHECKING:
-    from aapt_deploy.build import Built
-    from aapt_deploy.latency import Latency
     from aapt_deploy.models.fp8 import Coverage
     from aapt_deploy.parity import Parity
-    from aapt_deploy.plan import Plan
-    from aapt_deploy.profiles import Profile
-    from aapt_deploy.quality import Loss
     from aapt_deploy.stream import Request, Streamed
+    from aapt_deploy.trial import Built, Progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
     "Take a block-causal video generator to a stream that meets its deadline.\n\n"
     "The four steps: export, build-engine, profile, stream. `aapt demo` runs them in a row on the checkpoint that ships with the package."
 ))  # fmt: skip
 app.add_typer(train_app, name="train")
-app.command()(doctor)
+for command in (doctor, cli_measure.profile, cli_measure.plan, cli_measure.diff, cli_measure.quality):
+    app.command()(command)
+
+_BUILT = [row for row in BACKENDS.values() if row.needs_build]
+_PRECISIONS_BUILT = "; ".join(f"{row.name}: {listed(row.precisions)}" for row in _BUILT)
+_ON_DEMAND = listed([f"{row.name} {name}" for row in _BUILT for name in row.precisions if name not in row.by_default], "and")
+_FORMS = "; ".join(f"{row.name}: auto, {listed(row.forms)}" for row in _BUILT if row.forms)
 
 _BadUsage: type[typer.BadParameter] = typer.BadParameter.__bases__[0]  # the parser's UsageError, which has no public name
 
@@ -88,12 +92,8 @@ def export(
 def build_engine(
     bundle: BundleArg,
     backend: Backend = "onnxruntime",
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, int8 or fp8; tensorrt: fp8, bf16 or fp32. Default: all that fit the bundle; tensorrt: the bundle's own.")
-    ] = None,
-    attention: Annotated[
-        str, typer.Option(help="tensorrt: auto (the best that `aapt doctor --tensorrt` proved here), python, aot or native.")
-    ] = "auto",
+    precision: Annotated[str | None, typer.Option(help=f"{_PRECISIONS_BUILT}. Default: all that fit the bundle, but for {_ON_DEMAND}.")] = None,
+    attention: Annotated[str, typer.Option(help=f"{_FORMS}. auto takes the best that `aapt doctor --tensorrt` proved here.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """ONNX graphs -> engines for this machine, each measured and compared with fp32 (tensorrt: with the exported graphs).
@@ -103,86 +103,11 @@ def build_engine(
     """
     from aapt_deploy import console, reports
 
-    with (console.phases if backend == "tensorrt" else console.steps)(f"building {backend} engines in {bundle}") as step:
-        built = _build(bundle, backend, precision, step, attention)
+    with console.phases(f"building {backend} engines in {bundle}") as step:
+        built = _build(bundle, backend, precision, step, attention, step)
     reports.engines(built)
     if as_json:
         typer.echo(json.dumps({"bundle": str(bundle), "engines": [asdict(engine) for engine in built]}))
-
-
-@app.command()
-def profile(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="Bundle directory; with --plan or --device cuda also a preset's name or a TOML file.", metavar="BUNDLE")
-    ] = None,
-    backend: Backend = "onnxruntime",
-    device: Device = None,
-    precision: Precision = None,
-    blocks: Annotated[int, typer.Option(min=10, help="Blocks to measure after the cold ones.")] = 120,
-    plan: Annotated[bool, typer.Option("--plan", help="Measure nothing: memory against the target's, and the floor of each stage.")] = False,
-    diff: Annotated[tuple[Path, Path] | None, typer.Option("--diff", help="Measure nothing: compare two records of --json.", metavar="A B")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure step latency against the frame budget (4 frames at 24 fps: 166.7 ms). Exit 3 if it is missed, or if a plan does not fit.
-
-    On --device cuda a preset or a TOML file will do as well: random weights are drawn on the GPU.
-    """
-    from aapt_deploy import console, reports
-
-    if diff:
-        if bundle is not None:
-            raise UsageError(f"--diff compares two records and measures nothing, but {bundle} is named", "leave out BUNDLE or --diff")
-        from aapt_deploy.profile_diff import difference
-
-        found = difference(*diff)
-        reports.difference(found)
-        if as_json:
-            typer.echo(found.json())
-        return
-    if bundle is None:
-        raise UsageError("no BUNDLE was named", "name one, or compare two records with --diff A.json B.json; see: aapt profile --help")
-    if plan:
-        planned = _plan(bundle)
-        reports.plan(planned)
-        if as_json:
-            typer.echo(planned.json())
-        raise typer.Exit(0 if planned.fits else VerdictError.exit_code)
-    with console.progress(f"profiling {bundle}") as progress:
-        latency = _profile(bundle, placed(backend, device), precision, blocks, progress)
-    reports.latency(latency)
-    if as_json:
-        typer.echo(latency.json())
-    raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)
-
-
-@app.command()
-def quality(
-    bundle: BundleArg,
-    backend: Backend = "onnxruntime",
-    device: Device = None,
-    precision: Precision = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Engine to compare with, as BACKEND-PRECISION. Default: onnxruntime-fp32; of an fp8 bundle torch-bf16.")
-    ] = None,
-    reference_bundle: Annotated[Path | None, typer.Option(help="Bundle of the same checkpoint that holds the reference. Default: BUNDLE.")] = None,
-    seconds: Annotated[int, typer.Option(min=1, help="Length of each rollout, one per start frame.")] = 5,
-    plot: Annotated[Path | None, typer.Option(help="Write the curves to this .png, .svg or .pdf (needs matplotlib).")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure what a precision costs: latents, frames and drift against another engine of the bundle. Exit 3 if a threshold is missed."""
-    from aapt_deploy import console, reports
-
-    with needing("train"):
-        from aapt_deploy.quality import plotter
-
-        draw = plotter(plot)  # refused now, and not after minutes of measuring
-    with console.progress(f"comparing engines of {bundle}") as progress:
-        loss = _quality((bundle, reference_bundle), placed(backend, device), precision, reference, seconds, progress)
-    reports.quality(loss)
-    if as_json:
-        typer.echo(loss.json())
-    draw(loss)
-    raise typer.Exit(VerdictError.exit_code if loss.failures else 0)
 
 
 @app.command()
@@ -206,7 +131,7 @@ def stream(
     from aapt_deploy.stream import Request
 
     paced = controls == "-" if realtime is None else realtime
-    request = Request(out, format, seconds, seed, image, prompt, controls, paced, placed(backend, device), precision)
+    request = Request(out, format, seconds, seed, image, prompt, controls, paced, named(backend, device), precision)
     if out == "-" and as_json:
         raise UsageError("--json writes to stdout, and so does --out -", "leave one of them out")
     with console.progress(f"streaming to {'stdout' if out == '-' else out}") as progress:
@@ -241,7 +166,7 @@ def demo(
     with console.steps("2/4 build-engine") as step:
         reports.engines(_build(bundle, "onnxruntime", None, step))
     with console.progress("3/4 profile") as progress:
-        latency = _profile(bundle, "onnxruntime", None, 60, progress)
+        latency = measured_latency(bundle, "onnxruntime", None, 60, progress)
     reports.latency(latency)
     with console.progress("4/4 stream") as progress:
         done = _stream(bundle, Request(str(video), seconds=seconds, controls=str(demo_controls())), progress)
@@ -264,7 +189,7 @@ def init(
     from aapt_deploy import console, profiles
 
     shape = profiles.load(profile)
-    with needing("export"), console.steps(f"drawing weights for {shape.name}"):
+    with needs_extra("export"), console.steps(f"drawing weights for {shape.name}"):
         from aapt_deploy.initialise import random_checkpoint
 
         count = random_checkpoint(shape, out, seed, device, force)
@@ -282,7 +207,7 @@ def _export(
 ) -> "tuple[list[Parity], list[Coverage]]":
     from aapt_deploy import assets
 
-    with needing("export"):
+    with needs_extra("export"):
         from aapt_deploy import export, scales
         from aapt_deploy.models import checkpoint as checkpoints
 
@@ -293,7 +218,7 @@ def _export(
         if in_fp8 and scales_file is not None:
             chosen = scales.load(scales_file, stored.profile)
         elif in_fp8:
-            with needing("fp8"):
+            with needs_extra("fp8"):
                 from aapt_deploy import bundle, quantize
 
                 bundle.refuse_existing(out, force)  # now, and not after hours of calibration
@@ -301,64 +226,16 @@ def _export(
         return export.export_bundle(stored, out, force, report, chosen), export.coverage(stored.profile, chosen)
 
 
-def _build(bundle: Path, backend: str, precision: str | None, report: Callable[[str], None], attention: str = "auto") -> "list[Built]":
+def _build(
+    bundle: Path, backend: str, precision: str | None, report: Callable[[str], None], attention: str = "auto", progress: "Progress | None" = None
+) -> "list[Built]":
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    with needing("export"):
-        from aapt_deploy import build
+    with needs_extra("export"):
+        from aapt_deploy import build, trial
 
-        return build.build_engine(opened, backend, precision, report, attention)
-
-
-def _profile(bundle: Path, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]) -> "Latency":
-    from aapt_deploy import profiles
-    from aapt_deploy.bundle import Bundle
-
-    opened = None if backend == "torch-cuda" and not bundle.is_dir() else Bundle.open(bundle)  # None: a profile, to be measured with random weights
-    shape = opened.profile if opened else profiles.load(str(bundle))
-    with needing("export"):
-        from aapt_deploy import latency
-
-        how = (precision, blocks, progress)
-        measured = latency.measure_bundle(opened, backend, *how) if opened else latency.measure_random(shape, *how)
-    return replace(measured, floor_ms=_floors(shape))
-
-
-def _floors(shape: "Profile") -> dict[str, float]:
-    """The floor of each stage on the profile's target; none for a CPU, nor where torch is missing, which counts the operations."""
-    if shape.target.device == "cpu":
-        return {}
-    try:
-        from aapt_deploy.plan import plan
-    except ModuleNotFoundError:
-        return {}
-    return plan(shape).floors_ms
-
-
-def _plan(bundle_or_preset: Path) -> "Plan":
-    from aapt_deploy import profiles
-    from aapt_deploy.bundle import Bundle
-
-    shape = Bundle.open(bundle_or_preset).profile if bundle_or_preset.is_dir() else profiles.load(str(bundle_or_preset))
-    with needing("export"):
-        from aapt_deploy import plan
-
-        return plan.plan(shape)
-
-
-def _quality(
-    bundles: tuple[Path, Path | None], backend: str, precision: str | None, reference: str | None, seconds: int, progress: Callable[[str], None]
-) -> "Loss":
-    from aapt_deploy.bundle import Bundle
-
-    opened, other = Bundle.open(bundles[0]), Bundle.open(bundles[1]) if bundles[1] else None
-    with needing("export"):
-        from aapt_deploy import quality
-        from aapt_deploy.engine import precision_of
-
-        reference = reference or ("torch-bf16" if opened.manifest.get("precision") == "fp8" else "onnxruntime-fp32")
-        return quality.compare(opened, reference, f"{backend}-{precision_of(opened, backend, precision)}", seconds, progress, other)
+        return build.build_engine(opened, backend, precision, trial.Options(report, attention, progress))
 
 
 def _stream(bundle: Path, request: "Request", progress: Callable[[str], None]) -> "Streamed":
@@ -366,7 +243,7 @@ def _stream(bundle: Path, request: "Request", progress: Callable[[str], None]) -
     from aapt_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    with needing("export"):
+    with needs_extra("export"):
         from aapt_deploy import stream
 
         return stream.stream(opened, request, console.warn, progress)

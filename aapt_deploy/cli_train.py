@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from aapt_deploy.errors import OutputError
-from aapt_deploy.options import Backend, Json, Precision, ProfileName, needing
+from aapt_deploy.errors import OutputError, needs_extra
+from aapt_deploy.options import Backend, Json, Precision, ProfileName
 
 Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Mixed precision. Default: where the hardware has it.")]
 
@@ -70,7 +70,7 @@ def train_run(
     if distilled is not None and start is None:
         raise UsageError("--distilled stands in for a stage after --from", "name the flow-matching checkpoint it came from with --from")
     shape = profiles.load(profile)
-    with needing("train"), _writing(run), console.progress(f"training in {run}") as progress:
+    with needs_extra("train"), _writing(run), console.progress(f"training in {run}") as progress:
         from aapt_deploy.train import recipe, setup, stages
 
         how = setup.joined(device, _mixed(device, bf16), checkpointing, context)
@@ -93,7 +93,7 @@ def train_all(
     from aapt_deploy import console, profiles, reports
 
     shape, clips, run = profiles.load(profile), folder / "clips", folder / "run"
-    with needing("train"), _writing(folder), console.progress(f"training in {folder}") as progress:
+    with needs_extra("train"), _writing(folder), console.progress(f"training in {folder}") as progress:
         from aapt_deploy.train import data, evaluate, recipe, setup, stages
 
         steps = recipe.named(chosen)
@@ -104,7 +104,7 @@ def train_all(
         stages.train(clips, run, shape, steps, progress, setup.Setup(bf16=_mixed("cpu", bf16)), warn=console.warn)
         checkpoints = sorted(run.glob("checkpoint-*.safetensors"), key=lambda path: path.stat().st_mtime)
         out = folder / "evaluation"
-        record = evaluate.evaluate(checkpoints, out, flights, seconds, "torch", None, progress)
+        record = evaluate.evaluate(checkpoints, out, flights, seconds, "torch", None, console.warn, progress)
     reports.evaluation(record, out)
 
 
@@ -121,10 +121,10 @@ def train_evaluate(
     """Measure how long a checkpoint's world holds: picture, motion, camera and prompt, against the renderer."""
     from aapt_deploy import console, reports
 
-    with needing("train"), _writing(out), console.progress(f"evaluating {len(bundles)} bundles") as progress:
+    with needs_extra("train"), _writing(out), console.progress(f"evaluating {len(bundles)} bundles") as progress:
         from aapt_deploy.train import evaluate
 
-        record = evaluate.evaluate(bundles, out, flights, seconds, backend, precision, progress)
+        record = evaluate.evaluate(bundles, out, flights, seconds, backend, precision, console.warn, progress)
     reports.evaluation(record, out)
     if as_json:
         typer.echo(json.dumps(record))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aapt_deploy import assets
-from aapt_deploy.machine import cores
+from aapt_deploy.cpu import cores
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from aapt_deploy import proofs
-from aapt_deploy.errors import AaptError, MachineError, OutputError
-from aapt_deploy.options import needing
-from aapt_deploy.proofs import Choice, Here, Proof
+from aapt_deploy.engine.cuda import Gpu
+from aapt_deploy.errors import AaptError, MachineError, OutputError, needs_extra
+from aapt_deploy.proofs import Choice, Proof
 
 MODULE = "aapt_deploy.doctor_tensorrt"
 PATIENCE_S = 180.0  # for one question; a micro-engine takes seconds
@@ -29,7 +29,7 @@ LOOK_S = 60.0  # for what is here
 class Findings:
     """All answers, and where they are kept."""
 
-    here: Here
+    here: Gpu
     proofs: list[Proof]
     receipt: Path
 
@@ -52,7 +52,7 @@ def examine(report: Callable[[str], None], names: Sequence[str] = proofs.PROBES,
     told, reason = _ask("here", LOOK_S)
     if told is None or "error" in told:
         raise MachineError(str(told["error"]) if told else f"TensorRT cannot be looked at: {reason}", str(told["hint"]) if told else "aapt doctor")
-    here = Here(**told)
+    here = Gpu(**told)
     found = []
     for name in names:
         report(f"{name} on {here.gpu}, TensorRT {here.tensorrt}")
@@ -87,7 +87,7 @@ def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:
 def _answer(name: str) -> None:
     """Answer in this process: one line of JSON on stdout."""
     try:
-        with needing("export"):
+        with needs_extra("export"):
             importlib.import_module("aapt_deploy.probes").main(name)
     except AaptError as error:
         print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)

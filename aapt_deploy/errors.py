@@ -17,6 +17,9 @@ An `AaptError` reaches the user as one `error:` line and one `hint:` line; the c
 escapes is a bug and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AaptError(Exception):
     """Base of all errors that a user can cause and repair.
@@ -73,3 +76,14 @@ class ParityError(AaptError):
 
 class TrainingError(AaptError):
     exit_code = 9
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Turn a missing package into a MachineError with the command that installs the extra it belongs to."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("aapt_deploy"):
+            raise
+        raise MachineError(f"package {error.name!r} is not installed", f"pip install 'aapt_deploy[{extra}]'") from None

@@ -31,13 +31,14 @@ from aapt_deploy import __version__, bundle, graph_file, scales
 from aapt_deploy.errors import InputError, ParityError
 from aapt_deploy.models import checkpoint as checkpoints
 from aapt_deploy.models import fp8
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.models.checkpoint import Stored
 from aapt_deploy.models.graphs import GeneratorGraph, graph_modules, random_inputs
-from aapt_deploy.ops.block_causal_attention import onnx_function
+from aapt_deploy.ops.block_causal_attention import NEXT, onnx_function
 from aapt_deploy.parity import Parity, check_parity, check_products
 from aapt_deploy.profiles import Profile
 from aapt_deploy.scales import Scales
-from aapt_deploy.signature import NEXT, GraphSignature, signatures
+from aapt_deploy.signature import GraphSignature
 from aapt_deploy.video import write_image
 
 ROOM = 3.5  # bytes of memory that a check takes for each byte of a graph's weights in fp32: PyTorch, ONNX Runtime, its repacked copy

@@ -22,21 +22,19 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
-from aapt_deploy.engine import Engine, Engines, Layered, open_engines
-from aapt_deploy.engine.plan_layers import LayerTime
+from aapt_deploy.engine.table import open_engines
+from aapt_deploy.engines import Engines, Layered, LayerTime, Tapped
 from aapt_deploy.machine import machine
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.starts import Start, all_starts, coarse_start
 from aapt_deploy.video import open_sink
-
-Result = TypeVar("Result")
 
 COLD_BLOCKS = 8
 STAGES = ("step", "generator", "decoder", "commit", "hand-off", "encode", "prompt")
@@ -92,64 +90,37 @@ class Latency:
 
 
 class Stopwatch:
-    """An engine that notes how long each call takes."""
+    """A tap that adds up, in seconds by stage, what the engines' calls take, block by block: two blocks may be under way in two threads."""
 
-    def __init__(self, engine: Engine, name: str, timed: "TimedEngines") -> None:
-        self.engine, self.name, self.timed = engine, name, timed
-
-    def reset(self, **state: np.ndarray) -> None:
-        self._timed("prompt" if state else "reset", lambda: self.engine.reset(**state))
-
-    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
-        return self._timed(self.name, lambda: self.engine.run(**inputs))
-
-    def commit(self, block: int) -> None:
-        self._timed("commit", lambda: self.engine.commit(block))
-        self.timed.committed()
-
-    def _timed(self, name: str, call: Callable[[], Result]) -> Result:
-        start = time.perf_counter()
-        result = call()
-        spent = self.timed.decoding if self.name == "decoder" else self.timed.making
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
-        return result
-
-
-class TimedEngines:
-    """Engines whose calls add up, in seconds by stage, block by block: two blocks may be under way in two threads."""
-
-    def __init__(self, engines: Engines) -> None:
-        self.engines = engines
-        self.backend, self.precision, self.overlapped = engines.backend, engines.precision, engines.overlapped
+    def __init__(self) -> None:
         self.making: dict[str, float] = {}  # the block that is being generated
         self.made: deque[dict[str, float]] = deque()  # blocks that wait to be decoded
         self.decoding: dict[str, float] = {}
 
-    def __getitem__(self, graph: str) -> Stopwatch:
-        return Stopwatch(self.engines[graph], graph, self)
-
-    def committed(self) -> None:
-        self.made.append(self.making)
-        self.making = {}
+    def __call__(self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        start = time.perf_counter()
+        answer = call(**arguments)
+        spent = self.decoding if graph == "decoder" else self.making
+        stage = {"run": graph, "commit": "commit", "reset": "prompt" if arguments else "reset"}[method]
+        spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
+        if method == "commit":
+            self.made.append(self.making)
+            self.making = {}
+        return answer
 
     def next_block(self) -> dict[str, float]:
         """What the oldest block took that was not asked for yet."""
         spent, self.decoding = self.made.popleft() | self.decoding, {}
         return spent
 
-    def layer_times(self, runs: int) -> dict[str, list[LayerTime]]:
-        """By graph; empty for a backend that cannot tell."""
-        return self.engines.layer_times(runs) if isinstance(self.engines, Layered) else {}
 
-    def close(self) -> None:
-        self.engines.close()
-
-
-def measure_bundle(bundle: Bundle, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]) -> Latency:
+def measure_bundle(
+    bundle: Bundle, backend: str, precision: str | None, blocks: int, warn: Callable[[str], None], progress: Callable[[str], None]
+) -> Latency:
     """Measure an engine of `bundle` from its first start frame."""
     begin, total = all_starts(bundle)[0], COLD_BLOCKS + blocks
     return measure(
-        lambda: open_engines(bundle, backend, precision), bundle.profile, begin, blocks, lambda done: progress(f"{done} of {total} blocks")
+        lambda: open_engines(bundle, backend, precision, warn), bundle.profile, begin, blocks, lambda done: progress(f"{done} of {total} blocks")
     )
 
 
@@ -166,7 +137,7 @@ def measure_random(profile: Profile, precision: str | None, blocks: int, progres
 def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blocks: int, progress: Callable[[int], None]) -> Latency:
     """Run `blocks` steady blocks after COLD_BLOCKS cold ones and report. `progress` hears the number of blocks done."""
     start = time.perf_counter()
-    engines = TimedEngines(open_all())
+    watch, engines = Stopwatch(), open_all()
     opened = time.perf_counter()
     beside = engines.overlapped
     stages: dict[str, list[float]] = {name: [] for name in STAGES}
@@ -174,9 +145,9 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
     kept: list[np.ndarray] = []
     steering = Steering(CRUISE, begin.text)
     try:
-        frames = rollout(engines, profile, begin.image, lambda block: steering, seed=0)
+        frames = rollout(Tapped(engines, watch), profile, begin.image, lambda block: steering, seed=0)
         next(frames)
-        engines.decoding.clear()
+        watch.decoding.clear()
         with (
             TemporaryDirectory() as folder,
             open_sink(f"{folder}/encode.mp4", None, profile.video.width, profile.video.height, profile.video.fps) as sink,
@@ -187,7 +158,7 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
                 shown = next(frames)
                 after = time.perf_counter()
                 first = first or after - start
-                step, spent, steady = after - before, engines.next_block(), block >= COLD_BLOCKS
+                step, spent, steady = after - before, watch.next_block(), block >= COLD_BLOCKS
                 if spent.get("prompt"):
                     stages["prompt"].append(spent["prompt"])
                 if steady:
@@ -203,7 +174,7 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
                     kept.append(shown)
                 progress(block + 1)
             stages["encode"] += [_seconds(lambda shown=shown: sink.write(shown)) for shown in kept]  # type: ignore[misc]
-        layers = engines.layer_times(LAYER_RUNS)
+        layers = engines.layer_times(LAYER_RUNS) if isinstance(engines, Layered) else {}
     finally:
         engines.close()
     steps = stages["step"]

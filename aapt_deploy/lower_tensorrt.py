@@ -20,10 +20,10 @@ from onnx import TensorProto
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.errors import BundleError
 from aapt_deploy.graph_bf16 import PRODUCTS, fp8_products, outputs_in_bf16, products_in_bf16
+from aapt_deploy.models.aapt_signature import layer_names
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8, onnx_function, onnx_tensorrt
 from aapt_deploy.ops.block_causal_attention.onnx_function import is_ours, strip
 from aapt_deploy.proofs import AOT, NATIVE, Choice
-from aapt_deploy.signature import layer_names
 
 STRANGER = "do not use this bundle; get it from a source you trust"
 LAYERS_OF_A_NODE = {AOT: 2}  # plugin layers; one in the other form, none in TensorRT's own

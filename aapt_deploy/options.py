@@ -1,12 +1,14 @@
-"""What several commands have in common: options that mean the same everywhere, and the error for a package that is not installed."""
+"""Options that mean the same in every command. Backends and precisions come from the table of backends."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from aapt_deploy.errors import MachineError, OutputError, UsageError
+from aapt_deploy.engine.table import BACKENDS, options
+from aapt_deploy.errors import OutputError
 
 
 def _needs_stdout(asked: bool) -> bool:
@@ -17,29 +19,30 @@ def _needs_stdout(asked: bool) -> bool:
 
 
 BundleArg = Annotated[Path, typer.Argument(help="Bundle directory, made by `aapt export`.", metavar="BUNDLE")]
-Backend = Annotated[str, typer.Option(help="onnxruntime (CPU), tensorrt (NVIDIA GPU; neither needs torch), or torch (eager, the reference).")]
-Device = Annotated[str | None, typer.Option(help="With --backend torch: cpu, or cuda: our kernels on an NVIDIA GPU; nothing is built for them.")]
-Precision = Annotated[str | None, typer.Option(help="fp32, int8 or fp8. Default: the profile's own, if it was built.")]
+
+
+def listed(words: Iterable[str], last: str = "or") -> str:
+    """`a, b or c`."""
+    *others, final = words
+    return f"{', '.join(others)} {last} {final}" if others else final
+
+
+def precisions_of(*names: str) -> str:
+    """Every precision of the backends of these --backend values, or of all, in the order of the table."""
+    return listed(dict.fromkeys(name for row in BACKENDS.values() if not names or row.option in names for name in row.precisions))
+
+
+_WITHOUT_BUILD = [row for row in BACKENDS.values() if not row.needs_build]
+
+Backend = Annotated[str, typer.Option(help=f"Where to run: {listed(f'{name} ({row.summary})' for name, row in options().items())}.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help=f"cpu or cuda. Only {listed(f'{row.option} on {row.device}' for row in _WITHOUT_BUILD)} runs without build-engine."),
+]
+Precision = Annotated[str | None, typer.Option(help=f"{precisions_of()}. Default: the profile's own, if it was built.")]
 Json = Annotated[bool, typer.Option("--json", callback=_needs_stdout, help="Print one line of JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists at --out.")]
 ProfileName = Annotated[str, typer.Option("--profile", help="Shipped preset or TOML file.")]
-
-
-_PLACES = {  # backend and device -> the name among engine.BACKENDS
-    ("onnxruntime", "cpu"): "onnxruntime", ("torch", "cpu"): "torch", ("torch", "cuda"): "torch-cuda", ("tensorrt", "cuda"): "tensorrt",
-}  # fmt: skip
-
-
-def placed(backend: str, device: str | None) -> str:
-    """The backend's name once its device is known. Raises UsageError for a device that it does not run on, and for our own name of torch on a GPU."""
-    if backend == "torch-cuda":
-        raise UsageError(f"backend {backend!r} does not exist", "for torch on a GPU: --backend torch --device cuda")
-    if device is None:
-        return backend
-    if (backend, device) not in _PLACES:
-        places = ", ".join(f"--backend {name} --device {place}" for name, place in _PLACES)
-        raise UsageError(f"backend {backend!r} does not run on device {device!r}", f"one of: {places}")
-    return _PLACES[backend, device]
 
 
 def command_named(command: object, words: list[str]) -> str:
@@ -51,17 +54,3 @@ def command_named(command: object, words: list[str]) -> str:
             break
         path += f" {word}"
     return path
-
-
-class needing:
-    """Turn a missing package into the command that installs it."""
-
-    def __init__(self, extra: str) -> None:
-        self.extra = extra
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("aapt_deploy"):
-            raise MachineError(f"package {error.name!r} is not installed", f"pip install 'aapt_deploy[{self.extra}]'") from None

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import Engines
+from aapt_deploy.engines import Engines
 from aapt_deploy.errors import ParityError
-from aapt_deploy.signature import layer_names, signatures
+from aapt_deploy.models.aapt_signature import layer_names, signatures
 from aapt_deploy.starts import Start, all_starts
 
 

@@ -1,4 +1,4 @@
-"""`aapt profile --plan`: what a profile needs of its target's memory, and how fast the hardware lets each stage be. Nothing is measured here.
+"""`aapt plan`: what a profile needs of its target's memory, and how fast the hardware lets each stage be. Nothing is measured here.
 
 The networks are built on the meta device and run once on shapes alone; their operations are counted as they pass. So the figures follow the modules,
 and an 8B profile is planned in seconds on any machine. Activations are those of eager PyTorch, every tensor freed as soon as nothing refers to it:
@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.graphs import graph_modules
 from aapt_deploy.models.vae import Vae
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import TILE_KEYS
 from aapt_deploy.profiles import Profile
-from aapt_deploy.signature import GraphSignature, signatures
+from aapt_deploy.signature import GraphSignature
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8_e4m3": 1, "int8": 1}
 RUNTIME_GB = 1.0  # CUDA context, cuBLAS and TensorRT's own, outside every pool: an allowance, not a measurement

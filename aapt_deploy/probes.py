@@ -200,4 +200,4 @@ def answer(name: str, device: cuda.Device) -> dict[str, object]:
 
 def main(name: str) -> None:
     device = cuda.with_driver()
-    print(json.dumps(asdict(device.here(trt_api.version(), kernels.source_hash())) if name == "here" else answer(name, device)), flush=True)
+    print(json.dumps(asdict(device.gpu(trt_api.version(), kernels.source_hash())) if name == "here" else answer(name, device)), flush=True)

@@ -1,4 +1,4 @@
-"""`aapt profile --diff A.json B.json`: two records of `aapt profile --json`, stage by stage and layer by layer.
+"""`aapt diff A.json B.json`: two records of `aapt profile --json`, stage by stage and layer by layer.
 
 It compares what was recorded and measures nothing. Whatever else differs between the two, machine and versions first, is told above the figures,
 because a difference in milliseconds means nothing without it. Two records of one machine, minutes apart, tell how much is noise.
@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from aapt_deploy.engine.table import LONGEST_MS
 from aapt_deploy.errors import InputError
-from aapt_deploy.machine import LONGEST_MS
 
 HEADER = ("profile", "backend", "precision", "blocks", "passes_per_block")
 PERCENTILES = ("p50_ms", "p95_ms")

@@ -5,13 +5,13 @@ any of them leaves the builder with nothing proved, and it then takes the form t
 of a build that was stopped lie in the same directory. Receipts are JSON written by this user's own processes; what is damaged counts as absent.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from aapt_deploy.engine.cuda import Gpu
 from aapt_deploy.lock import whole
 
 FORMAT = "aapt-tensorrt-proofs-1"
@@ -29,24 +29,6 @@ PROBES = (
     NATIVE_BUILDS, CAPTURED, SLOT, FP8_PRODUCTS, PLUGIN_FP8, PLUGIN_PACKED, PLUGIN_CAPTURED, FUNCTION, AOT_WORKS, AOT_STATIC, AOT_DYNAMIC, AOT_OP,
     FP8_ATTENTION,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Here:
-    """What a proof holds for. All names, as the makers write them."""
-
-    tensorrt: str  # "11.4.0.106"
-    sm: int  # compute capability x 10
-    cuda: str  # the newest that the driver supports: "13.0"
-    driver: str  # release of the driver: "580.65.06"; "" where it does not tell
-    gpu: str
-    kernels: str  # hash of our kernels' source
-
-    @property
-    def key(self) -> str:
-        """The receipt's name: everything but the GPU's, which says nothing that SM does not."""
-        kept = [self.tensorrt, str(self.sm), self.cuda, self.driver, self.kernels]
-        return f"sm{self.sm}-{self.tensorrt}-{hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -75,11 +57,11 @@ def cache_folder() -> Path:
     return Path(base) / "aapt_deploy" / "tensorrt"
 
 
-def receipt_file(here: Here) -> Path:
+def receipt_file(here: Gpu) -> Path:
     return cache_folder() / f"proofs-{here.key}.json"
 
 
-def timing_cache_file(here: Here) -> Path:
+def timing_cache_file(here: Gpu) -> Path:
     """Timings hold for a GPU architecture and a TensorRT release."""
     return cache_folder() / f"timing-sm{here.sm}-{here.tensorrt}.bin"
 
@@ -91,7 +73,7 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
         temporary.write_bytes(data)
 
 
-def save(here: Here, proofs: Iterable[Proof]) -> Path:
+def save(here: Gpu, proofs: Iterable[Proof]) -> Path:
     """Keep a receipt. Raises OSError."""
     path = receipt_file(here)
     content = {"format": FORMAT, "verified_on": asdict(here), "proofs": [asdict(proof) for proof in proofs]}
@@ -99,7 +81,7 @@ def save(here: Here, proofs: Iterable[Proof]) -> Path:
     return path
 
 
-def load(here: Here) -> dict[str, Proof] | None:
+def load(here: Gpu) -> dict[str, Proof] | None:
     """The proofs of this machine by name; None when there is no whole receipt for exactly this one."""
     try:
         content = json.loads(receipt_file(here).read_bytes())

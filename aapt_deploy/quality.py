@@ -23,7 +23,8 @@ import numpy as np
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE, Velocity
-from aapt_deploy.engine import AS_EXPORTED, Engine, Engines, open_engines, refuse_unknown, to_get
+from aapt_deploy.engine.table import BACKENDS, open_engines, refuse_unknown, to_get
+from aapt_deploy.engines import Engines, Tapped
 from aapt_deploy.errors import UsageError
 from aapt_deploy.lock import refuse_irregular, whole, writing
 from aapt_deploy.machine import machine
@@ -88,53 +89,26 @@ class Loss:
         return json.dumps({**asdict(self), "failures": self.failures})
 
 
-class Twin:
-    """Two engines of one graph under the same inputs; answers with the reference's outputs and notes how the other's differ."""
-
-    def __init__(self, reference: Engine, candidate: Engine, differ: Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], None] | None) -> None:
-        self.reference, self.candidate, self.differ = reference, candidate, differ
-
-    def reset(self, **state: np.ndarray) -> None:
-        self.reference.reset(**state)
-        self.candidate.reset(**state)
-
-    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
-        expected = self.reference.run(**inputs)
-        found = self.candidate.run(**inputs)
-        if self.differ:
-            self.differ(expected, found)
-        return expected
-
-    def commit(self, block: int) -> None:
-        self.reference.commit(block)
-        self.candidate.commit(block)
-
-
 class Twins:
-    """Engines for `rollout` whose generator and decoder are twins."""
+    """A tap that gives a second engine the same calls. The rollout gets the reference's answers; how the other's differ is noted."""
 
-    def __init__(self, reference: Engines, candidate: Engines) -> None:
-        self.reference, self.candidate = reference, candidate
-        self.backend, self.precision, self.overlapped = reference.backend, reference.precision, reference.overlapped
+    def __init__(self, candidate: Engines) -> None:
+        self.candidate = candidate
         self.errors: list[float] = []  # per pass
         self.decoded: list[float] = []  # mean square error of a block's frames
 
-    def __getitem__(self, graph: str) -> Engine:
-        differ = {"generator": self._latents, "decoder": self._frames}.get(graph)
-        return Twin(self.reference[graph], self.candidate[graph], differ)
-
-    def _latents(self, expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
-        a, b = expected["clean"].astype(np.float64), found["clean"]
-        self.errors.append(float(np.sqrt(np.square(b - a).mean() / np.square(a).mean())))
-
-    def _frames(self, expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
-        self.decoded.append(float(np.square(expected["frames"].astype(np.float64) - found["frames"]).mean()))
-
-    def close(self) -> None:
-        pass  # the two are their opener's
+    def __call__(self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        expected = call(**arguments)
+        found = getattr(self.candidate[graph], method)(**arguments)
+        if (graph, method) == ("generator", "run"):
+            a, b = expected["clean"].astype(np.float64), found["clean"]
+            self.errors.append(float(np.sqrt(np.square(b - a).mean() / np.square(a).mean())))
+        elif (graph, method) == ("decoder", "run"):
+            self.decoded.append(float(np.square(expected["frames"].astype(np.float64) - found["frames"]).mean()))
+        return expected
 
 
-def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, report: Report, elsewhere: Bundle | None = None) -> Loss:
+def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, warn: Report, report: Report, elsewhere: Bundle | None = None) -> Loss:
     """Compare two engines of `bundle`, named "<backend>-<precision>", from every start frame. The reference may be another bundle's, `elsewhere`.
 
     Raises UsageError for a name the bundle has no engine of, for an engine compared with itself, and for bundles of two checkpoints.
@@ -146,7 +120,7 @@ def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, report
     with contextlib.ExitStack() as stack:
         opened = []
         for holder, name in ((elsewhere or bundle, reference), (bundle, candidate)):
-            opened.append(_open(holder, name))
+            opened.append(_open(holder, name, warn))
             stack.callback(opened[-1].close)
         return _compare(bundle, (reference, candidate), opened, seconds, report)
 
@@ -156,15 +130,15 @@ def _source(bundle: Bundle) -> Any:
     return bundle.manifest["source"]["sha256"]
 
 
-def _open(bundle: Bundle, name: str) -> Engines:
+def _open(bundle: Bundle, name: str, warn: Report) -> Engines:
     backend, _, precision = name.rpartition("-")
     if not backend:
         raise UsageError(f"{name!r} names no engine", "engines are named BACKEND-PRECISION, for example onnxruntime-fp32")
     refuse_unknown(backend, precision)
-    if name not in bundle.engines and backend not in AS_EXPORTED:
+    if name not in bundle.engines and BACKENDS[backend].needs_build:
         built = ", ".join(sorted(bundle.engines)) or "none"
         raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; {to_get(bundle, backend, precision)}")
-    return open_engines(bundle, backend, precision)
+    return open_engines(bundle, backend, precision, warn)
 
 
 def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seconds: int, report: Report) -> Loss:
@@ -173,8 +147,9 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
     blocks, passes = seconds * per_second, len(profile.sampler.timesteps)
     forced, decoded, free, frames = [], [], [], []
     for number, begin in enumerate(starts, start=1):
-        twins = Twins(*opened)
-        for _ in islice(_frames(twins, profile, begin), 1 + blocks):
+        reference, candidate = opened
+        twins = Twins(candidate)
+        for _ in islice(_frames(Tapped(reference, twins), profile, begin), 1 + blocks):
             pass
         forced.append(np.array(twins.errors).reshape(blocks, passes).mean(1))
         decoded.append(np.mean(twins.decoded[1:]))

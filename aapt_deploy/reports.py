@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from aapt_deploy.console import say, table
 
 if TYPE_CHECKING:
-    from aapt_deploy.build import Built
     from aapt_deploy.bundle import Bundle
     from aapt_deploy.doctor import Check
     from aapt_deploy.doctor_tensorrt import Findings
-    from aapt_deploy.engine.plan_layers import LayerTime
+    from aapt_deploy.engines import LayerTime
     from aapt_deploy.latency import Latency
     from aapt_deploy.models.fp8 import Coverage
     from aapt_deploy.parity import Parity
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from aapt_deploy.profile_diff import Change, Difference
     from aapt_deploy.quality import Loss
     from aapt_deploy.stream import Streamed
+    from aapt_deploy.trial import Built
 
 LAYERS_SHOWN = 15  # of a graph
 NAME_SHOWN = 60  # characters of a layer's or kernel's name

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aapt_deploy.camera import Pose, Velocity, condition_map
-from aapt_deploy.engine import Engines
+from aapt_deploy.engines import Engines
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
 

@@ -14,7 +14,7 @@ from types import FrameType
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
 from aapt_deploy.controls import Control, open_controls
-from aapt_deploy.engine import open_engines
+from aapt_deploy.engine.table import open_engines
 from aapt_deploy.errors import UsageError
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steer, Steering, rollout

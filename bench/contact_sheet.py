@@ -12,7 +12,7 @@ from aapt_deploy import assets
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
 from aapt_deploy.controls import open_controls
-from aapt_deploy.engine import open_engines
+from aapt_deploy.engine.table import open_engines
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.starts import all_starts
 from aapt_deploy.video import write_image
@@ -24,7 +24,7 @@ def row(bundle: Bundle, index: int, seconds: list[float], controls_file: str, se
     """The frames of one start at `seconds`, side by side: uint8 [H, W', 3]."""
     start, video = all_starts(bundle)[index], bundle.profile.video
     controls = open_controls(controls_file, CRUISE, print)
-    engines = open_engines(bundle, "onnxruntime")
+    engines = open_engines(bundle, "onnxruntime", None, print)
     block_s = video.temporal_stride / video.fps
     frames: list[np.ndarray] = []
     last = round(max(seconds) * video.fps)

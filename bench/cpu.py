@@ -29,18 +29,19 @@ import torch
 from aapt_deploy import assets, build, export
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
-from aapt_deploy.engine import open_engines
 from aapt_deploy.engine.ort import OrtGenerator, Threads, open_session
+from aapt_deploy.engine.table import open_engines
 from aapt_deploy.latency import measure_bundle
 from aapt_deploy.machine import machine
 from aapt_deploy.models import checkpoint
+from aapt_deploy.models.aapt_signature import generator as generator_signature
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import NEXT
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.rope import temporal_rope
-from aapt_deploy.signature import generator as generator_signature
 from aapt_deploy.starts import all_starts
+from aapt_deploy.trial import Options
 
 ROOT = Path(__file__).parent.parent
 PAIRED_BLOCKS = 40
@@ -81,7 +82,7 @@ def paired(bundle: Bundle, loaded: Checkpoint) -> dict[str, Any]:
     streams: dict[str, Callable[[], object]] = {}
     for name, backend, precision in names:
         steering = Steering(CRUISE, start.text)
-        frames = rollout(open_engines(bundle, backend, precision), bundle.profile, start.image, lambda block, s=steering: s, seed=0)
+        frames = rollout(open_engines(bundle, backend, precision, say), bundle.profile, start.image, lambda block, s=steering: s, seed=0)
         next(frames)
         for _ in range(2 + bundle.profile.window.frames):  # fill the window
             next(frames)
@@ -105,7 +106,7 @@ def paired(bundle: Bundle, loaded: Checkpoint) -> dict[str, Any]:
 def long_stream(bundle: Bundle) -> Iterator[np.ndarray]:
     """An endless stream with engines of its own, its first frame taken."""
     start = all_starts(bundle)[0]
-    frames = rollout(open_engines(bundle, "onnxruntime", None), bundle.profile, start.image, lambda block: Steering(CRUISE, start.text), seed=0)
+    frames = rollout(open_engines(bundle, "onnxruntime", None, say), bundle.profile, start.image, lambda block: Steering(CRUISE, start.text), seed=0)
     next(frames)
     return frames
 
@@ -215,9 +216,9 @@ def main() -> None:
         export.export_bundle(loaded, path, False, say)
         bundle = Bundle.open(path)
         for backend in ("onnxruntime", "torch"):
-            build.build_engine(bundle, backend, None, say)
+            build.build_engine(bundle, backend, None, Options(say))
         say("step latency")
-        latency = measure_bundle(bundle, "onnxruntime", None, 200, lambda text: None)
+        latency = measure_bundle(bundle, "onnxruntime", None, 200, say, lambda text: None)
         record = {
             "what": "aapt_deploy on a CPU", "date": today, "git": revision(), "machine": machine(), "load_before": os.getloadavg(),
             "versions": {"torch": torch.__version__.split("+")[0], "numpy": np.__version__}, "seed": 0,

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from aapt_deploy import build, cli, export, initialise, profiles, quantize
+from aapt_deploy import build, build_ort, cli, export, initialise, profiles, quantize
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE, Velocity
-from aapt_deploy.engine import Engines
+from aapt_deploy.engine import eager
+from aapt_deploy.engines import Engines
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import Checkpoint, StartFrame
 from aapt_deploy.models.generator import Generator
@@ -30,6 +31,7 @@ from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.scales import Scales
 from aapt_deploy.starts import Start, start
+from aapt_deploy.trial import Built, Options
 
 # A shell starts its background jobs with Ctrl-C ignored, and processes started from there inherit that: those under test must hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -83,7 +85,7 @@ class Made(NamedTuple):
 
     path: Path
     parity: list[export.Parity]
-    built: list[build.Built]
+    built: list[Built]
     said: list[str]
 
 
@@ -95,9 +97,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, loaded: Checkpoint) -> Made:
     parity = export.export_bundle(loaded, path, False, said.append)
     shutil.copytree(path, path.with_name("bare"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "cores", lambda: 1)
+        for module in (build_ort, eager):
+            patch.setattr(module, "cores", lambda: 1)
         opened = Bundle.open(path)
-        built = [*build.build_engine(opened, "onnxruntime", None, said.append), *build.build_engine(opened, "torch", None, said.append)]
+        options = Options(said.append)
+        built = [made for backend in ("onnxruntime", "torch") for made in build.build_engine(opened, backend, None, options)]
     return Made(path, parity, built, said)
 
 
@@ -150,7 +154,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint, calibr
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build for one thread only, as `made` does."""
-    monkeypatch.setattr(build, "cores", lambda: 1)
+    for module in (build_ort, eager):
+        monkeypatch.setattr(module, "cores", lambda: 1)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,23 @@ import onnx
 import pytest
 import torch
 from conftest import COMMAND, ENVIRONMENT, Made
+from opening import open_engines
 from test_bundle import rewrite_manifest, tree
 
-from aapt_deploy import assets, build, export, machine
+from aapt_deploy import assets, build_ort, cpu, export, trial
 from aapt_deploy.build import build_engine
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import open_engines
 from aapt_deploy.engine.ort import OrtEngine, Threads, open_session
+from aapt_deploy.engines import TappedEngine
 from aapt_deploy.errors import BundleError, BusyError, MachineError, UsageError
 from aapt_deploy.models import checkpoint
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.models.graphs import DecoderGraph
 from aapt_deploy.models.vae import from_pixels
 from aapt_deploy.ops.block_causal_attention import DOMAIN
 from aapt_deploy.profiles import Profile, Target
-from aapt_deploy.signature import signatures
 from aapt_deploy.starts import all_starts
+from aapt_deploy.trial import Options
 
 silent = lambda text: None
 
@@ -84,8 +87,8 @@ def test_a_cpu_that_would_overflow_gets_weights_of_seven_bits(
     exact: bool, largest: int, bits: int, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """uint8 times int8, twice, does not fit into 16 bits; without VNNI an x86 cuts such sums off. The manifest says which weights an engine has."""
-    monkeypatch.setattr(build, "adds_int8_exactly", lambda: exact)
-    build_engine(Bundle.open(copied), "onnxruntime", "int8", silent)
+    monkeypatch.setattr(build_ort, "adds_int8_exactly", lambda: exact)
+    build_engine(Bundle.open(copied), "onnxruntime", "int8", Options(silent))
     opened = Bundle.open(copied)
     assert opened.engines["onnxruntime-int8"]["weight_bits"] == bits
     for name in ("generator", "decoder"):
@@ -99,9 +102,9 @@ def test_a_cpu_that_would_overflow_gets_weights_of_seven_bits(
     [("x86_64", "avx2 fma", False), ("x86_64", "avx2 avx_vnni", True), ("AMD64", "avx512_vnni", True), ("aarch64", "", True)],
 )
 def test_which_cpus_overflow(kind: str, flags: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.platform, "machine", lambda: kind)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: kind)
     monkeypatch.setattr(Path, "read_text", lambda path: f"model name\t: some\nflags\t\t: fpu {flags}\n")
-    assert machine.adds_int8_exactly() is exact
+    assert cpu.adds_int8_exactly() is exact
 
 
 def test_nothing_of_the_way_to_an_engine_stays_in_it(bundle: Path) -> None:
@@ -112,13 +115,13 @@ def test_nothing_of_the_way_to_an_engine_stays_in_it(bundle: Path) -> None:
 def test_the_calibrator_saw_the_decoder_at_work(bundle: Path, tiny: Profile) -> None:
     """Every start frame, the start image and some blocks each, with the memory that the decoder had at that moment."""
     opened = Bundle.open(bundle)
-    samples = list(build._decoder_inputs(opened, all_starts(opened)))
-    assert len(samples) == 2 * (1 + build.CALIBRATION_BLOCKS)
+    samples = list(build_ort._decoder_inputs(opened, all_starts(opened), silent))
+    assert len(samples) == 2 * (1 + build_ort.CALIBRATION_BLOCKS)
     first, second = samples[0], samples[1]
     assert all(not first[name].any() for name in first if name.startswith("memory"))
     assert any(second[name].any() for name in second if name.startswith("memory"))
     assert not np.array_equal(samples[1]["latent"], samples[2]["latent"])
-    reader = build.Samples(samples[:1])
+    reader = build_ort.Samples(samples[:1])
     assert reader.get_next() is samples[0]
     assert reader.get_next() is None
 
@@ -139,17 +142,18 @@ def test_int8_keeps_pictures_that_are_darker_than_every_start_frame(tmp_path: Pa
         bright, dark = ([held.vae.encode(from_pixels(p * light)[None, None])[:, 0].numpy() for p in pictures] for light in (1, DARK))
     exact = OrtEngine(open_session(path, Threads(1, False)), signature)
     seen: list[dict[str, np.ndarray]] = []
-    shown(build.Recorder(exact, seen), bright)
+    tap = partial(build_ort._record, exact, seen)
+    shown(TappedEngine("decoder", exact, tap), bright)
     wanted = shown(exact, dark)
 
     def worst_db(file: str) -> float:
         int8 = Path(shutil.copy(path, tmp_path / file))
-        build._quantise_decoder(int8, seen)
+        build_ort._quantise_decoder(int8, seen)
         made = shown(OrtEngine(open_session(int8, Threads(1, False)), signature), dark)
         return float((10 * np.log10(255**2 / np.square(made - wanted).mean(axis=(1, 2, 3, 4)))).min())
 
     assert worst_db("as-built.onnx") > 50
-    monkeypatch.setattr(build, "LINEAR_PATH", "the name of no weight")
+    monkeypatch.setattr(build_ort, "LINEAR_PATH", "the name of no weight")
     assert worst_db("all-int8.onnx") < 30, "these pictures show nothing of the loss that the linear path is kept in float for"
 
 
@@ -168,14 +172,14 @@ def test_psnr_is_that_of_the_frames(bundle: Path) -> None:
     fp32, int8 = (open_engines(opened, "onnxruntime", precision) for precision in ("fp32", "int8"))
     pairs = [frames(engines, opened) for engines in (fp32, int8)]
     error = np.mean([np.square(a.astype(float) - b).mean() for a, b in zip(*pairs, strict=True)])
-    assert math.isclose(build.psnr_db(fp32, int8, opened.profile, begin), 10 * math.log10(255**2 / error), abs_tol=1e-6)
-    assert build.psnr_db(fp32, open_engines(opened, "onnxruntime", "fp32"), opened.profile, begin) > 100
+    assert math.isclose(trial.psnr_db(fp32, int8, opened.profile, begin), 10 * math.log10(255**2 / error), abs_tol=1e-6)
+    assert trial.psnr_db(fp32, open_engines(opened, "onnxruntime", "fp32"), opened.profile, begin) > 100
 
 
 def frames(engines: Any, opened: Bundle) -> list[np.ndarray]:
-    source = build._rollout(engines, opened.profile, all_starts(opened)[0])
+    source = trial.left_and_right(engines, opened.profile, all_starts(opened)[0])
     next(source)
-    return [next(source) for _ in range(build.QUALITY_BLOCKS)]
+    return [next(source) for _ in range(trial.QUALITY_BLOCKS)]
 
 
 def test_the_fastest_threads_win(bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,11 +194,11 @@ def test_the_fastest_threads_win(bundle: Path, tiny: Profile, monkeypatch: pytes
             pass
 
     speeds = {Threads(1, False): 9.0, Threads(2, False): 7.0, Threads(2, True): 3.0, Threads(8, False): 4.0, Threads(8, True): 5.0}
-    monkeypatch.setattr(build, "OrtEngines", Counted)
-    monkeypatch.setattr(build, "cores", lambda: 8)
-    monkeypatch.setattr(build, "median_step_ms", lambda engines, profile, start: speeds[tried[-1]])
+    monkeypatch.setattr(build_ort, "OrtEngines", Counted)
+    monkeypatch.setattr(build_ort, "cores", lambda: 8)
+    monkeypatch.setattr(build_ort, "median_step_ms", lambda engines, profile, start: speeds[tried[-1]])
     said: list[str] = []
-    best = build._tune(tiny, {}, "fp32", all_starts(Bundle.open(bundle))[0], said.append)
+    best = build_ort._tune(tiny, {}, "fp32", all_starts(Bundle.open(bundle))[0], said.append)
     assert best == (Threads(2, True), 3.0)
     assert set(tried) == set(speeds)
     assert "2 threads, spinning: 3.0 ms a step" in said
@@ -206,8 +210,8 @@ def test_the_fastest_threads_win(bundle: Path, tiny: Profile, monkeypatch: pytes
 @pytest.mark.usefixtures("one_core")
 def test_int8_alone_brings_the_fp32_that_it_is_compared_with(bare: Path) -> None:
     opened = Bundle.open(bare)
-    assert [engine.key for engine in build_engine(opened, "onnxruntime", "int8", silent)] == ["onnxruntime-fp32", "onnxruntime-int8"]
-    assert [engine.key for engine in build_engine(opened, "onnxruntime", "int8", silent)] == ["onnxruntime-int8"]
+    assert [engine.key for engine in build_engine(opened, "onnxruntime", "int8", Options(silent))] == ["onnxruntime-fp32", "onnxruntime-int8"]
+    assert [engine.key for engine in build_engine(opened, "onnxruntime", "int8", Options(silent))] == ["onnxruntime-int8"]
     again = Bundle.open(bare)
     again.verify()
     assert set(again.engines) == {"onnxruntime-fp32", "onnxruntime-int8"}
@@ -218,9 +222,9 @@ def test_int8_alone_brings_the_fp32_that_it_is_compared_with(bare: Path) -> None
 def test_a_bundle_without_start_frames_is_built_all_the_same(bare: Path) -> None:
     rewrite_manifest(bare, lambda manifest: manifest.update(start_frames={}))
     opened = Bundle.open(bare)
-    build_engine(opened, "onnxruntime", "int8", silent)
+    build_engine(opened, "onnxruntime", "int8", Options(silent))
     opened.verify()
-    assert len(frames(open_engines(opened, "onnxruntime", "int8"), opened)) == build.QUALITY_BLOCKS
+    assert len(frames(open_engines(opened, "onnxruntime", "int8"), opened)) == trial.QUALITY_BLOCKS
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,7 @@ def test_a_bundle_without_start_frames_is_built_all_the_same(bare: Path) -> None
 )  # fmt: skip
 def test_unknown_names_are_refused_with_the_known_ones(bundle: Path, backend: str, precision: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        build_engine(Bundle.open(bundle), backend, precision, silent)
+        build_engine(Bundle.open(bundle), backend, precision, Options(silent))
     assert caught.value.exit_code == 2
     assert any(word in caught.value.hint for word in ("onnxruntime", "fp32", "--precision fp8"))
 
@@ -241,7 +245,7 @@ def test_a_profile_for_a_gpu_is_refused(bundle: Path, tiny: Profile) -> None:
     opened = Bundle.open(bundle)
     opened.__dict__["profile"] = tiny.replace(target=Target("cuda", "H100", 90, 80))
     with pytest.raises(MachineError, match="profile tiny-cpu is for H100; onnxruntime runs on the CPU only") as caught:
-        build_engine(opened, "onnxruntime", None, silent)
+        build_engine(opened, "onnxruntime", None, Options(silent))
     assert caught.value.exit_code == 5
     assert caught.value.hint
 
@@ -252,21 +256,21 @@ def test_a_damaged_graph_is_found_before_it_is_lowered(bare: Path) -> None:
     (bare / "generator.onnx").write_bytes(content)
     before = tree(bare)
     with pytest.raises(BundleError, match=r"generator\.onnx does not match the manifest") as caught:
-        build_engine(Bundle.open(bare), "onnxruntime", None, silent)
+        build_engine(Bundle.open(bare), "onnxruntime", None, Options(silent))
     assert "aapt export" in caught.value.hint
     assert tree(bare) - {".lock"} == before - {".lock"}
 
 
 def test_two_builds_at_once_are_one_too_many(bare: Path) -> None:
     with Bundle.open(bare).add_engine("somebody-elses"), pytest.raises(BusyError, match="is being written by process"):
-        build_engine(Bundle.open(bare), "onnxruntime", "fp32", silent)
+        build_engine(Bundle.open(bare), "onnxruntime", "fp32", Options(silent))
 
 
 # --- builds that die ---
 
 
 @pytest.mark.usefixtures("one_core")
-@pytest.mark.parametrize("where", ["median_step_ms", "_quantise_linears", "_quantise_decoder", "psnr_db", "save_model"])
+@pytest.mark.parametrize("where", ["median_step_ms", "_quantise_linears", "_quantise_decoder", "mean_psnr_db", "save_model"])
 @pytest.mark.parametrize("error", [RuntimeError("crash"), KeyboardInterrupt()], ids=["crash", "ctrl-c"])
 def test_a_build_that_breaks_off_leaves_the_engines_that_were(
     bundle: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
@@ -275,9 +279,9 @@ def test_a_build_that_breaks_off_leaves_the_engines_that_were(
         raise error
 
     before, opened = tree(copied), Bundle.open(copied)
-    monkeypatch.setattr(build, where, fail)
+    monkeypatch.setattr(build_ort, where, fail)
     with pytest.raises(type(error)):
-        build_engine(opened, "onnxruntime", "int8", silent)
+        build_engine(opened, "onnxruntime", "int8", Options(silent))
     assert tree(copied) == before
     again = Bundle.open(copied)
     again.verify()

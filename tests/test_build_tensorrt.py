@@ -23,18 +23,21 @@ from conftest import frames_of
 from cuda_emulator import Driver
 from lowered_graphs import computed
 from onnx import TensorProto
+from opening import open_engines
 from test_lower_tensorrt import tampered
 from test_trt_engine import assert_same
 
 from aapt_deploy import build_tensorrt, console, profiles, proofs
+from aapt_deploy.build import build_engine
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import cuda, open_engines
+from aapt_deploy.engine import cuda
 from aapt_deploy.engine.plan_layers import Layer
 from aapt_deploy.errors import BundleError, MachineError, ParityError, UsageError
 from aapt_deploy.graph_bf16 import fp8_products
 from aapt_deploy.ops.block_causal_attention import NAME
 from aapt_deploy.profiles import Profile
 from aapt_deploy.proofs import Proof
+from aapt_deploy.trial import Options
 
 VERSION = "11.4.0.106"
 KINDS = {
@@ -109,14 +112,14 @@ def here(tiny: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_cor
     monkeypatch.setattr("aapt_deploy.engine.trt.with_driver", lambda: cuda.Device(fake.driver))
     monkeypatch.setattr(cuda, "driver_release", lambda: "580.65.06")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("aapt_deploy.build.TUNING_BLOCKS", 2)
+    monkeypatch.setattr("aapt_deploy.trial.TUNING_BLOCKS", 2)
     yield fake
     assert not (fake.driver.held or fake.driver.pinned or fake.driver.streams or fake.driver.graphs), "something was left behind"
 
 
 def made(path: Path, said: list[str] | None = None, precision: str | None = "fp32", attention: str = "auto") -> Bundle:
     opened = Bundle.open(path)
-    build_tensorrt.build(opened, precision, attention, (said if said is not None else []).append)
+    build_engine(opened, "tensorrt", precision, Options((said if said is not None else []).append, attention))
     return opened
 
 
@@ -269,7 +272,7 @@ def fp8_bundle(path: Path) -> Bundle:
 
 def receipt(here: TensorRT, *names: str) -> None:
     device = cuda.Device(here.driver)
-    proofs.save(device.here(here.version, build_tensorrt.kernels.source_hash()), [Proof(name, True, "", 1.0) for name in names])
+    proofs.save(device.gpu(here.version, build_tensorrt.kernels.source_hash()), [Proof(name, True, "", 1.0) for name in names])
     device.close()
 
 
@@ -277,7 +280,7 @@ def attempt(path: Path, attention: str = "auto") -> list[str]:
     """Build the generator alone, as far as it comes; what was said."""
     said: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):
-        build_tensorrt.build(Bundle.open(path), None, attention, said.append)
+        build_engine(Bundle.open(path), "tensorrt", None, Options(said.append, attention))
     return said
 
 
@@ -313,10 +316,10 @@ def test_everything_that_a_plan_is_made_of_changes_its_hash(bare: Path, here: Te
     from dataclasses import replace
 
     device = cuda.Device(here.driver)
-    found = device.here(VERSION, "k" * 64)
+    found = device.gpu(VERSION, "k" * 64)
     device.close()
     choices = proofs.choose({name: Proof(name, True, "", 1.0) for name in proofs.PROBES}, fp8=True)
-    order = build_tensorrt.Order(fp8_bundle(bare), "fp8", choices[0], found, None, print)
+    order = build_tensorrt.Order(fp8_bundle(bare), "fp8", choices[0], found, None, print, None)
     orders = [
         order, replace(order, precision="bf16"), *(replace(order, choice=choice) for choice in choices[1:]),
         replace(order, choice=replace(choices[0], packed=True)), replace(order, here=replace(found, sm=89)),
@@ -330,16 +333,16 @@ def test_everything_that_a_plan_is_made_of_changes_its_hash(bare: Path, here: Te
 
 
 def test_what_does_not_fit_the_bundle_or_does_not_exist_is_refused(bare: Path, here: TensorRT) -> None:
-    with pytest.raises(UsageError, match="exported in fp32, not for fp8") as caught:
+    with pytest.raises(UsageError, match="holds graphs in fp32; tensorrt builds bf16 and fp32 from them, not fp8") as caught:
         made(bare, precision="fp8")
-    assert "aapt export CKPT --precision fp8" in caught.value.hint
+    assert "aapt export CKPT -o OTHER --precision fp8" in caught.value.hint
     with pytest.raises(UsageError, match="int8"):
         made(bare, precision="int8")
     with pytest.raises(UsageError, match="magic") as caught:
         made(bare, attention="magic")
     assert caught.value.hint == "forms: auto, python, aot, native"
     fp8_bundle(bare)
-    with pytest.raises(UsageError, match="exported in fp8, not for bf16"):
+    with pytest.raises(UsageError, match="holds graphs in fp8; tensorrt builds fp8 from them, not bf16"):
         made(bare, precision="bf16")
     here.driver.sm = 80
     with pytest.raises(MachineError, match="SM 80; products in FP8 need SM 89"):
@@ -357,7 +360,7 @@ def test_without_room_on_the_gpu_nothing_is_begun(bare: Path, here: TensorRT, mo
         MachineError, match=rf"profile tiny-cpu needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are free on Emulated H100"
     ) as caught:
         made(bare)
-    assert "--plan" in caught.value.hint and not here.built
+    assert "aapt plan" in caught.value.hint and not here.built
 
 
 def test_without_tensorrt_two_lines_and_exit_5(bare: Path, aapt: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from conftest import COMMAND, ENVIRONMENT, ROOT, Ran
 
 import aapt_deploy
 from aapt_deploy import __main__ as entry
-from aapt_deploy import cli
+from aapt_deploy import cli, cli_measure
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import Checkpoint
@@ -256,7 +256,7 @@ def test_a_random_checkpoint_is_the_seeds(aapt: Aapt, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("package", "modules", "arguments"),
-    [("onnx", ("build", "graph_file"), ("build-engine", "BUNDLE")), ("torch", ("initialise",), ("init", "tiny-cpu"))],
+    [("onnx", ("build_ort", "graph_file"), ("build-engine", "BUNDLE")), ("torch", ("initialise",), ("init", "tiny-cpu"))],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
     aapt: Aapt, bundle: Path, monkeypatch: pytest.MonkeyPatch, package: str, modules: tuple[str, ...], arguments: tuple[str, ...]
@@ -274,7 +274,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 @pytest.mark.parametrize(
     ("where", "arguments"),
     [
-        ("_export", ("export",)), ("_build", ("build-engine", "x")), ("_profile", ("profile", "x")), ("_stream", ("stream", "x", "-o", "y.mp4")),
+        ("_export", ("export",)), ("_build", ("build-engine", "x")), ("_stream", ("stream", "x", "-o", "y.mp4")),
         ("_run", ()),
     ],
 )  # fmt: skip
@@ -302,7 +302,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(*anything: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "_profile", bug)
+    monkeypatch.setattr(cli_measure, "measured_latency", bug)
     monkeypatch.setattr(sys, "argv", ["aapt", "profile", "x"])
     with pytest.raises(ZeroDivisionError):
         cli.main()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import Ran
 
-from aapt_deploy import engine, latency
+from aapt_deploy import latency
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine import torch_cuda
+from aapt_deploy.engine.table import BACKENDS, named, precision_of
 from aapt_deploy.errors import UsageError
-from aapt_deploy.options import placed
 from aapt_deploy.profiles import Profile
 
 Aapt = Callable[..., Ran]
@@ -20,14 +20,14 @@ ON_GPU = ("--backend", "torch", "--device", "cuda")
 
 
 def test_every_backend_has_its_places() -> None:
-    assert placed("torch", "cuda") == "torch-cuda"
-    assert [placed(name, None) for name in ("onnxruntime", "torch", "tensorrt", "what")] == ["onnxruntime", "torch", "tensorrt", "what"]
-    assert (placed("torch", "cpu"), placed("onnxruntime", "cpu"), placed("tensorrt", "cuda")) == ("torch", "onnxruntime", "tensorrt")
+    assert named("torch", "cuda") == "torch-cuda"
+    assert [named(name, None) for name in ("onnxruntime", "torch", "tensorrt", "what")] == ["onnxruntime", "torch", "tensorrt", "what"]
+    assert (named("torch", "cpu"), named("onnxruntime", "cpu"), named("tensorrt", "cuda")) == ("torch", "onnxruntime", "tensorrt")
     for backend, device in (("onnxruntime", "cuda"), ("tensorrt", "cpu"), ("torch", "tpu")):
         with pytest.raises(UsageError, match=f"{backend!r} does not run on device {device!r}") as caught:
-            placed(backend, device)
+            named(backend, device)
         assert "--backend torch --device cuda" in caught.value.hint
-    assert {placed("torch", place) for place in ("cpu", "cuda")} <= set(engine.BACKENDS)
+    assert {named("torch", place) for place in ("cpu", "cuda")} <= set(BACKENDS)
 
 
 @needs_no_gpu
@@ -58,9 +58,9 @@ def test_without_a_gpu_each_command_says_so(aapt: Aapt, bundle: Path, tmp_path: 
 def test_no_build_is_asked_for_and_the_precision_follows_the_bundle(bare: Path, exported: object) -> None:
     opened = Bundle.open(bare)
     assert opened.engines == {}
-    assert engine.precision_of(opened, "torch-cuda", None) == "bf16"
-    assert engine.precision_of(opened, "torch-cuda", "fp8") == "fp8"
-    assert engine.precision_of(Bundle.open(exported.path), "torch-cuda", None) == "fp8"  # type: ignore[attr-defined]
+    assert precision_of(opened, "torch-cuda", None) == "bf16"
+    assert precision_of(opened, "torch-cuda", "fp8") == "fp8"
+    assert precision_of(Bundle.open(exported.path), "torch-cuda", None) == "fp8"  # type: ignore[attr-defined]
 
 
 def test_a_profile_is_measured_with_random_weights(tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:

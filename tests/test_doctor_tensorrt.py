@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from aapt_deploy import doctor_tensorrt, proofs
+from aapt_deploy.engine.cuda import Gpu
 from aapt_deploy.errors import MachineError, OutputError
-from aapt_deploy.proofs import Here
 
 HERE = {"tensorrt": "11.4.0.106", "sm": 90, "cuda": "13.0", "driver": "580.65.06", "gpu": "Stand-in H100", "kernels": "k" * 64}
 STAND_IN = f"""
@@ -67,7 +67,7 @@ def test_whatever_happens_in_a_question_is_its_answer(stand_in: Path) -> None:
         ("yes", True, "yes works"),
     ]
     assert len(said) == len(names) and findings.proofs[1].seconds >= 2
-    assert findings.here == Here(**HERE) and proofs.load(findings.here) == {proof.name: proof for proof in findings.proofs}  # type: ignore[arg-type]
+    assert findings.here == Gpu(**HERE) and proofs.load(findings.here) == {proof.name: proof for proof in findings.proofs}  # type: ignore[arg-type]
     assert not findings.usable and findings.choices[0].form == proofs.NATIVE
 
 
@@ -78,7 +78,7 @@ def test_the_command_shows_a_table_keeps_a_receipt_and_gives_json(stand_in: Path
     assert told["verified_on"] == HERE and [check["name"] for check in told["checks"]] == list(proofs.PROBES)
     assert "Stand-in H100 (SM 90), TensorRT 11.4.0.106, CUDA 13.0, driver 580.65.06" in ran.err
     assert "attention in form python for an fp8 bundle: proved here" in ran.err and "receipt: " in ran.err
-    assert proofs.load(Here(**HERE)) is not None  # type: ignore[arg-type]
+    assert proofs.load(Gpu(**HERE)) is not None  # type: ignore[arg-type]
 
 
 def test_where_no_plan_can_run_the_verdict_is_bad(stand_in: Path, aapt: Any) -> None:

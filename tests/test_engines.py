@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ran, frames_of, turning
+from opening import open_engines
 from test_bundle import rewrite_manifest
 
 from aapt_deploy import build
 from aapt_deploy import bundle as bundles
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import Pose, condition_map
-from aapt_deploy.engine import Engines, open_engines, ort, precision_of
+from aapt_deploy.engine import ort
 from aapt_deploy.engine.eager import EagerGenerator
 from aapt_deploy.engine.ort import OrtEngine, OrtEngines, OrtGenerator, Threads
+from aapt_deploy.engine.table import precision_of
+from aapt_deploy.engines import Engines
 from aapt_deploy.errors import BundleError, UsageError
+from aapt_deploy.models.aapt_signature import layer_names, signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.models.vae import from_pixels, to_pixels
 from aapt_deploy.ops.block_causal_attention import Ring
@@ -25,8 +29,8 @@ from aapt_deploy.profiles import Profile
 from aapt_deploy.prompts import parse, token_ids
 from aapt_deploy.rollout import Steering, denoise, rollout
 from aapt_deploy.rope import temporal_rope
-from aapt_deploy.signature import layer_names, signatures
 from aapt_deploy.starts import start
+from aapt_deploy.trial import Options
 
 BLOCKS = 14  # the window holds 3, the ring wraps at 4 and 5
 DAY, NIGHT = (token_ids(parse(text)) for text in ("desert at noon", "islands at night, foggy"))
@@ -334,7 +338,7 @@ def test_an_engines_entry_that_makes_no_sense_is_a_bundle_error(copied: Path, da
 @pytest.mark.parametrize(("bits", "exact", "warned"), [(8, False, True), (8, True, False), (7, False, False), (7, True, False), (None, False, False)])
 def test_weights_that_overflow_here_are_warned_of(copied: Path, bits: int | None, exact: bool, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bundle older than the entry says nothing of its bits, and nothing is said of it."""
-    monkeypatch.setattr("aapt_deploy.engine.adds_int8_exactly", lambda: exact)
+    monkeypatch.setattr("aapt_deploy.engine.table.adds_int8_exactly", lambda: exact)
     opened, said = Bundle.open(copied), list[str]()
     entry = opened.engines["onnxruntime-int8"]
     del entry["weight_bits"]
@@ -349,7 +353,7 @@ def test_weights_that_overflow_here_are_warned_of(copied: Path, bits: int | None
 
 @pytest.mark.parametrize("command", ["stream", "profile", "quality"])
 def test_the_user_is_warned_once(copied: Path, tmp_path: Path, command: str, aapt: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aapt_deploy.engine.adds_int8_exactly", lambda: False)
+    monkeypatch.setattr("aapt_deploy.engine.table.adds_int8_exactly", lambda: False)
     more = {"stream": ("-o", tmp_path / "x.y4m", "--seconds", 1), "profile": ("--blocks", 10), "quality": ("--seconds", 1)}[command]
     rewrite_manifest(copied, lambda manifest: manifest["engines"]["onnxruntime-int8"].update(weight_bits=8))
     for precision, times in (("int8", 1), ("fp32", 0)):
@@ -399,7 +403,7 @@ def test_another_graph_under_the_bundles_name_is_refused_by_the_build(bare: Path
     (bare / f"{graph}.onnx").write_bytes((bare / f"{other}.onnx").read_bytes())
     opened = reseal(bare, f"{graph}.onnx")
     with pytest.raises(BundleError, match=f"graph {bare}/{graph}.onnx is not the {graph} of its bundle: input ") as caught:
-        build.build_engine(opened, "onnxruntime", precision, lambda text: None)
+        build.build_engine(opened, "onnxruntime", precision, Options(lambda text: None))
     assert caught.value.hint.endswith(f"aapt export CKPT -o {bare} --force")
     assert Bundle.open(bare).engines == {} and not list(bare.glob(".stage-*"))
 

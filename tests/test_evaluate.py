@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ran
+from opening import open_engines
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import Pose, Velocity
-from aapt_deploy.engine import open_engines
 from aapt_deploy.errors import OutputError, UsageError
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile, load

@@ -13,17 +13,18 @@ import onnxruntime
 import pytest
 import torch
 from conftest import COMMAND, ENVIRONMENT, Made, frames_of
+from opening import open_engines
 
-from aapt_deploy import __version__, build, export, graph_file
+from aapt_deploy import __version__, build, build_ort, export, graph_file
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import open_engines
 from aapt_deploy.errors import OutputError, ParityError
 from aapt_deploy.export import export_bundle
+from aapt_deploy.models.aapt_signature import GRAPHS, signatures
 from aapt_deploy.models.checkpoint import Checkpoint
-from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, VERSION
+from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, NEXT, VERSION
 from aapt_deploy.parity import FP32_TOLERANCE, compare
 from aapt_deploy.profiles import Profile
-from aapt_deploy.signature import GRAPHS, NEXT, signatures
+from aapt_deploy.trial import Options
 from aapt_deploy.video import read_image
 
 silent = lambda text: None
@@ -191,14 +192,14 @@ def test_large_weights_lie_beside_their_graphs_and_everything_works(
 ) -> None:
     monkeypatch.setattr(graph_file, "INLINE_LIMIT_BYTES", 1000)
     monkeypatch.setattr(graph_file, "HOLLOW_LIMIT_BYTES", 1000)
-    monkeypatch.setattr(build, "cores", lambda: 1)
+    monkeypatch.setattr(build_ort, "cores", lambda: 1)
     path = tmp_path / "bundle"
     assert all(row.ok for row in export_bundle(loaded, path, False, silent))
     opened = Bundle.open(path)
     listed = set(opened.manifest["files"])
     assert {f"{name}.onnx.data" for name in GRAPHS} <= listed
     assert all((path / f"{name}.onnx.data").stat().st_size > (path / f"{name}.onnx").stat().st_size / 10 for name in GRAPHS)
-    build.build_engine(opened, "onnxruntime", None, silent)
+    build.build_engine(opened, "onnxruntime", None, Options(silent))
     opened.verify()
     assert {"generator.onnx.data", "decoder.onnx.data"} <= {Path(name).name for name in opened.manifest["files"] if "fp32/" in name}
     for precision in ("fp32", "int8"):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import Exported, Ran, frames_of
 from cuda_emulator import Driver
+from opening import open_engines
 from safetensors.numpy import load_file, save_file
 from test_build_tensorrt import TensorRT, receipt
 from test_build_tensorrt import here as here
@@ -24,10 +25,9 @@ from test_trt_engine import by_onnx, emulated_kernels, opened_over
 
 from aapt_deploy import proofs, scales
 from aapt_deploy.bundle import Bundle, _describe
-from aapt_deploy.engine import open_engines
 from aapt_deploy.errors import BundleError
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.ops.block_causal_attention import kernels
-from aapt_deploy.signature import signatures
 
 BLOCKS = 5  # the window holds 3 and a sink: the ring wraps at 4
 PLUGIN = "aapt_deploy.ops.block_causal_attention.trt_plugin"

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opening import unexpected
 from test_rollout import Fake
 
 from aapt_deploy import latency, plan, reports
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.cli import _floors
+from aapt_deploy.cli_measure import _floors
 from aapt_deploy.errors import BundleError
 from aapt_deploy.latency import COLD_BLOCKS, STAGES, Latency, StageTimes, measure, measure_bundle
 from aapt_deploy.profiles import Profile, Target
@@ -45,7 +46,7 @@ def slow(tiny: Profile) -> Latency:
 
 @pytest.fixture(scope="module")
 def real(bundle: Path) -> Latency:
-    return measure_bundle(Bundle.open(bundle), "onnxruntime", None, 12, lambda text: None)
+    return measure_bundle(Bundle.open(bundle), "onnxruntime", None, 12, unexpected, lambda text: None)
 
 
 def test_every_stage_is_there_and_the_step_holds_them_all(real: Latency, tiny: Profile) -> None:
@@ -120,14 +121,14 @@ def test_engines_are_closed_also_when_a_block_fails(tiny: Profile) -> None:
 
 def test_progress_counts_every_block(bundle: Path) -> None:
     said: list[str] = []
-    measure_bundle(Bundle.open(bundle), "onnxruntime", "int8", 10, said.append)
+    measure_bundle(Bundle.open(bundle), "onnxruntime", "int8", 10, unexpected, said.append)
     assert said[-1] == "18 of 18 blocks"
     assert len(said) == 18
 
 
 def test_a_bundle_without_that_engine_is_refused(bare: Path) -> None:
     with pytest.raises(BundleError, match="has no onnxruntime engine"):
-        measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, lambda text: None)
+        measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, unexpected, lambda text: None)
 
 
 def test_floors_stand_beside_their_stages(real: Latency, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +166,7 @@ def test_the_command_says_the_verdict_and_exits_by_it(bundle: Path, aapt: Any, t
             time.sleep(0.1 if self.graph == "generator" and int(inputs["block"]) >= COLD_BLOCKS else 0)
             return super().run(**inputs)
 
-    monkeypatch.setattr(latency, "open_engines", lambda bundle, backend, precision: TooSlow(tiny))
+    monkeypatch.setattr(latency, "open_engines", lambda bundle, backend, precision, warn: TooSlow(tiny))
     bad = aapt("profile", bundle, "--blocks", 10, "--json")
     assert bad.code == 3
     assert "verdict: OVER BUDGET" in bad.err

@@ -19,11 +19,11 @@ from aapt_deploy.bundle import Bundle
 from aapt_deploy.errors import BundleError
 from aapt_deploy.graph_bf16 import fp8_products, outputs_in_bf16, products_in_bf16
 from aapt_deploy.lower_tensorrt import lower, read_structure
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.ops.block_causal_attention import NAME, Ring, onnx_function
 from aapt_deploy.ops.block_causal_attention.onnx_tensorrt import lower_native
 from aapt_deploy.profiles import Profile
 from aapt_deploy.proofs import NATIVE, Choice
-from aapt_deploy.signature import signatures
 
 FALLBACK = Choice(NATIVE, packed=False, captured=True, reason="")
 

@@ -78,9 +78,9 @@ def test_live_bytes_follow_what_is_freed_and_leave_out_what_was_given() -> None:
 
 def test_activations_are_those_of_a_real_run() -> None:
     """The decoder's peak on the meta device is the peak of the same module on real tensors."""
+    from aapt_deploy.models.aapt_signature import decoder
     from aapt_deploy.models.graphs import graph_modules, random_inputs
     from aapt_deploy.models.vae import Vae
-    from aapt_deploy.signature import decoder
 
     demo = load("demo-cpu")
     signature = decoder(demo)
@@ -93,7 +93,7 @@ def test_activations_are_those_of_a_real_run() -> None:
 
 
 def test_the_command_prints_a_plan_on_any_machine(aapt: Callable[..., Ran]) -> None:
-    ran = aapt("profile", "aapt-8b-736x416-h100", "--plan", "--json")
+    ran = aapt("plan", "aapt-8b-736x416-h100", "--json")
     assert ran.code == 0, ran.err
     record = json.loads(ran.out)
     assert record["fits"] and record["limit_gb"] == 80 and 10 < record["floor_ms"] < 30
@@ -104,10 +104,10 @@ def test_a_plan_that_does_not_fit_is_exit_3(aapt: Callable[..., Ran], tmp_path: 
     path = f"{tmp_path}/small.toml"
     with open(path, "w") as file:
         file.write(H100.dumps().replace("memory_gb = 80", "memory_gb = 16"))
-    ran = aapt("profile", path, "--plan")
+    ran = aapt("plan", path)
     assert ran.code == VerdictError.exit_code and "DOES NOT FIT" in ran.err and ran.out == ""
 
 
 def test_an_unknown_preset_is_named(aapt: Callable[..., Ran]) -> None:
-    ran = aapt("profile", "aapt-80b", "--plan")
+    ran = aapt("plan", "aapt-80b")
     assert ran.code == ProfileError.exit_code and "'aapt-80b'" in ran.error

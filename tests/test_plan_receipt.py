@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from aapt_deploy.engine.plan_receipt import Machine, Receipt, check
+from aapt_deploy.engine.cuda import Gpu
+from aapt_deploy.engine.plan_receipt import Receipt, check
 from aapt_deploy.errors import AaptError, BundleError, MachineError
 
-HERE = Machine("11.4.0.106", 90, "a" * 64)
+HERE = Gpu("11.4.0.106", 90, "13.0", "580.65.06", "NVIDIA H100", "a" * 64)
 GRAPH = "c" * 64
 RECEIPT = Receipt("11.4.0.106", 90, "a" * 64, GRAPH, "13.0", "580.65", "NVIDIA H100")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from aapt_deploy import proofs
-from aapt_deploy.proofs import AOT, NATIVE, PYTHON, Here, Proof
+from aapt_deploy.engine.cuda import Gpu
+from aapt_deploy.proofs import AOT, NATIVE, PYTHON, Proof
 
-HERE = Here("11.4.0.106", 90, "13.0", "580.65.06", "NVIDIA H100", "a" * 64)
+HERE = Gpu("11.4.0.106", 90, "13.0", "580.65.06", "NVIDIA H100", "a" * 64)
 
 
 @pytest.fixture(autouse=True)

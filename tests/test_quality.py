@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Exported, Ran
+from opening import open_engines, unexpected
 from test_bundle import rewrite_manifest
 
 from aapt_deploy import quality
 from aapt_deploy.bundle import Bundle, _describe
-from aapt_deploy.engine import Engine, Engines, open_engines
+from aapt_deploy.engines import Engine, Engines
 from aapt_deploy.errors import MachineError, OutputError, ProfileError, UsageError, VerdictError
 from aapt_deploy.profiles import Quality, loads
 from aapt_deploy.quality import Loss, compare, ssim
@@ -58,12 +59,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> Callable[[str, Chang
     def run(graph: str, change: Change) -> Loss:
         opened = iter([False, True])
 
-        def open_one(bundle: Bundle, name: str) -> Engines:
+        def open_one(bundle: Bundle, name: str, warn: object) -> Engines:
             engines = open_engines(bundle, "onnxruntime", "fp32")
             return Spoilt(engines, graph, change) if next(opened) else engines
 
         monkeypatch.setattr(quality, "_open", open_one)
-        return compare(Bundle.open(bundle), "a", "b", 1, lambda text: None)
+        return compare(Bundle.open(bundle), "a", "b", 1, unexpected, lambda text: None)
 
     return run
 
@@ -97,8 +98,8 @@ def test_flat_and_still_blocks_are_counted(spoil: Callable[[str, Change], Loss])
 
 def test_real_engines_are_within_the_thresholds(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    eager = compare(opened, "onnxruntime-fp32", "torch-fp32", 2, lambda text: None)
-    int8 = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 2, lambda text: None)
+    eager = compare(opened, "onnxruntime-fp32", "torch-fp32", 2, unexpected, lambda text: None)
+    int8 = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 2, unexpected, lambda text: None)
     assert eager.failures == int8.failures == []
     assert max(eager.latent_error) < 1e-4 < max(int8.latent_error)
     assert eager.decoder_psnr_db > 50 > int8.decoder_psnr_db > 25, "random weights spread their values widely"
@@ -145,18 +146,18 @@ def test_a_video_of_less_than_a_block_a_second_is_judged_block_by_block(copied: 
     rewrite_manifest(copied, lambda manifest: manifest["files"].update({"profile.toml": _describe(profile)}))
     opened = Bundle.open(copied)
     assert opened.profile.video.fps == 2
-    loss = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 3, lambda text: None)
+    loss = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 3, unexpected, lambda text: None)
     assert len(loss.seconds) == len(loss.latent_error) == 3 and loss.blocks == 6, "three from each of two start frames"
 
 
 def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(bundle: Path, copied: Path, exported: Exported) -> None:
     opened, other = Bundle.open(bundle), Bundle.open(copied)
-    same = compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, lambda text: None, other)
+    same = compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, other)
     assert same.failures == [] and max(same.latent_error) == 0
     with pytest.raises(UsageError, match="compared with itself"):
-        compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, lambda text: None, Bundle.open(bundle))
+        compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, Bundle.open(bundle))
     with pytest.raises(UsageError, match="not of one checkpoint and profile"):
-        compare(opened, "torch-fp32", "onnxruntime-fp32", 1, lambda text: None, Bundle.open(exported.path))
+        compare(opened, "torch-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, Bundle.open(exported.path))
 
 
 # --- the command ---

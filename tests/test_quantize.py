@@ -22,13 +22,14 @@ from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine.eager import round_products
 from aapt_deploy.errors import InputError, ProfileError, UsageError
 from aapt_deploy.models import checkpoint, fp8
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.graphs import graph_modules
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8, onnx_function
 from aapt_deploy.profiles import Fp8, Profile, loads
 from aapt_deploy.scales import LinearScales, Scales
-from aapt_deploy.signature import signatures
+from aapt_deploy.trial import Options
 
 silent = lambda text: None
 
@@ -302,12 +303,12 @@ def test_a_generator_too_large_to_check_is_checked_in_part(three: Checkpoint, ca
 @pytest.mark.usefixtures("one_core")
 def test_an_fp8_bundle_is_built_compared_and_measured(exported: Exported, aapt: Callable[..., Ran], tmp_path: Path) -> None:
     opened = Bundle.open(Path(shutil.copytree(exported.path, tmp_path / "bundle")))
-    (built,) = build.build_engine(opened, "onnxruntime", None, silent)
+    (built,) = build.build_engine(opened, "onnxruntime", None, Options(silent))
     assert built.key == "onnxruntime-fp8" and built.psnr_db is not None and 20 < built.psnr_db < 90
     for precision in ("fp32", "int8"):
         with pytest.raises(UsageError, match=f"holds graphs in fp8; onnxruntime builds fp8 from them, not {precision}"):
-            build.build_engine(opened, "onnxruntime", precision, silent)
-    (half,) = build.build_engine(opened, "torch", "bf16", silent)
+            build.build_engine(opened, "onnxruntime", precision, Options(silent))
+    (half,) = build.build_engine(opened, "torch", "bf16", Options(silent))
     assert half.key == "torch-bf16" and half.psnr_db is not None and built.psnr_db < half.psnr_db < 90
     ran = aapt("quality", opened.path, "--precision", "fp8", "--seconds", 1, "--json")
     record = json.loads(ran.out)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aapt_deploy import signature
+from aapt_deploy.models import aapt_signature as signature
+from aapt_deploy.models.aapt_signature import GRAPHS, layer_names, signatures
 from aapt_deploy.models.checkpoint import build
 from aapt_deploy.models.graphs import graph_modules, random_inputs
 from aapt_deploy.models.vae import to_pixels
-from aapt_deploy.ops.block_causal_attention import Ring
+from aapt_deploy.ops.block_causal_attention import NEXT, Ring
 from aapt_deploy.profiles import Profile, Text, Vae, Window, load, preset_folder
-from aapt_deploy.signature import GRAPHS, NEXT, GraphSignature, TensorSpec, layer_names, signatures
+from aapt_deploy.signature import GraphSignature, TensorSpec
 
 TINY = load("tiny-cpu")
 PRESETS = sorted(path.stem for path in preset_folder().glob("*.toml"))

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import COMMAND, ENVIRONMENT, PROMPTS, picture
+from opening import open_engines
 from test_bundle import rewrite_manifest
 
 from aapt_deploy import stream as streams
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import open_engines
 from aapt_deploy.errors import AaptError, BundleError, InputError, OutputError, UsageError
 from aapt_deploy.profiles import Profile
 from aapt_deploy.prompts import parse, token_ids

@@ -16,19 +16,20 @@ from test_fp8_to_stream import wanted as wanted
 from aapt_deploy import assets, scales
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
-from aapt_deploy.engine import Engines, torch_cuda
+from aapt_deploy.engine import torch_cuda
 from aapt_deploy.engine.eager import EagerEngines
 from aapt_deploy.engine.torch_calibrate import noise_inputs
 from aapt_deploy.engine.torch_kernels import AttentionScales, Kernels, plain
 from aapt_deploy.engine.torch_step import Step, Tiles, Tokens, fp8_layers, wide_layers
+from aapt_deploy.engines import Engines
 from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.models import checkpoint
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
 from aapt_deploy.profiles import Profile, load
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.scales import LinearScales, Scales
-from aapt_deploy.signature import signatures
 from aapt_deploy.starts import start
 
 CPU = torch.device("cpu")

@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from conftest import frames_of
 from cuda_emulator import Driver
+from opening import open_engines
 from test_trt_engine import assert_same, by_onnx, tensors_of, toy_scales
 
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import cuda, open_engines, trt
+from aapt_deploy.engine import cuda, trt
 from aapt_deploy.engine.plan_receipt import Receipt, graph_sha256
 from aapt_deploy.errors import AaptError, BundleError, InputError, MachineError
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.profiles import Profile
 from aapt_deploy.scales import FILE, Scales, save
-from aapt_deploy.signature import signatures
 
 VERSION = "11.4.0.106"
 BLOCKS = 5
@@ -177,7 +178,7 @@ def test_without_room_on_the_gpu_the_profile_s_need_is_named(copied: Path, here:
     here.driver.free = 40_000
     with pytest.raises(MachineError, match=r"Emulated H100 has no .* GB left") as caught:
         open_engines(opened, "tensorrt")
-    assert "--plan" in caught.value.hint
+    assert "aapt plan" in caught.value.hint
 
 
 def test_scales_are_read_and_checked(copied: Path, tiny: Profile) -> None:

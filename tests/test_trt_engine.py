@@ -21,20 +21,22 @@ import pytest
 import torch
 from conftest import frames_of, make_checkpoint, turning
 from cuda_emulator import Compute, Driver, Tensor
+from opening import open_engines
 
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import cuda, open_engines, trt, trt_state
+from aapt_deploy.engine import cuda, trt, trt_state
 from aapt_deploy.engine.eager import EagerEngines, EagerGenerator
 from aapt_deploy.engine.trt import TrtEngines
 from aapt_deploy.engine.trt_state import from_bf16, to_bf16
 from aapt_deploy.errors import MachineError
 from aapt_deploy.models import graphs
+from aapt_deploy.models.aapt_signature import layer_names, signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import NEXT, hopper_fp8, kernels
 from aapt_deploy.profiles import Model, Profile
 from aapt_deploy.prompts import parse, token_ids
 from aapt_deploy.rollout import Steering, rollout
-from aapt_deploy.signature import GraphSignature, layer_names, signatures
+from aapt_deploy.signature import GraphSignature
 from aapt_deploy.starts import start
 
 BLOCKS = 9  # the window holds 3 and a sink: the ring wraps at 4 and 7
@@ -98,7 +100,7 @@ def plans(driver: Driver, profile: Profile, computes: Mapping[str, Compute], kin
 def opened_over(driver: Driver, profile: Profile, computes: Mapping[str, Compute], module: ModuleType = trt, **more: Any) -> TrtEngines:
     device = module.cuda_module.Device(driver) if hasattr(module, "cuda_module") else cuda.Device(driver)
     captured = more.pop("captured", True)
-    return module.TrtEngines(profile, plans(driver, profile, computes, **more), device, "fp32", module.Options(captured=captured))  # type: ignore[no-any-return]
+    return module.TrtEngines(profile, plans(driver, profile, computes, **more), device, "fp32", module.RunOptions(captured=captured))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +363,7 @@ def tiled_plans(driver: Driver, loaded: Checkpoint, scales: list[hopper_fp8.Scal
 def tiled_frames(loaded: Checkpoint, opened: Any, packed: bool, module: ModuleType = trt, blocks: int = BLOCKS) -> list[np.ndarray]:
     driver, scales = Driver(), toy_scales(loaded.profile)
     device = getattr(module, "cuda_module", cuda).Device(driver)
-    options = module.Options(scales=scales, launch=emulated_kernels(driver, loaded.profile))
+    options = module.RunOptions(scales=scales, launch=emulated_kernels(driver, loaded.profile))
     engines = module.TrtEngines(loaded.profile, tiled_plans(driver, loaded, scales, packed), device, "fp8_e4m3", options)
     frames = frames_of(engines, opened, blocks, 3, changing)
     engines.close()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aapt_deploy import signature
+from aapt_deploy.models import aapt_signature as signature
 from aapt_deploy.models.vae import CausalConv, Decoder, Encoder, Vae, channels_to_space_time, from_pixels, space_time_to_channels, to_pixels
 from aapt_deploy.profiles import Profile, Video, load, preset_folder
 from aapt_deploy.profiles import Vae as VaeShape

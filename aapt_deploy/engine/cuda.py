@@ -15,19 +15,21 @@ runs it over an emulated driver, tests/tensorrt_bindings checks every call again
 """
 
 import contextlib
+import hashlib
+import json
 import math
 import mmap
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aapt_deploy.errors import MachineError
-from aapt_deploy.proofs import Here
 
 POLL_S = 50e-6  # between two questions whether a stream is done
 HINT = "aapt doctor tells what this machine lacks"
@@ -52,6 +54,24 @@ def with_driver() -> "Device":
         return Device(driver)
     except RuntimeError as error:  # the library is found at the first call
         raise MachineError(f"no NVIDIA driver: {str(error).splitlines()[0]}", f"install the driver; {HINT}") from None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU with the software on it: what proofs and plans hold for. All names, as the makers write them."""
+
+    tensorrt: str  # "11.4.0.106"
+    sm: int  # compute capability x 10
+    cuda: str  # the newest that the driver supports: "13.0"
+    driver: str  # release of the driver: "580.65.06"; "" where it does not tell
+    gpu: str
+    kernels: str  # hash of our kernels' source; "" for a plan without them
+
+    @property
+    def key(self) -> str:
+        """The receipt's name: everything but the GPU's, which says nothing that SM does not."""
+        kept = [self.tensorrt, str(self.sm), self.cuda, self.driver, self.kernels]
+        return f"sm{self.sm}-{self.tensorrt}-{hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]}"
 
 
 class Device:
@@ -94,9 +114,9 @@ class Device:
         version = int(self.call(self._driver.cuDriverGetVersion))
         return f"{version // 1000}.{version % 1000 // 10}"
 
-    def here(self, tensorrt: str, kernels: str) -> Here:
-        """What proofs and plans on this machine hold for: this GPU and driver, and what the caller knows of TensorRT and our kernels' hash."""
-        return Here(tensorrt, self.sm, self.cuda, driver_release(), self.name, kernels)
+    def gpu(self, tensorrt: str, kernels: str) -> Gpu:
+        """This GPU and driver, with what the caller knows of TensorRT and our kernels' hash."""
+        return Gpu(tensorrt, self.sm, self.cuda, driver_release(), self.name, kernels)
 
     @property
     def free_bytes(self) -> int:
@@ -111,7 +131,7 @@ class Device:
             _, free, total = self._driver.cuMemGetInfo()
             raise MachineError(
                 f"GPU {self.name} has no {size / 1e9:.2f} GB left ({free / 1e9:.2f} of {total / 1e9:.2f} GB are free)",
-                "close other programs on the GPU, or take a smaller profile; aapt profile NAME --plan tells what one needs",
+                "close other programs on the GPU, or take a smaller profile; aapt plan NAME tells what one needs",
             )
         self._expect(self._driver.cuMemAlloc, status)
         self._undo.append(lambda: self.call(self._driver.cuMemFree, address))

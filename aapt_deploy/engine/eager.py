@@ -6,18 +6,26 @@ In bf16, what every linear layer and convolution reads, multiplies with and give
 arithmetic that graph_bf16 asks of TensorRT, at no gain in speed. It is what FP8 is compared with; attention keeps float32.
 """
 
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aapt_deploy.bundle import Bundle, export_again
+from aapt_deploy.cpu import cores
 from aapt_deploy.errors import BundleError
 from aapt_deploy.models import checkpoint
+from aapt_deploy.models.aapt_signature import layer_names, signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.models.graphs import graph_modules
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile
-from aapt_deploy.signature import GraphSignature, layer_names, signatures
+from aapt_deploy.signature import GraphSignature
+from aapt_deploy.starts import all_starts
+from aapt_deploy.trial import Built, Options, Report, mean_psnr_db, median_step_ms
 
 BACKEND = "torch"
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -118,6 +126,29 @@ class EagerEngines:
 
     def close(self) -> None:
         self.engines.clear()
+
+
+def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
+    """Measure the checkpoint itself in each of `precisions`, and compare bf16 with fp32: there is nothing to compile.
+
+    Raises BusyError if another build holds the bundle, BundleError for a damaged bundle.
+    """
+    return [_build(bundle, precision, options.report) for precision in precisions]
+
+
+def _build(bundle: Bundle, precision: str, report: Report) -> Built:
+    key, began = f"{BACKEND}-{precision}", time.monotonic()
+    with bundle.add_engine(key) as stage:
+        starts = all_starts(bundle)
+        engines, psnr = EagerEngines(checkpoint_of(bundle), cores(), precision), None
+        step_ms = median_step_ms(engines, bundle.profile, starts[0])
+        if precision != "fp32":
+            report(f"{key}: comparing with fp32")
+            psnr = mean_psnr_db(EagerEngines(checkpoint_of(bundle), cores(), "fp32"), engines, bundle.profile, starts)
+        engines.close()
+        built = Built(key, round(step_ms, 2), stage.size, cores(), False, psnr, round(time.monotonic() - began, 1))
+        stage.entry |= {"backend": BACKEND, "precision": precision, "cache_layout": "token_major"} | asdict(built)
+    return built
 
 
 def open_bundle(bundle: Bundle, precision: str) -> EagerEngines:

@@ -14,9 +14,10 @@ import onnxruntime
 
 from aapt_deploy.bundle import Bundle, build_again
 from aapt_deploy.errors import BundleError
+from aapt_deploy.models.aapt_signature import generator, layer_names, signatures
 from aapt_deploy.ops.block_causal_attention import NEXT, SLOT, VALID, Ring
 from aapt_deploy.profiles import Profile
-from aapt_deploy.signature import GraphSignature, TensorSpec, generator, layer_names, signatures
+from aapt_deploy.signature import GraphSignature, TensorSpec
 
 BACKEND = "onnxruntime"
 EXPORT = "export the checkpoint again"  # hint where a graph was lowered a moment ago, so that the exported one is to blame

@@ -10,6 +10,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from aapt_deploy.engines import LayerTime
 from aapt_deploy.errors import BundleError, ParityError
 
 DTYPE_KEYS = ("DataType", "Datatype", "Format/Datatype")
@@ -55,17 +56,6 @@ class Audit:
     fp8: int  # layers that compute on FP8 inputs, plugins and reformats not counted
     reformats: int
     attention: int = 0  # layers of TensorRT's own fused attention
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """How long one layer took in a profiled run, which is slower than a real one: shares mean more than sums."""
-
-    name: str
-    kind: str  # "" where the inspector does not know a layer of that name
-    tactic: str
-    ms: float  # median
-    share: float  # of the sum over all layers
 
 
 def join(layers: list[Layer], times_ms: dict[str, list[float]]) -> list[LayerTime]:

@@ -9,16 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from aapt_deploy.engine.cuda import Gpu
 from aapt_deploy.errors import BundleError, MachineError
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a plan is bound to, on this machine."""
-
-    tensorrt: str  # "11.4.0.106"
-    sm: int  # compute capability x 10: 90 for an H100
-    kernels: str  # hash of our kernels' source; "" where the plan holds no plugin
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ def graph_sha256(files: Mapping[str, Any], graph: str) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else "".join(parts)
 
 
-def check(receipt: Receipt, here: Machine, graph_sha256: str, plan: str) -> None:
+def check(receipt: Receipt, here: Gpu, graph_sha256: str, plan: str) -> None:
     """Let a plan pass that was built from this graph, with these versions, for this GPU.
 
     Raises MachineError for a foreign GPU or TensorRT, BundleError for a plan that is older than its graph or our kernels.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from aapt_deploy.engine.torch_kernels import Kernels
 from aapt_deploy.engine.torch_step import LINEARS, NOWHERE, Layer, Linear, Step, Wide
+from aapt_deploy.models.aapt_signature import generator as generator_signature
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
 from aapt_deploy.ops.fused import E4M3_MAX
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.scales import LinearScales, Scales
-from aapt_deploy.signature import generator as generator_signature
 
 
 class Watched:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from aapt_deploy import scales as scale_files
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import refuse_unknown
 from aapt_deploy.engine.eager import checkpoint_of
+from aapt_deploy.engine.table import refuse_unknown
 from aapt_deploy.engine.torch_calibrate import calibrate
 from aapt_deploy.engine.torch_decoder import StreamDecoder
 from aapt_deploy.engine.torch_kernels import Kernels, on_gpu, plain
@@ -29,13 +29,14 @@ from aapt_deploy.engine.torch_lane import Lane, Packed
 from aapt_deploy.engine.torch_step import LINEARS, NOWHERE, Cache, Step, Tiles, Tokens, fp8_layers, wide_layers
 from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.models import checkpoint
+from aapt_deploy.models.aapt_signature import layer_names, signatures
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.graphs import EncoderGraph
 from aapt_deploy.models.vae import Vae
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8
 from aapt_deploy.profiles import Profile
 from aapt_deploy.scales import Scales
-from aapt_deploy.signature import TensorSpec, layer_names, signatures
+from aapt_deploy.signature import TensorSpec
 
 BACKEND = "torch-cuda"
 PRECISIONS = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}  # -> type of the activations
@@ -272,7 +273,7 @@ def memory_for(profile: Profile) -> Iterator[None]:
         wanted = str(error).partition(".")[0]
         raise MachineError(
             f"profile {profile.name} does not fit into the memory of {torch.cuda.get_device_name()}: {wanted}",
-            f"aapt profile {profile.name} --plan tells what it needs; see what else runs with nvidia-smi",
+            f"aapt plan {profile.name} tells what it needs; see what else runs with nvidia-smi",
         ) from None
 
 

@@ -24,13 +24,15 @@ import numpy as np
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine import plan_receipt
 from aapt_deploy.engine.cuda import Device, Stream, with_driver
-from aapt_deploy.engine.plan_layers import LayerTime, join
-from aapt_deploy.engine.plan_receipt import Machine, Receipt
+from aapt_deploy.engine.plan_layers import join
+from aapt_deploy.engine.plan_receipt import Receipt
 from aapt_deploy.engine.trt_state import HopperTiles, Launch, Layer, Packed, TokenMajor, size_of
+from aapt_deploy.engines import LayerTime
 from aapt_deploy.errors import BundleError
+from aapt_deploy.models.aapt_signature import layer_names, signatures
 from aapt_deploy.ops.block_causal_attention import NEXT, Ring, hopper_fp8
 from aapt_deploy.profiles import Profile
-from aapt_deploy.signature import GraphSignature, TensorSpec, layer_names, signatures
+from aapt_deploy.signature import GraphSignature, TensorSpec
 
 if TYPE_CHECKING:
     from aapt_deploy.engine.trt_api import Plan, Tensor
@@ -101,7 +103,7 @@ class TrtEngine:
 class TrtGenerator:
     """The generator and its caches."""
 
-    def __init__(self, plan: "Plan", signature: GraphSignature, profile: Profile, device: Device, stream: Stream, options: "Options") -> None:
+    def __init__(self, plan: "Plan", signature: GraphSignature, profile: Profile, device: Device, stream: Stream, options: "RunOptions") -> None:
         given = {tensor.name: tensor for tensor in plan.tensors}
         self.profile, self.ring, self.stream, self.context = profile, Ring.of(profile), stream, plan.context()
         self.inputs = Packed(device, [given[spec.name] for spec in signature.inputs])
@@ -158,7 +160,7 @@ def _kernels(head_dim: int) -> Launch:
 
 
 @dataclass(frozen=True)
-class Options:
+class RunOptions:
     """How plans are run."""
 
     captured: bool = True  # into CUDA graphs
@@ -172,7 +174,7 @@ class TrtEngines:
     backend = BACKEND
     overlapped = True
 
-    def __init__(self, profile: Profile, plans: "Mapping[str, Plan]", device: Device, precision: str, options: Options) -> None:
+    def __init__(self, profile: Profile, plans: "Mapping[str, Plan]", device: Device, precision: str, options: RunOptions) -> None:
         """Raises BundleError when a plan's tensors are not the profile's, MachineError when the GPU is full. `device` is closed then, too."""
         self.precision, self.device, self.plans = precision, device, dict(plans)
         self.engines: dict[str, TrtEngine | TrtGenerator] = {}
@@ -285,7 +287,7 @@ def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
 
         version = trt_api.version()
         for name, receipt in entry.receipts.items():
-            here = Machine(version, device.sm, kernels.source_hash() if receipt.kernels else "")
+            here = device.gpu(version, kernels.source_hash() if receipt.kernels else "")
             plan_receipt.check(receipt, here, plan_receipt.graph_sha256(bundle.manifest["files"], name), entry.graphs[name])
         files = {name: bundle.checked(file) for name, file in entry.graphs.items()}
         caches = _scales(bundle, entry.scales) if entry.scales else []
@@ -297,7 +299,7 @@ def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
     except BaseException:
         device.close()
         raise
-    return TrtEngines(bundle.profile, plans, device, precision, Options(entry.captured, caches))
+    return TrtEngines(bundle.profile, plans, device, precision, RunOptions(entry.captured, caches))
 
 
 def _scales(bundle: Bundle, file: str) -> list[hopper_fp8.Scales]:

@@ -17,12 +17,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol, SupportsFloat, TypeVar
+from typing import NoReturn, SupportsFloat, TypeVar
 
 from aapt_deploy.engine.plan_layers import Layer, read_layers
 from aapt_deploy.engine.trt_errors import hint
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
+from aapt_deploy.trial import Progress
 
 try:
     import tensorrt as trt
@@ -32,18 +33,6 @@ except (ImportError, OSError) as error:  # OSError: a library is missing
 OLDEST, TOO_NEW = (10, 16), (12,)
 POLL_S = 0.2  # how often a build looks for Ctrl-C
 KEPT_MESSAGES = 20
-
-
-class Progress(Protocol):
-    """What a build tells while it runs. Called from TensorRT's threads."""
-
-    def phase(self, name: str, parent: str | None, steps: int) -> None:
-        """`name` begins, inside `parent`, with `steps` steps to come."""
-        ...
-
-    def step(self, name: str, step: int) -> None: ...
-
-    def done(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Remedy(NamedTuple):
     hint: str
 
 
-SMALLER = "close other programs on the GPU, or take a smaller profile; aapt profile NAME --plan tells what one needs"
+SMALLER = "close other programs on the GPU, or take a smaller profile; aapt plan NAME tells what one needs"
 SAME_VERSION = "export the bundle and build the engine again with one version of aapt_deploy"
 NEWER = "install a newer TensorRT: pip install --upgrade 'aapt_deploy[tensorrt]'"
 NATIVE = "build with --attention native to see whether our plugin is to blame, and report what aapt doctor --tensorrt finds"

@@ -33,8 +33,9 @@ import numpy as np
 import torch
 
 from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import Engines, open_engines
 from aapt_deploy.engine.eager import EagerEngines
+from aapt_deploy.engine.table import open_engines
+from aapt_deploy.engines import Engines
 from aapt_deploy.errors import UsageError
 from aapt_deploy.machine import machine
 from aapt_deploy.models import checkpoint
@@ -85,13 +86,13 @@ class Entrant(NamedTuple):
     open: Callable[[], Engines]
 
 
-def _entrant(path: Path, backend: str, precision: str | None) -> Entrant:
+def _entrant(path: Path, backend: str, precision: str | None, warn: Report) -> Entrant:
     """A bundle with the engines asked for, or a checkpoint, which runs as it is: in torch and float32."""
     if path.is_file():
         held = checkpoint.load(path)
         return Entrant(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
     bundle = Bundle.open(path)
-    return Entrant(bundle.profile, bundle.manifest["source"]["sha256"], lambda: open_engines(bundle, backend, precision))
+    return Entrant(bundle.profile, bundle.manifest["source"]["sha256"], lambda: open_engines(bundle, backend, precision, warn))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -104,10 +105,12 @@ def _names(paths: Sequence[Path]) -> list[str]:
     raise UsageError(f"one of {', '.join(map(str, paths))} is named twice", "name each bundle or checkpoint once")
 
 
-def evaluate(bundles: Sequence[Path], out: Path, flights: int, seconds: int, backend: str, precision: str | None, report: Report) -> dict[str, Any]:
+def evaluate(
+    bundles: Sequence[Path], out: Path, flights: int, seconds: int, backend: str, precision: str | None, warn: Report, report: Report
+) -> dict[str, Any]:
     """`judge` bundles and checkpoints. Raises UsageError as it does, and when one path is given twice."""
     names = _names(bundles)
-    entrants = {name: _entrant(path, backend, precision) for name, path in zip(names, bundles, strict=True)}
+    entrants = {name: _entrant(path, backend, precision, warn) for name, path in zip(names, bundles, strict=True)}
     return judge(entrants, out, flights, seconds, report)
 
 

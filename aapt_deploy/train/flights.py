@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 
 from aapt_deploy.camera import Pose, Velocity
-from aapt_deploy.engine import Engines
+from aapt_deploy.engines import Engines
 from aapt_deploy.profiles import Profile
 from aapt_deploy.prompts import Look, token_ids
 from aapt_deploy.rollout import Steering, rollout

@@ -26,10 +26,11 @@ from aapt_deploy import bundle as bundles
 from aapt_deploy import probe_graphs, proofs, scales
 from aapt_deploy.engine import cuda
 from aapt_deploy.errors import BundleError, MachineError, ParityError
+from aapt_deploy.models.aapt_signature import layer_names, signatures
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION, Ring, hopper_fp8, kernels, softmax_scale
 from aapt_deploy.profiles import Profile
 from aapt_deploy.proofs import AOT, NATIVE, PYTHON, Choice
-from aapt_deploy.signature import GraphSignature, layer_names, signatures
+from aapt_deploy.signature import GraphSignature
 
 GOLDEN = Path(__file__).parent / "golden"
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64, "uint8": TensorProto.UINT8}

@@ -19,9 +19,9 @@ from recorder import Recorder, Stubs
 
 from aapt_deploy import profiles
 from aapt_deploy.errors import MachineError
+from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.ops.block_causal_attention import NEXT, Ring, hopper_fp8, kernels
 from aapt_deploy.profiles import Model, Profile, Vae, Window
-from aapt_deploy.signature import signatures
 
 GOLDEN = Path(__file__).parent / "golden"
 TYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
@@ -65,7 +65,7 @@ class Rig:
             plans[graph] = self.api.open_plan(file)
         self.opened = len(self.recorder.journal)
         device = importlib.import_module("aapt_deploy.engine.cuda").Device(self.driver)
-        options = self.engine.Options(scales=self._scales(), launch=lambda head_dim: self._launch)
+        options = self.engine.RunOptions(scales=self._scales(), launch=lambda head_dim: self._launch)
         functions = {name: self.driver.CUfunction(1000 + index) for index, name in enumerate(kernels.ABI)}
         self.kernels = kernels.Kernels(self.driver, None, functions)
         self.engines = self.engine.TrtEngines(self.profile, plans, device, "fp8_e4m3", options)

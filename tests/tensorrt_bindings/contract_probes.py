@@ -242,7 +242,7 @@ def test_a_process_prints_one_line_whatever_happens(
 ) -> None:
     monkeypatch.setattr(cuda, "with_driver", lambda: cuda.Device(fake.driver))
     probes.main("here")
-    here = proofs.Here(**json.loads(capsys.readouterr().out))
+    here = cuda.Gpu(**json.loads(capsys.readouterr().out))
     assert (here.sm, here.cuda, here.gpu, here.kernels) == (90, "13.0", "Emulated H100", kernels.source_hash())
     fake.change = lambda outputs: (_ for _ in ()).throw(ZeroDivisionError("what TensorRT may raise"))
     with contextlib.suppress(SystemExit):

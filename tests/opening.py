@@ -1,0 +1,15 @@
+"""Opening engines in tests: as the package does it, with a warning as a failure unless a test listens for it."""
+
+from collections.abc import Callable
+
+from aapt_deploy.bundle import Bundle
+from aapt_deploy.engine import table
+from aapt_deploy.engines import Engines
+
+
+def unexpected(text: str) -> None:
+    raise AssertionError(f"an unexpected warning: {text}")
+
+
+def open_engines(bundle: Bundle, backend: str, precision: str | None = None, warn: Callable[[str], None] = unexpected) -> Engines:
+    return table.open_engines(bundle, backend, precision, warn)
