@@ -12,14 +12,13 @@ then renamed), an engine likewise, and one process at a time may add to a bundle
 """
 
 import contextlib
-import ctypes
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +27,7 @@ from typing import Any, ClassVar
 
 from aapt_deploy import profiles
 from aapt_deploy.errors import BundleError, OutputError, ProfileError
-from aapt_deploy.lock import LOCK, locked
+from aapt_deploy.lock import LOCK, locked, whole, writing
 from aapt_deploy.profiles import Profile
 
 FORMAT_VERSION = 1
@@ -36,6 +35,7 @@ MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"  # key of the manifest's own hash, over everything else in it
 REPLACED = "replaced"  # the old bundle, for the moment between two renames
 LARGEST_MANIFEST_BYTES = 16 << 20
+REPLACING_S = 1.0  # how long `open` waits for a bundle that is being replaced; the moment lasts microseconds
 
 
 def export_again(path: Path) -> str:
@@ -60,7 +60,17 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path) -> "Bundle":
-        """Read a bundle's manifest. Raises BundleError when it is missing, damaged, of a newer format, or points outside the bundle."""
+        """Read a bundle's manifest. Raises BundleError if it is missing, damaged, of a newer format, or points outside the bundle."""
+        aside, until = _unfinished(path) / REPLACED, time.monotonic() + REPLACING_S
+        try:
+            return cls._read(path)
+        except BundleError:
+            while os.path.exists(aside) and time.monotonic() < until:  # an export is between its two renames
+                time.sleep(0.01)
+            return cls._read(path)
+
+    @classmethod
+    def _read(cls, path: Path) -> "Bundle":
         try:
             reason = "is not a directory" if not path.is_dir() else "" if (path / MANIFEST).is_file() else f"has no {MANIFEST}: not a bundle"
             half = _unfinished(path)
@@ -121,7 +131,7 @@ class Bundle:
         Raises BusyError when another process is building, BundleError when the bundle changed in the meantime, OutputError when it cannot be
         written.
         """
-        with _writing(self.path), locked(self.path, f"bundle {self.path}"):
+        with _writable(self.path), locked(self.path, f"bundle {self.path}"):
             for left in self.path.glob(".stage-*"):  # of a process that was killed: we hold the lock, so nobody uses it
                 shutil.rmtree(left, ignore_errors=True)
             manifest = _read_manifest(self.path)  # another process may have added an engine before we held the lock
@@ -184,7 +194,7 @@ def create(path: Path, profile: Profile, overwrite: bool = False) -> Iterator[Dr
     """
     target = Path(os.path.realpath(path))
     folder = _unfinished(target)
-    with _writing(path):
+    with _writable(path):
         refuse_existing(path, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, f"bundle {path}"):
@@ -222,19 +232,10 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def _move_into_place(new: Path, target: Path, aside: Path) -> None:
-    """Rename `new` to `target`. An older bundle there changes places with it in one step, so that there is no moment without a bundle."""
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
+    """Rename `new` to `target`. An older bundle there is first moved to `aside`; `_clear` brings it back if we stop in between."""
+    if target.exists():
         target.rename(aside)
-        new.rename(target)
-
-
-def _exchange(new: Path, old: Path) -> bool:
-    """Swap two directories in one step. False where the C library or the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2 is not None and renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0
+    new.rename(target)
 
 
 def _clear(folder: Path, target: Path) -> None:
@@ -294,17 +295,8 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    temporary = path / f".{MANIFEST}.new"
-    temporary.unlink(missing_ok=True)
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            json.dump(manifest | {SEAL: _seal(manifest)}, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path / MANIFEST)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole(path / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest | {SEAL: _seal(manifest)}, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def _inventory(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
@@ -327,18 +319,6 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return f"{key} {found[key]} instead of {wanted[key]}"
 
 
-REFUSALS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY,
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writable(path: Path) -> contextlib.AbstractContextManager[None]:
     """Turn the system's refusals into OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        raise OutputError(f"bundle {path} cannot be written: {error.strerror}", "free some space or choose another output path") from None
+    return writing(f"bundle {path}", "free some space or choose another output path")

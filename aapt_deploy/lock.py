@@ -1,11 +1,12 @@
 """Writing where others may write or read: one process at a time in a folder, and files that are there whole or not at all."""
 
 import contextlib
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from aapt_deploy.errors import BusyError, OutputError
 
@@ -14,26 +15,28 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold the lock file in `folder`, for work on `what`. The kernel lets go of it when the process ends, however it ends. Raises BusyError."""
-    lock = folder / LOCK
-    # A bundle may come from a stranger: a link in this place must not lead to a file that is then emptied.
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    """Hold the lock file in `folder` while working on `what`. The kernel releases it when the process ends, however it ends.
+
+    Raises BusyError if another process holds it, and OSError.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)  # follows no link: a bundle may come from a stranger
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())  # else its holder has just removed it
-        except BlockingIOError:
-            free = False
-        if not free:
-            pid = os.read(descriptor, 20)
-            holder = f"process {int(pid)}" if pid.isdigit() else "another process"
-            raise BusyError(f"{what} is being written by {holder}", "wait until it is done, or stop that process")
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"{what} is being written by {_holder(folder / LOCK)}", "wait until it is done, or stop that process") from None
+    try:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
+            (folder / LOCK).write_text(str(os.getpid()))
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """The process that holds `lock`, by the number that it wrote there."""
+    with contextlib.suppress(OSError, ValueError):
+        return f"process {int(lock.read_text()[:20])}"
+    return "another process"
 
 
 @contextlib.contextmanager

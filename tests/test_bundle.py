@@ -368,10 +368,7 @@ def test_what_exists_is_not_replaced_unasked_and_never_when_it_is_no_bundle(path
     assert Bundle.open(path).manifest["mark"] == "first"
 
 
-@pytest.mark.parametrize("one_step", [True, False])
-def test_an_asked_replacement_replaces_all_of_it(path: Path, one_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not one_step:  # as on a file system that cannot exchange two names
-        monkeypatch.setattr(bundles, "_exchange", lambda new, old: False)
+def test_an_asked_replacement_replaces_all_of_it(path: Path) -> None:
     make(path)
     with create(path, TINY, overwrite=True) as draft:
         draft.manifest |= {"mark": "second", "source": SOURCE}
@@ -431,8 +428,6 @@ def test_a_place_that_cannot_be_written_is_an_output_error(path: Path) -> None:
 
 def test_readers_never_see_a_moment_without_a_bundle(path: Path) -> None:
     make(path)
-    if not bundles._exchange(path, path):
-        pytest.skip("this file system cannot exchange two names in one step")
     reader = child("print('ready', flush=True)\nwhile not (path.parent / 'stop').exists(): Bundle.open(path)\nprint('done')", path)
     wait_for(reader, "ready")
     for _ in range(30):
@@ -514,8 +509,8 @@ def test_a_killed_first_export_leaves_its_traces_named_and_the_next_one_succeeds
 
 
 def test_a_bundle_moved_aside_by_a_killed_export_comes_back(path: Path) -> None:
-    """Where names cannot be exchanged there is a moment between two renames; this is the state that a kill leaves in it."""
-    kill = "import aapt_deploy.bundle as b\nb._exchange = lambda new, old: False\nrename = Path.rename\n"
+    """There is a moment between two renames; this is the state that a kill leaves in it."""
+    kill = "rename = Path.rename\n"
     kill += "def renamed(self, to):\n    rename(self, to)\n    os.kill(os.getpid(), signal.SIGKILL)\nPath.rename = renamed\n"
     make(path)
     killed = child(kill + "with create(path, TINY, overwrite=True): pass", path)
