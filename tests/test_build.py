@@ -14,8 +14,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import COMMAND, ENVIRONMENT, Made
-from test_bundle import rewrite_manifest, tree
 
 from aapt_deploy import assets, build, export, machine
 from aapt_deploy.build import build_engine
@@ -30,6 +28,9 @@ from aapt_deploy.ops.block_causal_attention import DOMAIN
 from aapt_deploy.profiles import Profile, Target
 from aapt_deploy.signature import signatures
 from aapt_deploy.starts import all_starts
+from tests.support.bundles import rewrite_manifest, tree
+from tests.support.commands import COMMAND, ENVIRONMENT
+from tests.support.tiny import Made
 
 silent = lambda text: None
 

@@ -12,7 +12,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import COMMAND, ENVIRONMENT, Made, frames_of
 
 from aapt_deploy import __version__, build, export, graph_file
 from aapt_deploy.bundle import Bundle
@@ -25,6 +24,8 @@ from aapt_deploy.parity import FP32_TOLERANCE, compare
 from aapt_deploy.profiles import Profile
 from aapt_deploy.signature import GRAPHS, NEXT, signatures
 from aapt_deploy.video import read_image
+from tests.support.commands import COMMAND, ENVIRONMENT
+from tests.support.tiny import Made, frames_of
 
 silent = lambda text: None
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import COMMAND, ENVIRONMENT, PROMPTS, picture
-from test_bundle import rewrite_manifest
 
 from aapt_deploy import stream as streams
 from aapt_deploy.bundle import Bundle
@@ -25,7 +23,10 @@ from aapt_deploy.prompts import parse, token_ids
 from aapt_deploy.starts import all_starts, start
 from aapt_deploy.stream import Request, Streamed, frame_count, stream
 from aapt_deploy.video import PIPE_FORMATS, write_image
+from tests.support.bundles import rewrite_manifest
+from tests.support.commands import COMMAND, ENVIRONMENT
 from tests.support.ffmpeg import FFMPEG, probed
+from tests.support.tiny import PROMPTS, picture
 
 BARE_PIXELS = ["-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", "64x32", "-framerate", "24"]
 

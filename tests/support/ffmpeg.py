@@ -39,8 +39,8 @@ def probed(path: Path, *options: str) -> Probed:
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     said = done.stderr.decode()
     assert done.returncode == 0, said
-    form = r"Stream #0:0.*?: Video: .*?, (\w+)(?:\(([^)]*)\))?, (\d+)x(\d+).*?, ([\d.]+) (?:fps|tbr)"
-    found = re.search(form, said)
+    form = r"Stream #0:0.*?: Video: .*?, (\w+)(?:\(([^)]*)\))?, (\d+)x(\d+).*?, ([\d.]+) "
+    found = re.search(form + "(?:fps|tbr)", said)
     counted = re.findall(r"frame=\s*(\d+)", said)
     assert found and counted, said
     pixels, colour, width, height, fps = found.groups()

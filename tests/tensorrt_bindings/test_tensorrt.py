@@ -15,15 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import link_stubs
 import pytest
-import type_stubs
-import wheels
 
 from aapt_deploy.errors import MachineError
+from tests.support.bindings import link_stubs, type_stubs, wheels
+from tests.support.commands import ROOT
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 MODULES = (
     "engine/trt_api", "engine/trt", "engine/trt_state", "engine/cuda", "engine/trt_probe_plugin", "probes", "build_tensorrt",
     "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot",
@@ -33,7 +31,7 @@ pytestmark = pytest.mark.skipif(not link_stubs.supported(), reason="link stubs a
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, HERE.parent))), "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], cwd=HERE, env=os.environ | paths | environment, capture_output=True, text=True, check=False)
 
 
@@ -77,7 +75,7 @@ def release(request: pytest.FixtureRequest) -> str:
 
 def test_contracts(release: str) -> None:
     files = sorted(HERE.glob("contract_*.py"))
-    options = ["-p", "inside", "--release", release, "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HERE)]
+    options = ["-p", "tests.support.bindings.inside", "--release", release, "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HERE)]
     options += ["-W", "error", "--tb=short", "-q"]
     done = run("-m", "pytest", *options, *map(str, files))
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"

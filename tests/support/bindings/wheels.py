@@ -2,7 +2,7 @@
 
 Only the bindings are fetched (1.3 MB a release); TensorRT's libraries are not, they need a GPU. Two releases of one package cannot live in one
 environment, so each has a folder of its own below build/, and whoever uses one does so in a process of its own (inside.py). The first test
-that needs them fetches them; `python tests/tensorrt_bindings/wheels.py` does so ahead of time, for a machine that is about to lose its network.
+that needs them fetches them; `python -m tests.support.bindings.wheels` does so ahead of time, for a machine that is about to lose its network.
 """
 
 import fcntl
@@ -13,11 +13,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import link_stubs
+from tests.support.bindings import link_stubs
+from tests.support.commands import ROOT
 
 RELEASES = {"10.16": "10.16.1.11", "11.4": "11.4.0.106"}
 PACKAGE = "tensorrt-cu13-bindings"
-FOLDER = Path(__file__).parents[2] / "build" / "tensorrt_bindings"
+FOLDER = ROOT / "build" / "tensorrt_bindings"
 
 
 class Unavailable(Exception):
@@ -48,7 +49,8 @@ def _fetch(release: str, folder: Path) -> None:
     if done.returncode:
         raise Unavailable(
             f"{wanted} could not be downloaded for Python {sys.version_info.major}.{sys.version_info.minor}:\n{done.stderr.strip()}\n"
-            f"Without a network: put the wheel into a folder, set PIP_FIND_LINKS to it and PIP_NO_INDEX=1, and run {Path(__file__).name} again."
+            "Without a network: put the wheel into a folder, set PIP_FIND_LINKS to it and PIP_NO_INDEX=1, "
+            "and run python -m tests.support.bindings.wheels."
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         wheel.extractall(folder / "unpacked")
