@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train import evaluate
+from tests.support.commands import ROOT
 
-BENCH = Path(__file__).parent.parent / "bench" / "ablations.py"
+BENCH = ROOT / "bench" / "ablations.py"
 
 
 @pytest.fixture

@@ -5,10 +5,7 @@ import math
 
 import pytest
 import torch
-from test_flow import Fake, batch_of
-from test_student_forcing import drawn_generator
 from torch import Tensor, nn
-from toys import TINY, toy_latents
 
 from aapt_deploy.models.discriminator import ATTENTION, LOGITS, Discriminator
 from aapt_deploy.models.generator import Generator
@@ -22,6 +19,8 @@ from aapt_deploy.train.draws import coin, numbers
 from aapt_deploy.train.flow import Clips, flow_loss
 from aapt_deploy.train.recipe import AdversarialStage, ConsistencyStage, FlowStage, Optimiser, gan
 from aapt_deploy.train.student_forcing import Streams
+from tests.support.fake_generators import ConstantGenerator
+from tests.support.toys import TINY, batch_of, drawn_generator, toy_latents
 
 RING = Ring.of(TINY)
 BLOCKS = RING.sink_frames + RING.window_frames + 2
@@ -58,7 +57,7 @@ def drawn_discriminator(attention: str = "causal", logits: str = "frame", seed: 
 
 
 def test_one_time_for_the_whole_clip_and_the_loss_of_the_velocity() -> None:
-    batch, fake = batch_of(batch=8), Fake(0.3)
+    batch, fake = batch_of(batch=8), ConstantGenerator(0.3)
     stage = FlowStage(Optimiser(1, 8, 1e-3), blocks=3, shift=24.0, previous_noise=0.0, one_time=True, velocity=True)
     loss = flow_loss(fake, batch, stage, seeded(3))  # type: ignore[arg-type]
     ((noisy, previous, _, t, _, _),) = fake.calls

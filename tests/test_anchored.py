@@ -4,10 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_flow import batch_of
-from test_trajectory import CHANNELS, Fake
 from torch import Tensor
-from toys import TINY, toy_latents
 
 from aapt_deploy.errors import TrainingError
 from aapt_deploy.models.generator import Generator
@@ -16,6 +13,8 @@ from aapt_deploy.train.anchored import MIXED, anchored_loss, level_errors, own_f
 from aapt_deploy.train.draws import numbers
 from aapt_deploy.train.flow import Latents
 from aapt_deploy.train.recipe import AnchoredStage, Optimiser
+from tests.support.fake_generators import CHANNELS, AnsweringGenerator
+from tests.support.toys import TINY, batch_of, toy_latents
 
 STAGE = AnchoredStage(Optimiser(4, 2, 1e-3), blocks=3, flights=4, flight_blocks=8)
 SIZE = (TINY.latent_height, TINY.latent_width)
@@ -83,7 +82,7 @@ def test_prompts_are_not_needed(words: int) -> None:
     assert all(torch.isfinite(x).all() for x in anchor.excess(latents.z[:, 1], latents.tokens, latents.z[:, 0], 1.0))
 
 
-def loss(student: Fake, teacher: Fake, errors: Tensor, anchor: Anchor, stage: AnchoredStage = STAGE) -> Tensor:
+def loss(student: AnsweringGenerator, teacher: AnsweringGenerator, errors: Tensor, anchor: Anchor, stage: AnchoredStage = STAGE) -> Tensor:
     return anchored_loss(student, teacher, batch_of(), errors, batch_of(seed=1), anchor, stage, numbers(0, 0, 0))  # type: ignore[arg-type]
 
 
@@ -95,7 +94,7 @@ def flat_anchor(spread: float) -> Anchor:
 
 
 def test_the_student_sees_the_errors_and_only_it_learns() -> None:
-    student, teacher = (Fake(lambda x, previous, t: previous) for _ in range(2))
+    student, teacher = (AnsweringGenerator(lambda x, previous, t: previous) for _ in range(2))
     errors = torch.randn(2, 1, CHANNELS, 1, 1).expand(-1, -1, -1, *SIZE)
     loss(student, teacher, errors, flat_anchor(1.0)).backward()
     assert student.gain.grad is not None and teacher.gain.grad is None
@@ -107,16 +106,16 @@ def test_the_student_sees_the_errors_and_only_it_learns() -> None:
 
 def test_a_student_that_takes_the_asked_part_back_has_no_loss() -> None:
     """The teacher repeats its history, so what is asked is: 0.8 of the error, and 0.75 of what lies outside the band."""
-    teacher, errors, anchor = Fake(lambda x, previous, t: previous), torch.full((2, 1, CHANNELS, *SIZE), 0.4), flat_anchor(1e9)
+    teacher, errors, anchor = AnsweringGenerator(lambda x, previous, t: previous), torch.full((2, 1, CHANNELS, *SIZE), 0.4), flat_anchor(1e9)
 
-    def answer(keeps: float) -> Fake:
+    def answer(keeps: float) -> AnsweringGenerator:
         kept = torch.zeros(4, 4, 1, 1, 1)
         kept[:2, 1:] = 0.4 * (1 - keeps)
-        return Fake(lambda x, previous, t: previous - kept)
+        return AnsweringGenerator(lambda x, previous, t: previous - kept)
 
     assert loss(answer(0.8), teacher, errors, anchor) < 1e-6 < 1e-2 < loss(answer(1.0), teacher, errors, anchor)
     outside = dataclasses.replace(STAGE, band=0.0, pull=1.0)
-    restored = Fake(lambda x, previous, t: previous)
+    restored = AnsweringGenerator(lambda x, previous, t: previous)
     assert loss(restored, teacher, 0 * errors, anchor) < 1e-6 < loss(restored, teacher, 0 * errors, flat_anchor(0.0), outside)
     own = batch_of(seed=1).previous[:, 1:].flatten(0, 1)
     excess = flat_anchor(0.0).excess(own, torch.zeros(6, 2, dtype=torch.long), own, 0.0)
@@ -127,7 +126,7 @@ def test_a_student_that_takes_the_asked_part_back_has_no_loss() -> None:
         found[2:, 1:] = asked.unflatten(0, (2, 3))
         return found
 
-    assert loss(Fake(exactly), teacher, 0 * errors, flat_anchor(0.0), outside) < 1e-6
+    assert loss(AnsweringGenerator(exactly), teacher, 0 * errors, flat_anchor(0.0), outside) < 1e-6
 
 
 def test_errors_are_of_levels_and_lead_to_other_clips() -> None:

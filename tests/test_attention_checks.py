@@ -3,16 +3,16 @@
 import ctypes
 from collections.abc import Sequence
 
-import attention_checks as checks
 import numpy as np
 import pytest
 import torch
-from attention_checks import RINGS, Case, Run, Stream
-from test_kernels_on_cpu import COMPILER, LATE, build
 from torch import Tensor
 
 from aapt_deploy.ops.block_causal_attention import Ring, emulator, kernels
 from aapt_deploy.ops.block_causal_attention import hopper_fp8 as layout
+from tests.support import attention_checks as checks
+from tests.support.attention_checks import RINGS, Case, Run, Stream
+from tests.support.kernels_on_cpu import COMPILER, LATE, build
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
 

@@ -15,9 +15,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import COMMAND, ENVIRONMENT, Made
-from opening import open_engines
-from test_bundle import rewrite_manifest, tree
 
 from aapt_deploy import assets, build_ort, cpu, export, trial
 from aapt_deploy.build import build_engine
@@ -33,6 +30,10 @@ from aapt_deploy.ops.block_causal_attention import DOMAIN
 from aapt_deploy.profiles import Profile, Target
 from aapt_deploy.starts import all_starts
 from aapt_deploy.trial import Options
+from tests.support.bundles import rewrite_manifest, tree
+from tests.support.commands import COMMAND, ENVIRONMENT
+from tests.support.opening import open_engines
+from tests.support.tiny import Made
 
 silent = lambda text: None
 

@@ -15,41 +15,9 @@ import pytest
 from aapt_deploy import bundle as bundles
 from aapt_deploy.bundle import FORMAT_VERSION, SEAL, Bundle, create
 from aapt_deploy.errors import AaptError, BundleError, BusyError, OutputError
-from aapt_deploy.profiles import load
-
-TINY = load("tiny-cpu")
-ENGINE = "onnxruntime-fp32"
-SOURCE = {"checkpoint": "demo.safetensors", "sha256": "0" * 64}
-FILES = ("encoder.onnx", "generator.onnx", "generator.onnx.data", "checkpoint.safetensors", "start/hills.png")
-
-
-def make(path: Path, mark: str = "first", overwrite: bool = False) -> Bundle:
-    """A bundle with a file of every kind, and one engine. `mark` tells two bundles apart."""
-    with create(path, TINY, overwrite=overwrite) as draft:
-        (draft.path / "start").mkdir()
-        for name in FILES:
-            (draft.path / name).write_bytes(f"{mark} {name} ".encode() * 500)
-        draft.manifest["start_frames"] = {"hills": "green hills"}
-        draft.manifest["source"] = SOURCE
-        draft.manifest["mark"] = mark
-    opened = Bundle.open(path)
-    add(opened, mark)
-    return opened
-
-
-def add(opened: Bundle, mark: str) -> None:
-    with opened.add_engine(ENGINE) as stage:
-        (stage.path / "generator.onnx").write_bytes(mark.encode() * 1000)
-        stage.entry |= {"backend": "onnxruntime", "precision": "fp32", "graphs": {"generator": f"{stage.relative}/generator.onnx"}}
-
-
-def engine_file(opened: Bundle) -> str:
-    name: str = opened.engines[ENGINE]["graphs"]["generator"]
-    return name
-
-
-def tree(path: Path) -> set[str]:
-    return {p.relative_to(path).as_posix() for p in path.rglob("*")}
+from tests.support.bundles import ENGINE, FILES, SOURCE, add, engine_file, make, rewrite_manifest, tree
+from tests.support.commands import ENVIRONMENT
+from tests.support.toys import TINY
 
 
 def refusal(call: Callable[[], object], kind: type[AaptError] = BundleError) -> str:
@@ -59,22 +27,12 @@ def refusal(call: Callable[[], object], kind: type[AaptError] = BundleError) -> 
     return str(caught.value)
 
 
-def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest as somebody would who also knows how to seal it."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest[SEAL]
-    change(manifest)
-    manifest[SEAL] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
 def child(code: str, path: Path, **options: Any) -> "subprocess.Popen[str]":
-    """A second process that runs `code` with the bundle's `path` at hand, and this file's helpers."""
-    head = f"import os, signal, sys, time, resource\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
-    head += f"from test_bundle import *\nfrom aapt_deploy import errors\npath = Path({str(path)!r})\n"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    """A second process that runs `code` with the bundle's `path` at hand, and tests/support/bundles.py."""
+    head = "import os, signal, sys, time, resource\nfrom tests.support.bundles import *\n"
+    head += f"from aapt_deploy import errors\npath = Path({str(path)!r})\n"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", head + code], env=environment, **pipes | options)
+    return subprocess.Popen([sys.executable, "-c", head + code], env=ENVIRONMENT, **pipes | options)
 
 
 def wait_for(process: "subprocess.Popen[str]", line: str) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import COMMAND, ENVIRONMENT, ROOT, Ran
 
 import aapt_deploy
 from aapt_deploy import __main__ as entry
@@ -18,6 +17,7 @@ from aapt_deploy import cli, cli_measure
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import Checkpoint
+from tests.support.commands import COMMAND, ENVIRONMENT, ROOT, Ran
 
 Aapt = Callable[..., Ran]
 HEAVY = {"torch", "onnx", "onnxscript", "onnxruntime", "av", "numpy", "tensorrt", "safetensors"}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ran
 
 from aapt_deploy import latency
 from aapt_deploy.bundle import Bundle
@@ -13,6 +12,7 @@ from aapt_deploy.engine import torch_cuda
 from aapt_deploy.engine.table import BACKENDS, named, precision_of
 from aapt_deploy.errors import UsageError
 from aapt_deploy.profiles import Profile
+from tests.support.commands import Ran
 
 Aapt = Callable[..., Ran]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -2,15 +2,14 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import typer.main
 
 from aapt_deploy import errors
 from aapt_deploy.cli import app
+from tests.support.commands import ROOT
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "deploy-h100.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    aapt ")]
 MESSAGES = dict(re.findall(r"^\| `([^`]+)`[^|]*\| (\d) \|", TEXT, re.M))

@@ -6,12 +6,12 @@ attention_data.py describes the data and the error. bench/emulator_accuracy.py r
 import ml_dtypes
 import numpy as np
 import pytest
-from attention_data import LONG, SHORT, Case, case, draw, rmse, truth
 
 from aapt_deploy.ops.block_causal_attention import Ring, emulator
 from aapt_deploy.ops.block_causal_attention import hopper_fp8 as layout
 from aapt_deploy.ops.block_causal_attention.emulator import EXACT, KERNEL, Arithmetic
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import TILE_KEYS, Bytes, Floats
+from tests.support.attention_data import LONG, SHORT, Case, case, draw, rmse, truth
 
 SINGLE_LEVEL = Arithmetic(flush_keys=None)
 

@@ -7,9 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, frames_of, turning
-from opening import open_engines
-from test_bundle import rewrite_manifest
 
 from aapt_deploy import build
 from aapt_deploy import bundle as bundles
@@ -31,6 +28,10 @@ from aapt_deploy.rollout import Steering, denoise, rollout
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.starts import start
 from aapt_deploy.trial import Options
+from tests.support.bundles import rewrite_manifest
+from tests.support.commands import Ran
+from tests.support.opening import open_engines
+from tests.support.tiny import frames_of, turning
 
 BLOCKS = 14  # the window holds 3, the ring wraps at 4 and 5
 DAY, NIGHT = (token_ids(parse(text)) for text in ("desert at noon", "islands at night, foggy"))

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ran
-from opening import open_engines
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import Pose, Velocity
@@ -21,6 +19,8 @@ from aapt_deploy.train import evaluate, figures
 from aapt_deploy.train.figures import Classifier, Crowd, Response, Track, frechet, joined, measure
 from aapt_deploy.train.flights import Plan, fly, plans
 from aapt_deploy.train.worlds import CLEARANCE, World, headroom
+from tests.support.commands import Ran
+from tests.support.opening import open_engines
 
 DEMO = load("demo-cpu")
 

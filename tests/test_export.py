@@ -12,8 +12,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import COMMAND, ENVIRONMENT, Made, frames_of
-from opening import open_engines
 
 from aapt_deploy import __version__, build, build_ort, export, graph_file
 from aapt_deploy.bundle import Bundle
@@ -26,6 +24,9 @@ from aapt_deploy.parity import FP32_TOLERANCE, compare
 from aapt_deploy.profiles import Profile
 from aapt_deploy.trial import Options
 from aapt_deploy.video import read_image
+from tests.support.commands import COMMAND, ENVIRONMENT
+from tests.support.opening import open_engines
+from tests.support.tiny import Made, frames_of
 
 silent = lambda text: None
 

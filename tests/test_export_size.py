@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
 
 from aapt_deploy import initialise
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.profiles import Profile
+from tests.support.commands import ENVIRONMENT
 
 EXPORT = """
 import json, resource, sys

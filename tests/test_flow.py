@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,29 +10,13 @@ from torch import Tensor, nn
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.models.layers import posterior
 from aapt_deploy.profiles import CONDITION_CHANNELS, load
-from aapt_deploy.prompts import VOCABULARY_SIZE
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train.draws import coin, numbers
-from aapt_deploy.train.flow import SMALLEST_T, Batch, Latents, flow_loss, resample_history, shifted
-from aapt_deploy.train.recipe import FlowStage, Optimiser
+from aapt_deploy.train.flow import SMALLEST_T, Latents, flow_loss, resample_history, shifted
+from tests.support.fake_generators import SPREAD, ConstantGenerator
+from tests.support.toys import STAGE, batch_of
 
 TINY = load("tiny-cpu")
-STAGE = FlowStage(Optimiser(steps=6, batch=4, learning_rate=1e-2, warmup=2), blocks=3)
-
-
-def batch_of(blocks: int = 4, batch: int = 2, seed: int = 0) -> Batch:
-    rng = torch.Generator().manual_seed(seed)
-    shape = (batch, blocks, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width)
-    return Batch(
-        torch.randn(shape, generator=rng),
-        torch.randn(shape, generator=rng),
-        torch.randn(*shape[:2], CONDITION_CHANNELS, *shape[3:], generator=rng),
-        torch.randint(VOCABULARY_SIZE, (batch, TINY.text.tokens), generator=rng),
-        torch.from_numpy(temporal_rope(TINY, np.tile(np.arange(blocks), (batch, 1)))),
-    )
-
-
-SPREAD = torch.tensor([0.2, 0.5, 0.9, 1.1])[:, None, None]
 
 
 class Oracle:
@@ -48,20 +31,6 @@ class Oracle:
         return self.answer(t)
 
 
-class Fake(nn.Module):
-    """Predicts a constant, and remembers what it was asked."""
-
-    def __init__(self, constant: float) -> None:
-        super().__init__()
-        self.constant = nn.Parameter(torch.tensor(constant))
-        self.calls: list[tuple[Tensor, ...]] = []
-        self.step_spread = SPREAD
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        self.calls.append(inputs)
-        return self.constant.expand(inputs[0].shape)
-
-
 # --- the flow loss ---
 
 
@@ -69,7 +38,7 @@ def test_flow_loss_against_a_slow_reference() -> None:
     """Element by element: the squared error in units of the posterior deviation, with times bounded by SMALLEST_T."""
     clipped = 0
     for seed in range(8):
-        batch, fake = batch_of(seed=seed), Fake(0.3)
+        batch, fake = batch_of(seed=seed), ConstantGenerator(0.3)
         loss = flow_loss(fake, batch, STAGE, torch.Generator().manual_seed(seed))
         ((_, _, condition, t, text, rope_time),) = fake.calls
         assert (condition is batch.condition, text is batch.text, rope_time is batch.rope_time) == (True, True, True)
@@ -95,7 +64,7 @@ def test_the_loss_is_zero_for_the_right_answer_alone() -> None:
 
 
 def test_the_noisy_input_is_the_straight_path() -> None:
-    batch, fake = batch_of(batch=16), Fake(0.0)
+    batch, fake = batch_of(batch=16), ConstantGenerator(0.0)
     flow_loss(fake, batch, STAGE, torch.Generator().manual_seed(3))
     noisy, _, _, t, _, _ = fake.calls[0]
     noise = (noisy - (1 - t[..., None, None, None]) * batch.clean) / t[..., None, None, None]
@@ -108,7 +77,7 @@ def test_the_recycled_latent_is_noised_as_the_stage_says() -> None:
     batch = batch_of(batch=16)
 
     def blemishes(strength: float) -> Tensor:
-        fake = Fake(0.0)
+        fake = ConstantGenerator(0.0)
         flow_loss(fake, batch, dataclasses.replace(STAGE, previous_noise=strength), torch.Generator().manual_seed(3))
         return fake.calls[0][1] - batch.previous
 
@@ -120,7 +89,7 @@ def test_the_recycled_latent_is_noised_as_the_stage_says() -> None:
 
 
 def test_times_follow_the_shifted_distribution() -> None:
-    fake, shift = Fake(0.0), 3.0
+    fake, shift = ConstantGenerator(0.0), 3.0
     flow_loss(fake, batch_of(blocks=64, batch=16), dataclasses.replace(STAGE, shift=shift), torch.Generator().manual_seed(4))
     t = fake.calls[0][3]
     smallest = float(t.min())
@@ -142,7 +111,7 @@ def test_the_shift_of_time() -> None:
 
 
 def test_resampling_keeps_the_first_two_and_shifts_the_rest() -> None:
-    batch, fake = batch_of(blocks=5), Fake(0.7)
+    batch, fake = batch_of(blocks=5), ConstantGenerator(0.7)
     history = resample_history(fake, batch, torch.Generator().manual_seed(0))
     assert torch.equal(history[:, :2], batch.previous[:, :2])
     assert torch.equal(history[:, 2:], torch.full_like(history[:, 2:], 0.7))  # the last pass ends on what the generator says
@@ -156,7 +125,7 @@ def test_resampling_keeps_the_first_two_and_shifts_the_rest() -> None:
 def test_resampling_denoises_from_a_random_time_in_one_or_two_passes() -> None:
     batch, passes, times = batch_of(blocks=5, batch=16), [], []
     for seed in range(12):
-        fake = Fake(0.0)
+        fake = ConstantGenerator(0.0)
         resample_history(fake, batch, torch.Generator().manual_seed(seed))
         (first, history, _, t, _, _), *rest = fake.calls
         assert history is batch.previous

@@ -14,33 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Exported, Ran, frames_of
-from cuda_emulator import Driver
-from opening import open_engines
 from safetensors.numpy import load_file, save_file
-from test_build_tensorrt import TensorRT, receipt
-from test_build_tensorrt import here as here
-from test_bundle import rewrite_manifest
-from test_trt_engine import by_onnx, emulated_kernels, opened_over
 
 from aapt_deploy import proofs, scales
 from aapt_deploy.bundle import Bundle, _describe
 from aapt_deploy.errors import BundleError
-from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.ops.block_causal_attention import kernels
+from tests.support.bundles import rewrite_manifest
+from tests.support.commands import Ran
+from tests.support.fake_tensorrt import TensorRT, receipt
+from tests.support.fake_tensorrt import here as here
+from tests.support.opening import open_engines
+from tests.support.tiny import FEW_BLOCKS, Exported, frames_of
+from tests.support.trt_plans import decibels, emulated_kernels
 
-BLOCKS = 5  # the window holds 3 and a sink: the ring wraps at 4
 PLUGIN = "aapt_deploy.ops.block_causal_attention.trt_plugin"
-
-
-@pytest.fixture(scope="module")
-def wanted(exported: Exported) -> list[np.ndarray]:
-    """Frames of the exported graphs in ONNX Runtime, FP8 products included."""
-    opened = Bundle.open(exported.path)
-    engines = opened_over(Driver(), opened.profile, {name: by_onnx(exported.path / f"{name}.onnx") for name in signatures(opened.profile)})
-    frames = frames_of(engines, opened, BLOCKS, 3)
-    engines.close()
-    return frames
 
 
 @pytest.fixture
@@ -55,16 +43,11 @@ def eight(exported: Exported, here: TensorRT, monkeypatch: pytest.MonkeyPatch, t
     return path
 
 
-def decibels(frames: list[np.ndarray], wanted: list[np.ndarray]) -> float:
-    errors = [np.square(a.astype(np.float64) - b).mean() for a, b in zip(frames[1:], wanted[1:], strict=True)]
-    return float(10 * np.log10(255**2 / np.mean(errors)))
-
-
 def streamed(path: Path) -> list[np.ndarray]:
     opened = Bundle.open(path)
     engines = open_engines(opened, "tensorrt")
     try:
-        return frames_of(engines, opened, BLOCKS, 3)
+        return frames_of(engines, opened, FEW_BLOCKS, 3)
     finally:
         engines.close()
 
@@ -75,7 +58,7 @@ def streamed(path: Path) -> list[np.ndarray]:
 def test_an_fp8_export_becomes_a_stream(
     eight: Path,
     here: TensorRT,
-    wanted: list[np.ndarray],
+    exported_frames: list[np.ndarray],
     aapt: Callable[..., Ran],
     form: str,
     proved: list[str],
@@ -93,7 +76,7 @@ def test_an_fp8_export_becomes_a_stream(
     assert entry["parity"]["generator"] < opened.profile.quality.latent_error and ("scales" in entry) is ours
     assert json.loads(ran.out)["engines"][0]["psnr_db"] == entry["psnr_db"] > 30
     before = len(here.driver.journal)
-    assert decibels(streamed(eight), wanted) > least
+    assert decibels(streamed(eight), exported_frames) > least
     calls = here.driver.journal[before:]
     last = max(index for index, call in enumerate(calls) if call.startswith("cuGraphInstantiate"))
     assert not any(call.startswith(("cuMemAlloc", "cuMemHostAlloc")) for call in calls[last:]), "allocated while streaming"

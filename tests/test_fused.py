@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from aapt_deploy.models.layers import EPS, rms_norm, rotate
 from aapt_deploy.ops import fused
 from aapt_deploy.profiles import load
-
-ROOT = Path(__file__).parent.parent
+from tests.support.commands import ROOT
 
 
 def draw(*shape: int) -> torch.Tensor:

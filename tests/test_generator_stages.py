@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import RECIPE, clips, quiet
-from toys import TINY, toy_latents
 
 from aapt_deploy import cli_train
 from aapt_deploy.errors import CheckpointError, InputError, UsageError
@@ -21,6 +19,7 @@ from aapt_deploy.train import evaluate, generator_stages, loop, recipe, stages
 from aapt_deploy.train.generator_stages import GeneratorStages
 from aapt_deploy.train.recipe import AdversarialStage, AnchoredStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage, gan
 from aapt_deploy.train.setup import ALONE, Setup
+from tests.support.toys import RECIPE, TINY, clips, quiet, toy_latents
 
 __all__ = ["clips"]  # a fixture
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Ran
 from onnx import TensorProto, helper, numpy_helper
-from test_bundle import rewrite_manifest
 
 from aapt_deploy import bundle as bundles
 from aapt_deploy import graph_file
 from aapt_deploy.errors import BundleError
 from aapt_deploy.graph_file import hollow, load_model, turn_weights, write
+from tests.support.bundles import rewrite_manifest
+from tests.support.commands import Ran
 
 GIGABYTE = 1 << 30
 

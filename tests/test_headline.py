@@ -12,8 +12,8 @@ import torch
 
 from aapt_deploy.plan import plan
 from aapt_deploy.profiles import load
+from tests.support.commands import ROOT
 
-ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench" / "headline.py"
 
 

@@ -5,8 +5,6 @@ be. It does not know a GPU's speed, its accumulator's width or the memory model'
 """
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ import pytest
 
 from aapt_deploy.ops.block_causal_attention import emulator, kernels
 from aapt_deploy.ops.block_causal_attention import hopper_fp8 as layout
+from tests.support.kernels_on_cpu import COMPILER, EARLY, LATE, build
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
-LATE, EARLY = 6, 7  # seeds: even ones do asynchronous work late, odd ones early
 
 # T, cache capacity, cache_len, heads: one token; nothing cached; an own tile boundary; a ragged tail of both; a full cache; many tiles of both.
 CASES = [(1, 64, 0, 2), (64, 64, 64, 2), (63, 70, 1, 1), (65, 200, 130, 1), (150, 320, 320, 1), (300, 640, 600, 1)]
@@ -29,17 +26,6 @@ CASES = [(1, 64, 0, 2), (64, 64, 64, 2), (63, 70, 1, 1), (65, 200, 130, 1), (150
 @pytest.fixture(scope="module", params=layout.HEAD_DIMS, ids=lambda dim: f"D{dim}")
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, ctypes.CDLL]:
     return request.param, build(kernels.source_file(), request.param, tmp_path_factory.mktemp("cpu") / "kernels.so")
-
-
-def build(source: Path, dim: int, out: Path) -> ctypes.CDLL:
-    assert COMPILER is not None
-    harness = Path(__file__).parent / "kernels_on_cpu.cpp"
-    flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-DAAPT_HEAD_DIM={dim}", f"-I{source.parent}"]
-    subprocess.run([COMPILER, *flags, harness, "-o", out], check=True)
-    loaded = ctypes.CDLL(str(out))
-    for function in (loaded.run_pack, loaded.run_attend, loaded.run_commit):
-        function.restype = ctypes.c_char_p
-    return loaded
 
 
 def bf16(x: np.ndarray) -> np.ndarray:

@@ -1,12 +1,12 @@
 """The kernels on a Hopper GPU: bytes, accuracy, repeatability, every ring launched and replayed from a graph. bench/attention.py does more of it."""
 
-import attention_checks as checks
 import pytest
 import torch
-from attention_checks import RINGS, Case, Stream
 
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import HEAD_DIMS
+from tests.support import attention_checks as checks
+from tests.support.attention_checks import RINGS, Case, Stream
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")]

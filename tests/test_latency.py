@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from opening import unexpected
-from test_rollout import Fake
 
 from aapt_deploy import latency, plan, reports
 from aapt_deploy.bundle import Bundle
@@ -18,11 +16,13 @@ from aapt_deploy.errors import BundleError
 from aapt_deploy.latency import COLD_BLOCKS, STAGES, Latency, StageTimes, measure, measure_bundle
 from aapt_deploy.profiles import Profile, Target
 from aapt_deploy.starts import Start
+from tests.support.fake_engines import FakeEngines
+from tests.support.opening import unexpected
 
 SLEEP_S = 0.012
 
 
-class Slow(Fake):
+class Slow(FakeEngines):
     """A generator that takes SLEEP_S per pass, and twice that for its third steady block."""
 
     def __getitem__(self, graph: str) -> "Slow":
@@ -104,9 +104,9 @@ def test_the_record_is_json_with_the_machine_and_the_raw_samples(real: Latency) 
 
 
 def test_engines_are_closed_also_when_a_block_fails(tiny: Profile) -> None:
-    fake = Fake(tiny)
+    fake = FakeEngines(tiny)
 
-    class Broken(Fake):
+    class Broken(FakeEngines):
         def __getitem__(self, graph: str) -> "Broken":
             return Broken(self.profile, graph, self.calls)
 

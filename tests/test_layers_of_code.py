@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.commands import ROOT
+
 PACKAGE = ROOT / "aapt_deploy"
 
 # From the top down. A module imports from lower tiers only; "name/" stands for a package and everything in it.

@@ -1,16 +1,13 @@
 """Graphs as TensorRT gets them: the same numbers where ONNX Runtime can run them, types where it cannot, and nothing read from outside a bundle."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from native_attention import for_onnxruntime
 from onnx import ModelProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
@@ -20,10 +17,12 @@ from aapt_deploy.errors import BundleError
 from aapt_deploy.graph_bf16 import fp8_products, outputs_in_bf16, products_in_bf16
 from aapt_deploy.lower_tensorrt import lower, read_structure
 from aapt_deploy.models.aapt_signature import signatures
-from aapt_deploy.ops.block_causal_attention import NAME, Ring, onnx_function
+from aapt_deploy.ops.block_causal_attention import NAME, Ring
 from aapt_deploy.ops.block_causal_attention.onnx_tensorrt import lower_native
 from aapt_deploy.profiles import Profile
 from aapt_deploy.proofs import NATIVE, Choice
+from tests.support.native_attention import for_onnxruntime
+from tests.support.tampered import tampered
 
 FALLBACK = Choice(NATIVE, packed=False, captured=True, reason="")
 
@@ -176,22 +175,3 @@ def test_what_is_no_graph_is_refused(copied: Path) -> None:
     (copied / "noise.onnx").write_bytes(b"\x08\xff\xff nothing")
     with pytest.raises(BundleError, match=r"noise\.onnx cannot be read"):
         read_structure(opened, "noise", copied / "noise.onnx")
-
-
-def tampered(path: Path, change: Callable[[ModelProto], None], weights: bytes | None, graph: str = "encoder") -> Bundle:
-    """The bundle with a changed graph, sealed as if it had been made like that."""
-    from aapt_deploy import bundle
-
-    model = onnx.load(path / f"{graph}.onnx")
-    change(model)
-    (path / f"{graph}.onnx").write_bytes(model.SerializeToString())
-    if weights is not None:
-        (path / f"{graph}.onnx.data").write_bytes(weights)
-    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-    manifest.pop(bundle.SEAL)
-    for name in (f"{graph}.onnx", f"{graph}.onnx.data"):
-        if (path / name).exists():
-            manifest["files"][name] = bundle._describe(path / name)
-    bundle._write_manifest(path, manifest)
-    assert not onnx_function.strip(model).functions
-    return Bundle.open(path)

@@ -1,7 +1,6 @@
 """Two processes give what one does: batches shared, weights sharded (FSDP2), tokens and heads of one batch shared; over gloo, on the CPU."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,23 +12,22 @@ from safetensors.torch import load_file
 
 from aapt_deploy.errors import UsageError
 from aapt_deploy.train.setup import joined
+from tests.support.commands import ENVIRONMENT
 
-HERE = Path(__file__).parent
 FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1", "anchored-1"]
 
 RUN = """
-import dataclasses, sys, warnings
-sys.path[:0] = sys.argv[1:3]
+import dataclasses, sys
 from pathlib import Path
 import torch
-from toys import TINY, toy_latents
+from tests.support.toys import TINY, toy_latents
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.train import loop
 from aapt_deploy.train.generator_stages import GeneratorStages
 from aapt_deploy.train.recipe import *
 from aapt_deploy.train.setup import joined
-setup = joined("cpu", False, sys.argv[5] == "checkpointing", int(sys.argv[4]))
-folder, two = Path(sys.argv[3]), dict(accumulate=2)
+setup = joined("cpu", False, sys.argv[3] == "checkpointing", int(sys.argv[2]))
+folder, two = Path(sys.argv[1]), dict(accumulate=2)
 game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2, unjudged=1, penalty=10.0)
 recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5),),
                 (ConsistencyStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2),),
@@ -58,8 +56,8 @@ def start(folder: Path, world: int, context: int, *, checkpointing: bool = False
     found = []
     for rank in range(world):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        arguments = [sys.executable, "-c", RUN, HERE.parent, HERE, folder, context, "checkpointing" if checkpointing else "keeping"]
-        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        arguments = [sys.executable, "-c", RUN, folder, context, "checkpointing" if checkpointing else "keeping"]
+        environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
         found.append(subprocess.Popen(list(map(str, arguments)), env=environment, stderr=subprocess.PIPE, text=True))
     return found
 

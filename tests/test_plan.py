@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Ran
 
 from aapt_deploy import plan
 from aapt_deploy.errors import ProfileError, VerdictError
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.plan import LiveBytes
 from aapt_deploy.profiles import Precision, Profile, load
+from tests.support.commands import Ran
 
 H100 = load("aapt-8b-736x416-h100")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_checkpoint
 
 from aapt_deploy.camera import CRUISE
 from aapt_deploy.engine.eager import EagerEngines
@@ -18,6 +17,7 @@ from aapt_deploy.prompts import ATTRIBUTES, FILLERS, PROMPT_TOKENS, SYNONYMS, VO
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.starts import all_starts, start, text_of
 from aapt_deploy.video import write_image
+from tests.support.tiny import make_checkpoint
 
 LOOKS = [Look(*values) for values in itertools.product(*((None, *words) for words in ATTRIBUTES.values()))]
 WORDS = [word for words in ATTRIBUTES.values() for word in words]

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Exported, Ran
-from opening import open_engines, unexpected
-from test_bundle import rewrite_manifest
 
 from aapt_deploy import quality
 from aapt_deploy.bundle import Bundle, _describe
@@ -18,6 +15,10 @@ from aapt_deploy.engines import Engine, Engines
 from aapt_deploy.errors import MachineError, OutputError, ProfileError, UsageError, VerdictError
 from aapt_deploy.profiles import Quality, loads
 from aapt_deploy.quality import Loss, compare, ssim
+from tests.support.bundles import rewrite_manifest
+from tests.support.commands import Ran
+from tests.support.opening import open_engines, unexpected
+from tests.support.tiny import Exported
 
 Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 THRESHOLDS = dataclasses.asdict(Quality())

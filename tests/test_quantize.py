@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import Exported, Ran, make_checkpoint
 from onnx import TensorProto, numpy_helper
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -30,6 +29,8 @@ from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8, onnx_functi
 from aapt_deploy.profiles import Fp8, Profile, loads
 from aapt_deploy.scales import LinearScales, Scales
 from aapt_deploy.trial import Options
+from tests.support.commands import Ran
+from tests.support.tiny import Exported, make_checkpoint
 
 silent = lambda text: None
 

@@ -2,14 +2,13 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import typer.main
 
 from aapt_deploy.cli import app
+from tests.support.commands import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip().removeprefix("$ ") for line in README.splitlines() if re.match(r"    (\$ )?aapt ", line)]
 

@@ -10,49 +10,21 @@ from aapt_deploy.camera import CRUISE, Pose, Velocity, condition_map
 from aapt_deploy.profiles import Profile, Sampler
 from aapt_deploy.rollout import Steering, denoise, one_ahead, rollout
 from aapt_deploy.rope import temporal_rope
+from tests.support.fake_engines import CLEAN, FakeEngines
 
-CLEAN = 0.25  # what the fake generator sees in any noise
 LEFT = Velocity(forward=10.0, yaw=-0.2)
 DAY, NIGHT = np.array([[0, 5, 10, 15]]), np.array([[1, 5, 10, 15]])
 
 
-class Fake:
-    """All four engines: notes every call, answers with constants."""
-
-    backend, precision, overlapped = "fake", "fp32", False
-
-    def __init__(self, profile: Profile, graph: str = "", calls: list[tuple[str, str, dict[str, object]]] | None = None) -> None:
-        self.profile, self.graph, self.calls = profile, graph, [] if calls is None else calls
-
-    def __getitem__(self, graph: str) -> "Fake":
-        return Fake(self.profile, graph, self.calls)
-
-    def reset(self, **state: np.ndarray) -> None:
-        self.calls.append((self.graph, "reset", dict(state)))
-
-    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
-        self.calls.append((self.graph, "run", {k: np.copy(v) for k, v in inputs.items()}))
-        v = self.profile.video
-        latent = np.full((1, v.latent_channels, self.profile.latent_height, self.profile.latent_width), CLEAN, np.float32)
-        frames = np.arange(4, dtype=np.uint8).repeat(v.height * v.width * 3).reshape(4, v.height, v.width, 3)
-        return {"latent": latent, "clean": latent, "frames": frames, "text_k.00": np.zeros(1)}
-
-    def commit(self, block: int) -> None:
-        self.calls.append((self.graph, "commit", {"block": block}))
-
-    def close(self) -> None:
-        self.calls.append(("", "close", {}))
-
-
 def run(
     profile: Profile, blocks: int, steer: Callable[[int], Steering] = lambda block: Steering(CRUISE, DAY), seed: int = 0
-) -> tuple[Fake, list[np.ndarray]]:
-    fake = Fake(profile)
+) -> tuple[FakeEngines, list[np.ndarray]]:
+    fake = FakeEngines(profile)
     image = np.zeros((profile.video.height, profile.video.width, 3), np.uint8)
     return fake, list(itertools.islice(rollout(fake, profile, image, steer, seed), 1 + blocks))
 
 
-def inputs(fake: Fake, graph: str) -> list[dict[str, object]]:
+def inputs(fake: FakeEngines, graph: str) -> list[dict[str, object]]:
     return [arguments for name, call, arguments in fake.calls if (name, call) == (graph, "run")]
 
 
@@ -129,7 +101,7 @@ def test_a_single_pass_ends_on_its_answer() -> None:
 def test_a_block_starts_from_the_one_before(tiny: Profile) -> None:
     """The start image's latent first, then each block's own result: with `clean` of 0.25 all alike, so the fake counts its answers here."""
 
-    class Counting(Fake):
+    class Counting(FakeEngines):
         def __getitem__(self, graph: str) -> "Counting":
             return Counting(self.profile, graph, self.calls)
 
@@ -184,7 +156,7 @@ def test_the_camera_moves_by_what_steer_says_once_per_block(tiny: Profile) -> No
 
 def test_steer_is_asked_just_before_its_block_and_not_earlier(tiny: Profile) -> None:
     asked: list[int] = []
-    frames = rollout(Fake(tiny), tiny, np.zeros((32, 64, 3), np.uint8), lambda block: asked.append(block) or Steering(CRUISE, DAY), 0)  # type: ignore[func-returns-value]
+    frames = rollout(FakeEngines(tiny), tiny, np.zeros((32, 64, 3), np.uint8), lambda block: asked.append(block) or Steering(CRUISE, DAY), 0)  # type: ignore[func-returns-value]
     next(frames)
     assert asked == []
     next(frames)
@@ -202,7 +174,7 @@ def test_the_seed_is_all_there_is_to_chance(tiny: Profile) -> None:
 
 
 def test_a_backend_with_a_stream_of_its_own_for_the_decoder_gives_the_same_frames_one_block_ahead(tiny: Profile) -> None:
-    class Beside(Fake):
+    class Beside(FakeEngines):
         overlapped = True
 
     asked: list[int] = []

@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import COMMAND, ENVIRONMENT
+
+from tests.support.commands import COMMAND, ENVIRONMENT
 
 AAPT = " ".join(COMMAND)
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

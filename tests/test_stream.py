@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import time
@@ -14,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import COMMAND, ENVIRONMENT, PROMPTS, picture
-from opening import open_engines
-from test_bundle import rewrite_manifest
 
 from aapt_deploy import stream as streams
 from aapt_deploy.bundle import Bundle
@@ -26,6 +22,11 @@ from aapt_deploy.prompts import parse, token_ids
 from aapt_deploy.starts import all_starts, start
 from aapt_deploy.stream import Request, Streamed, frame_count, stream
 from aapt_deploy.video import PIPE_FORMATS, write_image
+from tests.support.bundles import rewrite_manifest
+from tests.support.commands import COMMAND, ENVIRONMENT
+from tests.support.ffmpeg import FFMPEG, probed
+from tests.support.opening import open_engines
+from tests.support.tiny import PROMPTS, picture
 
 BARE_PIXELS = ["-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", "64x32", "-framerate", "24"]
 
@@ -61,19 +62,6 @@ def process(bundle: Path, *arguments: object, python: Sequence[str] = (), **pipe
             yield running
         finally:
             running.kill()
-
-
-@pytest.fixture(scope="session")
-def ffmpeg() -> str:
-    if shutil.which("ffmpeg") is None:
-        pytest.skip("ffmpeg is not on the PATH")
-    return "ffmpeg"
-
-
-def frames_in(source: Path) -> int:
-    """Frames that ffprobe counts in a file."""
-    asked = ["ffprobe", "-v", "error", "-count_frames", "-show_entries", "stream=nb_read_frames", "-of", "csv=p=0", str(source)]
-    return int(subprocess.run(asked, capture_output=True, check=True, timeout=60).stdout.decode().strip().strip(","))
 
 
 # --- frames
@@ -312,15 +300,15 @@ def test_controls_from_stdin(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PIPE_FORMATS)
-def test_a_pipe_into_ffmpeg(ffmpeg: str, bundle: Path, tmp_path: Path, name: str) -> None:
+def test_a_pipe_into_ffmpeg(bundle: Path, tmp_path: Path, name: str) -> None:
     given = BARE_PIXELS if name == "rawvideo" else []
     with process(bundle, "-o", "-", "--format", name, "--seconds", 1.5, stdout=subprocess.PIPE) as running:
-        taken = [ffmpeg, "-v", "error", *given, "-i", "-", "-fps_mode", "passthrough", "-c:v", "libx264", str(tmp_path / "o.mp4")]
+        taken = [FFMPEG, "-v", "error", *given, "-i", "-", "-fps_mode", "passthrough", "-c:v", "libx264", str(tmp_path / "o.mp4")]
         reader = subprocess.run(taken, stdin=running.stdout, stderr=subprocess.PIPE, check=False, timeout=60)
         assert running.stderr is not None
         err = running.stderr.read().decode()
         assert (running.wait(30), reader.returncode, reader.stderr) == (0, 0, b""), err
-    assert frames_in(tmp_path / "o.mp4") == 36
+    assert probed(tmp_path / "o.mp4").frames == 36
     assert err.splitlines()[0] == "streaming to stdout"
     assert err.splitlines()[-1].startswith("stdout: 36 frames, 1.5 s of video")
 
@@ -365,9 +353,7 @@ def test_a_terminal_gets_no_binary(bundle: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("suffix", ["mp4", "y4m"])
-def test_a_signal_in_mid_stream_leaves_a_file_that_plays(
-    ffmpeg: str, bundle: Path, tmp_path: Path, number: signal.Signals, code: int, suffix: str
-) -> None:
+def test_a_signal_in_mid_stream_leaves_a_file_that_plays(bundle: Path, tmp_path: Path, number: signal.Signals, code: int, suffix: str) -> None:
     out = tmp_path / f"x.{suffix}"
     with process(bundle, "-o", out, "--realtime", stdout=subprocess.PIPE) as running:
         until = time.monotonic() + 30
@@ -380,12 +366,12 @@ def test_a_signal_in_mid_stream_leaves_a_file_that_plays(
     assert os.listdir(tmp_path) == [out.name]
     lines = err.decode().splitlines()
     assert "stopped by a signal" in lines[-1]
-    assert f"{frames_in(out)} frames" in lines[-1]
+    assert f"{probed(out).frames} frames" in lines[-1]
     assert not [line for line in lines if line.startswith(("error:", "Traceback", "  File"))]
 
 
 @pytest.mark.parametrize("delay_ms", [0, 60, 150, 250, 350])
-def test_ctrl_c_while_a_stream_starts(ffmpeg: str, bundle: Path, tmp_path: Path, delay_ms: int) -> None:
+def test_ctrl_c_while_a_stream_starts(bundle: Path, tmp_path: Path, delay_ms: int) -> None:
     """From the first line that a user sees: modules are imported, engines open, the first image is encoded."""
     out = tmp_path / "x.mp4"
     # An interrupt can fall between an open() and its `with`. The file is closed with the process and no user hears of it; -W error would tell.
@@ -399,7 +385,7 @@ def test_ctrl_c_while_a_stream_starts(ffmpeg: str, bundle: Path, tmp_path: Path,
     assert "Traceback" not in err
     assert os.listdir(tmp_path) in ([], ["x.mp4"])
     if out.exists():
-        assert frames_in(out) >= 1
+        assert probed(out).frames >= 1
 
 
 def test_one_ctrl_c_ends_a_stream_to_a_pipe_that_nobody_reads(bundle: Path, tmp_path: Path) -> None:

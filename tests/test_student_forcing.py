@@ -3,12 +3,10 @@
 import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_flow import STAGE, batch_of
 from torch import Tensor
 
 from aapt_deploy.camera import Pose, Velocity, condition_map
@@ -21,21 +19,12 @@ from aapt_deploy.profiles import load
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.rope import temporal_rope
 from aapt_deploy.train.student_forcing import Streams, forced_flow_loss
+from tests.support.commands import ROOT
+from tests.support.toys import STAGE, batch_of, drawn_generator
 
-ROOT = Path(__file__).parent.parent
 TINY = load("tiny-cpu")
 RING = Ring.of(TINY)
 BLOCKS = RING.sink_frames + 2 * RING.window_frames + 2  # fills the ring and wraps it
-
-
-def drawn_generator(seed: int = 0) -> Generator:
-    """Random weights that depend on everything: heads that start at zero would hide a mistake."""
-    torch.manual_seed(seed)
-    generator = Generator(TINY)
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return generator
 
 
 # --- the op under training ---

@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Exported, frames_of
-from test_fp8_to_stream import decibels
-from test_fp8_to_stream import wanted as wanted
 
 from aapt_deploy import assets, scales
 from aapt_deploy.bundle import Bundle
@@ -31,6 +28,8 @@ from aapt_deploy.profiles import Profile, load
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.scales import LinearScales, Scales
 from aapt_deploy.starts import start
+from tests.support.tiny import Exported, frames_of
+from tests.support.trt_plans import decibels
 
 CPU = torch.device("cpu")
 BLOCKS = 9  # the ring of `tiny` wraps at 4
@@ -112,7 +111,7 @@ def test_a_reset_engine_is_a_fresh_one(loaded: Checkpoint, bundle: Path) -> None
 
 
 @pytest.mark.parametrize("by_row", [True, False], ids=["by row", "one scale"])
-def test_in_fp8_it_streams_an_fp8_export(exported: Exported, three: Checkpoint, wanted: list[np.ndarray], by_row: bool) -> None:
+def test_in_fp8_it_streams_an_fp8_export(exported: Exported, three: Checkpoint, exported_frames: list[np.ndarray], by_row: bool) -> None:
     """Against ONNX Runtime on the exported graphs, whose products are FP8 and whose attention is float32; the bound is that of the TensorRT path."""
     opened = Bundle.open(exported.path)
     found = scales.load(opened.checked(scales.FILE), opened.profile)
@@ -120,9 +119,9 @@ def test_in_fp8_it_streams_an_fp8_export(exported: Exported, three: Checkpoint, 
     caches = engines["generator"].cache.caches  # type: ignore[union-attr]
     assert all(cache.dtype == torch.uint8 for cache in caches)
     frames = frames_of(engines, opened, 5, 3)
-    assert decibels(frames, wanted) > 26
+    assert decibels(frames, exported_frames) > 26
     exact = frames_of(over(three), opened, 5, 3)
-    assert decibels(exact, wanted) < 60  # FP8 is in what is compared with
+    assert decibels(exact, exported_frames) < 60  # FP8 is in what is compared with
 
 
 def test_a_step_of_codes_is_the_product_of_what_they_stand_for(exported: Exported, three: Checkpoint) -> None:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from test_vae import SHAPES, TINY, latents, perturbed, shapes
 
 from aapt_deploy.engine.torch_decoder import Conv, StreamDecoder
 from aapt_deploy.models.vae import to_pixels
 from aapt_deploy.profiles import Vae as VaeShape
+from tests.support.vaes import SHAPES, TINY, latents, perturbed, shapes
 
 SIZE = (TINY.latent_height, TINY.latent_width)
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from toys import toy_latents
 
 from aapt_deploy.errors import BusyError, CheckpointError, InputError, MachineError, TrainingError, UsageError
 from aapt_deploy.lock import locked
@@ -29,11 +27,13 @@ from aapt_deploy.train import recipe as recipes
 from aapt_deploy.train.data import clip_files, render_world
 from aapt_deploy.train.flow import flow_loss
 from aapt_deploy.train.loop import fit, learning_rate
-from aapt_deploy.train.recipe import FlowStage, Optimiser, Recipe, VaeStage
+from aapt_deploy.train.recipe import FlowStage, Optimiser
 from aapt_deploy.train.vae_stage import Snippets, fit_linear, vae_loss
+from tests.support.commands import ENVIRONMENT
+from tests.support.toys import RECIPE, STAGE, quiet, toy_latents, trainee
+from tests.support.toys import clips as clips
 
 TINY = load("tiny-cpu")
-STAGE = FlowStage(Optimiser(steps=6, batch=4, learning_rate=1e-2, warmup=2), blocks=3)
 
 
 # --- the loop ---
@@ -52,41 +52,32 @@ def test_learning_rate_in_closed_form() -> None:
     assert learning_rate(Optimiser(steps=5, batch=1, learning_rate=1.0, warmup=100), 4) == pytest.approx(0.05)  # ends inside the warm-up
 
 
-def trainee() -> tuple[Generator, Callable[[torch.Generator], Tensor]]:
-    torch.manual_seed(0)
-    generator, latents = Generator(TINY), toy_latents()
-    return generator, lambda rng: flow_loss(generator, latents.draw(TINY, STAGE, rng), dataclasses.replace(STAGE, resampled=0.5), rng)
-
-
-def quiet(step: int, loss: float) -> None:
-    """Progress for nobody."""
-
-
 def quiet_text(text: str) -> None:
     """The same, of a whole run."""
 
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = sys.argv[1:3]
-import test_training as t
+from pathlib import Path
 from aapt_deploy.train import loop
+from tests.support.commands import ENVIRONMENT
+from tests.support.toys import STAGE, quiet, trainee
 loop.SAVE_EVERY_S = 0.0  # after every update
-generator, loss = t.trainee()
+generator, loss = trainee()
 calls = []
 def fatal(rng):
     calls.append(rng)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return loss(rng)
-t.fit(generator, fatal, t.STAGE.optimiser, t.Path(sys.argv[3]), 7, t.quiet)
+loop.fit(generator, fatal, STAGE.optimiser, Path(sys.argv[1]), 7, quiet)
 """
 
 
 def test_a_killed_run_resumes_to_the_bit(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    arguments = [sys.executable, "-c", KILLED, str(here.parent), str(here), str(tmp_path / "killed.state")]
-    killed = subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, stderr=subprocess.PIPE, text=True)
+    arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed.state")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.Popen(arguments, env=ENVIRONMENT | threads, stderr=subprocess.PIPE, text=True)
 
     straight, loss = trainee()
     average = fit(straight, loss, STAGE.optimiser, tmp_path / "straight.state", 7, quiet)
@@ -267,24 +258,6 @@ def test_sixty_updates_lower_the_loss(tmp_path: Path) -> None:
 
 
 # --- a whole run ---
-
-RECIPE = Recipe(
-    vae=VaeStage(Optimiser(steps=3, batch=2, learning_rate=1e-3, warmup=1), blocks=1),
-    sample_seconds=1,
-    flow=(FlowStage(Optimiser(4, 2, 1e-3, 1), blocks=2), FlowStage(Optimiser(3, 2, 1e-3, 1), blocks=3, resampled=1.0, forced=0.5)),
-)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rendered clips, one cut off, one of another size."""
-    folder = tmp_path_factory.mktemp("clips")
-    render_world(folder, TINY, 0, 4)
-    whole = (folder / "clip-00000000-0.safetensors").read_bytes()
-    (folder / "clip-cut.safetensors").write_bytes(whole[:-50])
-    save_file({"frames": torch.zeros(9, 8, 8, 3, dtype=torch.uint8), "poses": torch.zeros(3, 5), "tokens": torch.zeros(4, dtype=torch.long)},
-              folder / "clip-small.safetensors")  # fmt: skip
-    return folder
 
 
 def test_a_whole_run_ends_in_a_checkpoint_and_resumes(clips: Path, tmp_path: Path) -> None:

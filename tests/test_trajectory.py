@@ -1,43 +1,24 @@
 """Regression on the teacher's samples: the target is the sampler's end from true histories, and the student alone sees worn ones."""
 
 import dataclasses
-from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_flow import batch_of
-from torch import Tensor, nn
-from toys import TINY, toy_latents
+from torch import Tensor
 
 from aapt_deploy.models.generator import Generator
 from aapt_deploy.train.draws import numbers
 from aapt_deploy.train.recipe import Optimiser, TrajectoryStage
 from aapt_deploy.train.trajectory import measure_fade, trajectory_loss, worn
+from tests.support.fake_generators import CHANNELS, TIMES, AnsweringGenerator
+from tests.support.toys import TINY, batch_of, toy_latents
 
 STAGE = TrajectoryStage(Optimiser(4, 2, 1e-3), blocks=3, worn=1.0, fade_blocks=7)
-CHANNELS = TINY.video.latent_channels
 FADE = torch.linspace(0.9, 0.3, CHANNELS)
-TIMES = (1.0, 0.6, 0.2)
 
 
-class Fake(nn.Module):
-    """Answers by a function of what it is given, and remembers that."""
-
-    def __init__(self, answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.answer, self.gain = answer, nn.Parameter(torch.ones(()))
-        self.step_spread = torch.full((CHANNELS, 1, 1), 0.5)
-        self.profile = SimpleNamespace(sampler=SimpleNamespace(timesteps=TIMES))
-        self.calls: list[tuple[Tensor, ...]] = []
-
-    def forward(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, text: Tensor, rope: Tensor) -> Tensor:
-        self.calls.append((noisy, previous, t))
-        return self.gain * self.answer(noisy, previous, t)
-
-
-def run(student: Fake, teacher: Fake, stage: TrajectoryStage, seed: int = 0) -> Tensor:
+def run(student: AnsweringGenerator, teacher: AnsweringGenerator, stage: TrajectoryStage, seed: int = 0) -> Tensor:
     return trajectory_loss(student, teacher, batch_of(), stage, FADE, numbers(seed, 0, 0))  # type: ignore[arg-type]
 
 
@@ -45,10 +26,10 @@ def test_a_student_that_knows_the_samplers_end_has_no_loss() -> None:
     """For velocities constant along the path the sampler is exact: it ends at the mean of noise and past."""
     halfway = lambda x, previous, t: x - t[..., None, None, None] * (x - previous) / (1 + t[..., None, None, None])
     clean = dataclasses.replace(STAGE, worn=0.0)
-    student = Fake(lambda x, previous, t: (x + previous) / 2)
-    teacher = Fake(halfway)
+    student = AnsweringGenerator(lambda x, previous, t: (x + previous) / 2)
+    teacher = AnsweringGenerator(halfway)
     assert run(student, teacher, clean) < 1e-6
-    assert run(Fake(lambda x, previous, t: (x + previous) / 2 + 0.5), Fake(halfway), clean).item() == pytest.approx(
+    assert run(AnsweringGenerator(lambda x, previous, t: (x + previous) / 2 + 0.5), AnsweringGenerator(halfway), clean).item() == pytest.approx(
         np.sqrt(1 + 0.1**2) - 0.1, rel=1e-5
     )
     assert [float(t[0, 0]) for _, _, t in teacher.calls] == pytest.approx(TIMES)
@@ -56,7 +37,7 @@ def test_a_student_that_knows_the_samplers_end_has_no_loss() -> None:
 
 
 def test_only_the_student_sees_worn_histories_and_only_it_learns() -> None:
-    student, teacher = (Fake(lambda x, previous, t: previous) for _ in range(2))
+    student, teacher = (AnsweringGenerator(lambda x, previous, t: previous) for _ in range(2))
     run(student, teacher, dataclasses.replace(STAGE, previous_noise=0.1)).backward()
     assert student.gain.grad is not None and teacher.gain.grad is None
     true = batch_of().previous

@@ -11,13 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cuda_emulator
 import numpy as np
 import pytest
-from conftest import frames_of
-from cuda_emulator import Driver
-from opening import open_engines
-from test_trt_engine import assert_same, by_onnx, tensors_of, toy_scales
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine import cuda, trt
@@ -26,6 +21,11 @@ from aapt_deploy.errors import AaptError, BundleError, InputError, MachineError
 from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.profiles import Profile
 from aapt_deploy.scales import FILE, Scales, save
+from tests.support import cuda_emulator
+from tests.support.cuda_emulator import Driver
+from tests.support.opening import open_engines
+from tests.support.tiny import frames_of
+from tests.support.trt_plans import assert_same, by_onnx, tensors_of, toy_scales
 
 VERSION = "11.4.0.106"
 BLOCKS = 5

@@ -14,35 +14,33 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cuda_emulator
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from conftest import frames_of, make_checkpoint, turning
-from cuda_emulator import Compute, Driver, Tensor
-from opening import open_engines
 
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.engine import cuda, trt, trt_state
 from aapt_deploy.engine.eager import EagerEngines, EagerGenerator
-from aapt_deploy.engine.trt import TrtEngines
 from aapt_deploy.engine.trt_state import from_bf16, to_bf16
 from aapt_deploy.errors import MachineError
 from aapt_deploy.models import graphs
 from aapt_deploy.models.aapt_signature import layer_names, signatures
 from aapt_deploy.models.checkpoint import Checkpoint
-from aapt_deploy.ops.block_causal_attention import NEXT, hopper_fp8, kernels
+from aapt_deploy.ops.block_causal_attention import NEXT, hopper_fp8
 from aapt_deploy.profiles import Model, Profile
 from aapt_deploy.prompts import parse, token_ids
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.signature import GraphSignature
 from aapt_deploy.starts import start
+from tests.support import cuda_emulator
+from tests.support.cuda_emulator import Compute, Driver
+from tests.support.opening import open_engines
+from tests.support.tiny import frames_of, make_checkpoint, turning
+from tests.support.trt_plans import assert_same, by_onnx, differ, emulated_kernels, opened_over, stored_as, tensors_of, toy_scales
 
 BLOCKS = 9  # the window holds 3 and a sink: the ring wraps at 4 and 7
 FEW = 6  # enough to see a mistake: block 5 attends to what block 4 wrote over block 1
 DAY, NIGHT = (token_ids(parse(text)) for text in ("desert at noon", "islands at night, foggy"))
-TYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
 
 
 def changing(block: int) -> np.ndarray:
@@ -50,57 +48,9 @@ def changing(block: int) -> np.ndarray:
     return NIGHT if 3 <= block < 5 else DAY
 
 
-def tensors_of(signature: GraphSignature) -> list[Tensor]:
-    inputs = [Tensor(spec.name, True, TYPES[spec.dtype], spec.shape) for spec in (*signature.inputs, *signature.state)]
-    outputs = [Tensor(spec.name, False, TYPES[spec.dtype], spec.shape) for spec in signature.outputs]
-    kept = [] if signature.name == "generator" else [Tensor(spec.name + NEXT, False, "FLOAT", spec.shape) for spec in signature.state]
-    return [*inputs, *outputs, *kept]
-
-
-def by_onnx(path: Path) -> Compute:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return lambda given: dict(zip(names, session.run(None, given), strict=True))
-
-
 @pytest.fixture(scope="module")
 def computes(bundle: Path, tiny: Profile) -> dict[str, Compute]:
     return {name: by_onnx(bundle / f"{name}.onnx") for name in signatures(tiny)}
-
-
-def stored_as(kind: str, compute: Compute, names: set[str]) -> Compute:
-    """A plan that holds the tensors `names` in bf16 or half."""
-    if kind == "BF16":
-        into, out = to_bf16, from_bf16
-    else:
-        into, out = (lambda array: array.astype(np.float16)), (lambda array: array.astype(np.float32))
-
-    def run(given: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        found = compute({name: out(array) if name in names else array for name, array in given.items()})
-        return {name: into(array) if name in names else array for name, array in found.items()}
-
-    return run
-
-
-def plans(driver: Driver, profile: Profile, computes: Mapping[str, Compute], kinds: Callable[[str, str], str | None] = lambda *_: None) -> Any:
-    """Emulated plans; `kinds` says (graph, tensor) -> another type than the signature's."""
-    made = {}
-    for name, signature in signatures(profile).items():
-        tensors = [tensor._replace(dtype=kinds(name, tensor.name) or tensor.dtype) for tensor in tensors_of(signature)]
-        compute = computes[name]
-        for kind in ("BF16", "HALF"):
-            if changed := {tensor.name for tensor in tensors if tensor.dtype == kind}:
-                compute = stored_as(kind, compute, changed)
-        made[name] = cuda_emulator.Plan(driver, tensors, compute)
-    return made
-
-
-def opened_over(driver: Driver, profile: Profile, computes: Mapping[str, Compute], module: ModuleType = trt, **more: Any) -> TrtEngines:
-    device = module.cuda_module.Device(driver) if hasattr(module, "cuda_module") else cuda.Device(driver)
-    captured = more.pop("captured", True)
-    return module.TrtEngines(profile, plans(driver, profile, computes, **more), device, "fp32", module.RunOptions(captured=captured))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +61,6 @@ def wanted(bundle: Path) -> list[np.ndarray]:
     frames = frames_of(engines, opened, BLOCKS, 3, changing)
     engines.close()
     return frames
-
-
-def differ(a: list[np.ndarray], b: list[np.ndarray]) -> tuple[int, float]:
-    """Largest difference in grey levels, and the share of values that differ."""
-    one, two = (np.concatenate(frames).astype(np.int16) for frames in (a, b))
-    return int(np.abs(one - two).max()), float((one != two).mean())
-
-
-def assert_same(frames: list[np.ndarray], wanted: list[np.ndarray]) -> None:
-    highest, share = differ(frames, wanted)
-    assert highest <= 1 and share < 1 / 500, (highest, share)
 
 
 # --- the same frames ---
@@ -242,16 +181,6 @@ def test_closing_waits_for_the_block_under_way_and_ends_it(bundle: Path, tiny: P
 # --- FP8 caches ---
 
 
-def toy_scales(profile: Profile) -> list[hopper_fp8.Scales]:
-    """Scales that differ from layer to layer, for keys of unit size and small values."""
-    heads, dim, made = profile.model.heads, profile.head_dim, []
-    for layer in range(profile.model.depth):
-        rng = np.random.default_rng(layer)
-        one, two, three = (rng.uniform(3, 6, shape).astype(np.float32) / 448 for shape in ((heads,), (heads,), (heads, dim)))
-        made.append(hopper_fp8.Scales(one, two, rng.standard_normal((heads, dim)).astype(np.float32) / 4, three))
-    return made
-
-
 class Rounded(EagerGenerator):
     """The torch generator with everything in its caches rounded as the FP8 layout rounds it."""
 
@@ -273,35 +202,6 @@ class Rounded(EagerGenerator):
 
     def _rounded(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return hopper_fp8.unpack(*hopper_fp8.pack(k, v, self.scales[layer]), len(k), self.scales[layer])
-
-
-def emulated_kernels(driver: Driver, profile: Profile) -> Callable[[int], Any]:
-    """aapt_pack and aapt_commit in NumPy, queued as the real ones are."""
-    heads, dim = profile.model.heads, profile.head_dim
-
-    def launch(kernel: str, inputs: Any, numbers: Any, outputs: Any, stream: int) -> None:
-        abi = kernels.ABI[kernel]
-        assert tuple(map(len, (inputs, numbers, outputs))) == tuple(map(len, abi)) and numbers[1] == heads
-        where, tokens = dict(zip(abi.inputs + abi.outputs, (*inputs, *outputs), strict=True)), numbers[0]
-        block = hopper_fp8.image_shape(heads, tokens, dim)
-
-        def pack() -> None:
-            k, v = (from_bf16(driver.array(where[name], (tokens, heads, dim), np.uint16)) for name in ("k", "v"))
-            parts = {"k_scale": (heads,), "k_mean": (heads, dim), "v_scale": (heads, dim)}
-            given = {name: driver.array(where[name], shape, np.float32) for name, shape in parts.items()}
-            images = hopper_fp8.pack(k, v, hopper_fp8.Scales(q_scale=np.ones(heads, np.float32), **given))
-            for name, image in zip(("k_block", "v_block"), images, strict=True):
-                driver.array(where[name], block, np.uint8)[...] = image
-
-        def commit() -> None:
-            cache = (heads, numbers[2], block[2])
-            images = [driver.array(where[name], block, np.uint8) for name in ("k_block", "v_block")]
-            slot = int(driver.array(where["slot"], (1,), np.int32)[0])
-            hopper_fp8.commit(*images, tokens, slot, *(driver.array(where[name], cache, np.uint8) for name in ("k_cache", "v_cache")))
-
-        driver.queue(stream, {"aapt_pack": pack, "aapt_commit": commit}[kernel])
-
-    return lambda head_dim: launch if head_dim == dim else pytest.fail(f"{head_dim=}")
 
 
 @pytest.fixture(scope="module")

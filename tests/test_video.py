@@ -1,10 +1,9 @@
-"""Frames out, checked by the real ffmpeg and ffprobe: formats, colours, pipes that close, full disks, Ctrl-C; and pictures and videos in."""
+"""Frames out, checked by the real ffmpeg: formats, colours, pipes that close, full disks, Ctrl-C; and pictures and videos in."""
 
 import contextlib
 import itertools
 import os
 import shlex
-import shutil
 import signal
 import struct
 import subprocess
@@ -13,14 +12,17 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from aapt_deploy import video
 from aapt_deploy.errors import InputError, MachineError, OutputError, UsageError
 from aapt_deploy.video import FORMATS, PIPE_FORMATS, open_sink, read_image, read_video, write_image
+from tests.support.ffmpeg import FFMPEG, ffmpeg, probed
 
 WIDTH, HEIGHT, FPS = 192, 112, 24
 FORMAT_NAMES = sorted(FORMATS)
@@ -34,19 +36,6 @@ def clip(count: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
     return np.minimum(np.stack(frames) + noise, 255).astype(np.uint8)
 
 
-@pytest.fixture(scope="session")
-def tools() -> None:
-    for tool in ("ffmpeg", "ffprobe"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not on the PATH")
-
-
-def tool(arguments: list[str], data: bytes | None = None) -> bytes:
-    done = subprocess.run(arguments, input=data, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
-
-
 def input_options(name: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[str]:
     """What ffmpeg must be told about a source of format `name`: nothing, except for bare pixels."""
     bare = ["-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", "{}x{}".format(*size), "-framerate", str(FPS)]
@@ -57,14 +46,8 @@ def decoded(name: str, source: str | bytes, size: tuple[int, int] = (WIDTH, HEIG
     """The frames that ffmpeg finds in a file (path) or a stream (bytes): uint8 [T, H, W, 3]."""
     path, data = (source, None) if isinstance(source, str) else ("-", source)
     output = ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    pixels = tool(["ffmpeg", "-v", "error", *input_options(name, size), "-i", path, *output], data)
+    pixels = ffmpeg(*input_options(name, size), "-i", path, *output, data=data)
     return np.frombuffer(pixels, np.uint8).reshape(-1, size[1], size[0], 3)
-
-
-def probed(name: str, path: Path, entries: str) -> dict[str, str]:
-    arguments = ["ffprobe", "-v", "error", "-count_frames", *input_options(name), "-select_streams", "v:0", "-show_entries", f"stream={entries}"]
-    lines = tool([*arguments, "-of", "default=nw=1", "-i", str(path)]).decode().split()
-    return dict(line.split("=") for line in lines)
 
 
 def written(path: Path, name: str, frames: np.ndarray, step: int = 4) -> bytes:
@@ -91,34 +74,37 @@ def sender(body: str, *arguments: str, **options: object) -> subprocess.Popen[by
 
 
 @pytest.mark.parametrize("name", FORMAT_NAMES)
-def test_every_format_makes_a_file_that_ffprobe_counts(tools: None, tmp_path: Path, name: str) -> None:
+def test_every_format_makes_a_file_whose_frames_ffmpeg_counts(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.bin"
     written(path, name, clip(52))
-    found = probed(name, path, "nb_read_frames,width,height,r_frame_rate")
-    assert found == {"width": "192", "height": "112", "r_frame_rate": "24/1", "nb_read_frames": "52"}
+    found = probed(path, *input_options(name))
+    assert (found.frames, found.width, found.height, found.fps) == (52, 192, 112, "24")
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
 @pytest.mark.parametrize("name", PIPE_FORMATS)
-def test_every_pipe_format_goes_through_stdout_into_ffmpeg(tools: None, name: str) -> None:
+def test_every_pipe_format_goes_through_stdout_into_ffmpeg(name: str) -> None:
     body = f"with open_sink('-', {name!r}, 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(13)]\n"
     with sender(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as source:
-        pixels = tool(["ffmpeg", "-v", "error", *input_options(name), "-i", "-", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], source.communicate()[0])
+        output = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        pixels = ffmpeg(*input_options(name), "-i", "-", *output, data=source.communicate()[0])
     assert source.returncode == 0
     assert len(pixels) == 52 * WIDTH * HEIGHT * 3
 
 
-def test_a_shell_pipe_into_ffmpeg_makes_a_playable_file(tools: None, tmp_path: Path) -> None:
+def test_a_shell_pipe_into_ffmpeg_makes_a_playable_file(tmp_path: Path) -> None:
     body = "with open_sink('-', None, 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(6)]\n"
     with sender(body, stdout=subprocess.PIPE) as source:
         assert source.stdout is not None
-        subprocess.run(["ffmpeg", "-v", "error", "-i", "-", str(tmp_path / "o.mp4")], stdin=source.stdout, check=True, timeout=60)
-    assert probed("mp4", tmp_path / "o.mp4", "nb_read_frames,pix_fmt") == {"nb_read_frames": "24", "pix_fmt": "yuv420p"}
+        command = [FFMPEG, "-v", "error", "-i", "-", str(tmp_path / "o.mp4")]
+        subprocess.run(command, stdin=source.stdout, check=True, timeout=60)
+    found = probed(tmp_path / "o.mp4")
+    assert (found.frames, found.pixels) == (24, "yuv420p")
 
 
 @pytest.mark.parametrize("name", PIPE_FORMATS)
 @pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (64, 32)])
-def test_a_pipe_has_each_frame_as_soon_as_it_is_written(tools: None, tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+def test_a_pipe_has_each_frame_as_soon_as_it_is_written(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -165,7 +151,7 @@ class _Drain:
 
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128), (200, 30, 120), (0, 0, 0), (255, 255, 255)])
-def test_colours_come_back(tools: None, tmp_path: Path, name: str, colour: tuple[int, int, int]) -> None:
+def test_colours_come_back(tmp_path: Path, name: str, colour: tuple[int, int, int]) -> None:
     path = tmp_path / f"a.{name}"
     written(path, name, np.broadcast_to(np.array(colour, np.uint8), (5, HEIGHT, WIDTH, 3)))
     back = decoded(name, str(path)).astype(int)
@@ -174,10 +160,11 @@ def test_colours_come_back(tools: None, tmp_path: Path, name: str, colour: tuple
 
 
 @pytest.mark.parametrize("name", [name for name in FORMAT_NAMES if FORMATS[name].codec == "libx264"])
-def test_h264_is_tagged_bt709_limited(tools: None, tmp_path: Path, name: str) -> None:
+def test_h264_is_tagged_bt709_limited(tmp_path: Path, name: str) -> None:
     written(tmp_path / "a", name, clip(5))
-    found = probed(name, tmp_path / "a", "color_range,color_space,color_primaries,color_transfer,pix_fmt")
-    assert found == {"pix_fmt": "yuv420p", "color_range": "tv", "color_space": "bt709", "color_primaries": "bt709", "color_transfer": "bt709"}
+    found = probed(tmp_path / "a")
+    # One "bt709" stands for space, primaries and transfer: ffmpeg names three where they differ.
+    assert (found.pixels, found.colour) == ("yuv420p", ("tv", "bt709", "progressive"))
 
 
 def test_large_y4m_is_bt709_because_players_assume_that(tmp_path: Path) -> None:
@@ -203,12 +190,14 @@ def test_frames_of_any_memory_layout_are_written_as_they_look(tmp_path: Path) ->
     assert written(tmp_path / "a.rgb", "rawvideo", turned) == turned.tobytes()
 
 
-def test_a_closed_mp4_is_an_ordinary_one(tools: None, tmp_path: Path) -> None:
+def test_a_closed_mp4_is_an_ordinary_one(tmp_path: Path) -> None:
     written(tmp_path / "a.mp4", "mp4", clip(52))
-    assert probed("mp4", tmp_path / "a.mp4", "nb_frames,duration") == {"nb_frames": "52", "duration": f"{52 / 24:.6f}"}  # both from its index
+    with av.open(str(tmp_path / "a.mp4")) as container:  # both figures are from its index
+        stream = container.streams.video[0]
+        assert (stream.frames, stream.duration * stream.time_base) == (52, Fraction(52, 24))
 
 
-def test_quality_of_a_file(tools: None, tmp_path: Path) -> None:
+def test_quality_of_a_file(tmp_path: Path) -> None:
     frames = clip(24)
     for name in ("mp4", "mkv"):
         path = tmp_path / f"a.{name}"
@@ -392,7 +381,7 @@ def test_a_reader_that_leaves_before_the_end_is_seen_at_close() -> None:
         assert (process.stderr.read(), process.wait(60)) == (b"gone\n", 0)
 
 
-def test_a_stdout_that_does_not_block_loses_nothing(tools: None) -> None:
+def test_a_stdout_that_does_not_block_loses_nothing() -> None:
     body = (
         "import os\nos.set_blocking(1, False)\nwith open_sink('-', 'rawvideo', 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(10)]\n"
     )
@@ -420,7 +409,7 @@ ENDLESS = (
 
 
 @pytest.mark.parametrize("name", ["mp4", "mkv", "mpegts", "y4m"])
-def test_ctrl_c_leaves_a_whole_file(tools: None, tmp_path: Path, name: str) -> None:
+def test_ctrl_c_leaves_a_whole_file(tmp_path: Path, name: str) -> None:
     for delay_ms in (0, 3, 17, 41):
         path = tmp_path / f"{delay_ms}.{name}"
         with sender(ENDLESS, str(path), name, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -430,7 +419,7 @@ def test_ctrl_c_leaves_a_whole_file(tools: None, tmp_path: Path, name: str) -> N
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (130, b"")
-        assert probed(name, path, "nb_read_frames")["nb_read_frames"] == out.decode().strip()
+        assert probed(path).frames == int(out)
     assert sorted(os.listdir(tmp_path)) == sorted(f"{delay}.{name}" for delay in (0, 3, 17, 41))
 
 
@@ -468,7 +457,7 @@ def test_ctrl_c_during_a_frame_is_held_back_and_not_lost(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "least"), [("mp4", 24), ("mkv", 24), ("mpegts", 24), ("nut", 90)])
-def test_a_killed_stream_leaves_the_old_file_and_a_part_that_plays(tools: None, tmp_path: Path, name: str, least: int) -> None:
+def test_a_killed_stream_leaves_the_old_file_and_a_part_that_plays(tmp_path: Path, name: str, least: int) -> None:
     path = tmp_path / f"a.{name}"
     path.write_bytes(b"old")
     body = "sink = open_sink(arguments[0], None, 192, 112, 24)\n[sink.write(frames) for _ in range(24)]\nprint('96', flush=True)\ntime.sleep(60)\n"
@@ -477,7 +466,7 @@ def test_a_killed_stream_leaves_the_old_file_and_a_part_that_plays(tools: None, 
         assert process.stdout.readline() == b"96\n"
         process.kill()
     assert path.read_bytes() == b"old"
-    assert int(probed(name, tmp_path / f"a.part.{name}", "nb_read_frames")["nb_read_frames"]) >= least
+    assert probed(tmp_path / f"a.part.{name}").frames >= least
     written(path, name, clip(2))  # the next stream leaves that part alone
     assert sorted(os.listdir(tmp_path)) == [f"a.{name}", f"a.part.{name}"]
 
@@ -506,12 +495,12 @@ def test_a_stream_without_a_frame_keeps_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 
-def test_two_streams_to_one_name_do_not_mix(tools: None, tmp_path: Path) -> None:
+def test_two_streams_to_one_name_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with open_sink(str(path), None, WIDTH, HEIGHT, FPS) as one, open_sink(str(path), None, WIDTH, HEIGHT, FPS) as two:
         one.write(clip(5))
         two.write(clip(9))
-    assert probed("mp4", path, "nb_read_frames") == {"nb_read_frames": "5"}  # the one that closed last
+    assert probed(path).frames == 5  # the one that closed last
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 
@@ -547,7 +536,7 @@ def test_closing_twice_is_harmless_and_leaks_no_descriptor(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def picture(tools: None, tmp_path: Path) -> Callable[[str, int, int], tuple[Path, np.ndarray]]:
+def picture(tmp_path: Path) -> Callable[[str, int, int], tuple[Path, np.ndarray]]:
     """Makes a smooth picture file with ffmpeg, by suffix and size; gives its path and its pixels."""
 
     def make(name: str, width: int, height: int) -> tuple[Path, np.ndarray]:
@@ -555,7 +544,8 @@ def picture(tools: None, tmp_path: Path) -> Callable[[str, int, int], tuple[Path
         pixels = np.stack([x * 255 / width, y * 255 / height, 128 + 60 * np.sin((x + y) * 8 / width)], -1).astype(np.uint8)
         path = tmp_path / name
         form = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-        tool(["ffmpeg", "-y", "-v", "error", *form, "-i", "-", "-q:v", "90" if name.endswith("webp") else "2", str(path)], pixels.tobytes())
+        quality = "90" if name.endswith("webp") else "2"
+        ffmpeg(*form, "-i", "-", "-q:v", quality, str(path), data=pixels.tobytes())
         return path, pixels
 
     return make
@@ -588,8 +578,9 @@ def test_a_picture_of_another_shape_is_refused_with_a_command_that_works(picture
     odd = path.rename(tmp_path / "it's square.png")
     with pytest.raises(InputError, match=r"300x300.*192x112") as caught:
         read_image(str(odd), WIDTH, HEIGHT)
-    command = caught.value.hint.split(": ", 1)[1]
-    subprocess.run(shlex.split(command), cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    program, *arguments = shlex.split(caught.value.hint.split(": ", 1)[1])
+    assert program == "ffmpeg"
+    subprocess.run([FFMPEG, *arguments], cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     assert read_image(str(tmp_path / "start.png"), WIDTH, HEIGHT).shape == (HEIGHT, WIDTH, 3)
 
 
@@ -652,7 +643,7 @@ def test_writing_a_picture_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def videos(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seconds of video in several containers and rates. Frame n's brightness is 8 + 4n at 30 fps: it says which source frame is shown."""
     folder = tmp_path_factory.mktemp("videos")
     gray = np.repeat((8 + 4 * np.arange(60, dtype=np.uint8))[:, None], 96 * 96 * 3, axis=1)
@@ -663,7 +654,7 @@ def videos(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vp9.webm", ["-c:v", "libvpx-vp9", "-lossless", "1"]),
         ("h264.ts", ["-c:v", "libx264", "-crf", "1"]),
     ]:
-        tool(["ffmpeg", "-v", "error", *form, *options, "-pix_fmt", "yuv420p", str(folder / name)], gray.tobytes())
+        ffmpeg(*form, *options, "-pix_fmt", "yuv420p", str(folder / name), data=gray.tobytes())
     return folder
 
 
@@ -680,7 +671,7 @@ def test_videos_are_read_at_the_wanted_rate(videos: Path, name: str, fps: int) -
     assert abs((source - np.rint(source)).mean()) < 0.1  # neither darker nor brighter
 
 
-def test_a_video_is_cut_at_the_centre_and_keeps_its_colours(tools: None, tmp_path: Path) -> None:
+def test_a_video_is_cut_at_the_centre_and_keeps_its_colours(tmp_path: Path) -> None:
     frame = np.zeros((1, 120, 200, 3), np.uint8)
     frame[:, :, 50:150] = (255, 0, 0)  # the middle square, 100 wide, is red; 120 are shown
     with open_sink(str(tmp_path / "a.mp4"), None, 200, 120, FPS) as sink:
@@ -692,11 +683,13 @@ def test_a_video_is_cut_at_the_centre_and_keeps_its_colours(tools: None, tmp_pat
     assert frames[3][:, -3:].max() < 30
 
 
-def test_a_video_with_wide_pixels_is_shown_in_its_true_shape(tools: None, tmp_path: Path) -> None:
+def test_a_video_with_wide_pixels_is_shown_in_its_true_shape(tmp_path: Path) -> None:
     path = str(tmp_path / "a.mkv")
-    tool(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc2=s=64x64:r=24:d=0.5,setsar=2/1", "-c:v", "libx264", "-crf", "5", path])
+    source = "testsrc2=s=64x64:r=24:d=0.5,setsar=2/1"
+    ffmpeg("-f", "lavfi", "-i", source, "-c:v", "libx264", "-crf", "5", path)
     whole = next(read_video(path, 128, 64, FPS))
-    reference = tool(["ffmpeg", "-v", "error", "-i", path, "-vf", "scale=128:64", "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"])
+    form = ["-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    reference = ffmpeg("-i", path, "-vf", "scale=128:64", *form)
     assert np.abs(whole.astype(int) - np.frombuffer(reference, np.uint8).reshape(64, 128, 3)).mean() < 8
 
 
@@ -714,7 +707,7 @@ def test_files_that_are_no_video_are_refused(videos: Path, tmp_path: Path) -> No
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("no video\n" * 400)
     (tmp_path / "cut.mp4").write_bytes((videos / "h264.mp4").read_bytes()[:2000])
-    tool(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "sine=d=0.2", str(tmp_path / "sound.wav")])
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.2", str(tmp_path / "sound.wav"))
     for name in ("empty.mp4", "text.mp4", "cut.mp4", "sound.wav", "missing.mp4", "."):
         with pytest.raises(InputError, match="video"):
             list(read_video(str(tmp_path / name), 32, 16, FPS))

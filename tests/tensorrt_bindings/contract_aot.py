@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from aapt_deploy.errors import BundleError
+from tests.support.bindings.plugin_layer import Setter, descs, forget
 
 T, H, D, TILES = 100, 3, 64, 15
 PTX = "//\n.version 8.6\n.target sm_90a\n"
@@ -32,34 +33,6 @@ def module(trtp: ModuleType, registry: Any) -> Iterator[ModuleType]:
     trt_plugin_aot.define(compiled)
     yield trt_plugin_aot
     forget(trtp, "aapt")
-
-
-def forget(trtp: ModuleType, namespace: str) -> None:
-    from tensorrt.plugin import _lib, _tensor
-
-    _tensor.SymIntExpr._exprBuilder = None  # left behind by a get_launch_params that failed
-
-    for kept in (_lib.QDP_REGISTRY, _lib.QDP_CREATORS):
-        for name in [name for name in kept if name.startswith(f"{namespace}::")]:
-            del kept[name]
-    trtp.op.__dict__.pop(namespace, None)
-
-
-def descs(trt: ModuleType, shapes: list[tuple[int, ...]], types: list[str]) -> list[Any]:
-    made = []
-    for shape, kind in zip(shapes, types, strict=True):
-        desc = trt.DynamicPluginTensorDesc()
-        inner = trt.PluginTensorDesc()
-        inner.dims, inner.type, inner.format = trt.Dims(shape), getattr(trt.DataType, kind), trt.TensorFormat.LINEAR
-        desc.desc, desc.min, desc.opt, desc.max = inner, inner.dims, inner.dims, inner.dims
-        made.append(desc)
-    return made
-
-
-class Setter(dict[int, Any]):
-    """Where TensorRT wants the numbers of a launch."""
-
-    nbSymExprs = 0
 
 
 @pytest.mark.parametrize(

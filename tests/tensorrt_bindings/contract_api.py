@@ -13,12 +13,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import type_stubs
-from recorder import Fake, Recorder, Stubs
 
 from aapt_deploy.errors import BundleError, MachineError, ParityError
+from tests.support.bindings import GOLDEN, type_stubs
+from tests.support.bindings.recorder import Fake, Recorder, Stubs
 
-GOLDEN = Path(__file__).parent / "golden"
 PLUGINS = 2
 GRAPH = Path("generator.onnx")
 PLAN = b"plan" * 1000

@@ -6,36 +6,24 @@ real bindings' signatures. Both write into one journal, and that is compared wit
 
 import importlib
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-import type_stubs
-from cuda_emulator import Driver
-from recorder import Recorder, Stubs
 
-from aapt_deploy import profiles
 from aapt_deploy.errors import MachineError
 from aapt_deploy.models.aapt_signature import signatures
 from aapt_deploy.ops.block_causal_attention import NEXT, Ring, hopper_fp8, kernels
-from aapt_deploy.profiles import Model, Profile, Vae, Window
+from tests.support.bindings import GOLDEN, type_stubs
+from tests.support.bindings.build_rig import small
+from tests.support.bindings.recorder import Recorder, Stubs
+from tests.support.cuda_emulator import Driver
 
-GOLDEN = Path(__file__).parent / "golden"
 TYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
 BLOCKS = 4  # the ring has two places: blocks 2 and 3 overwrite 0 and 1
 CACHED = ("k_cache", "v_cache", "k_block", "v_block")
-
-
-def small() -> Profile:
-    """Two layers with the head_dim that our kernels have, a ring of two blocks and no sink."""
-    tiny = profiles.load("tiny-cpu")
-    return replace(
-        tiny, name="small", model=Model(dim=128, depth=2, heads=2, patch=2), window=Window(frames=2, sink_frames=0),
-        vae=Vae(encoder_channels=(), decoder_channels=(8, 8, 8), blocks=1, temporal_kernel=2),
-    )  # fmt: skip
 
 
 class Rig:

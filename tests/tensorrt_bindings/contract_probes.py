@@ -12,13 +12,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import contract_build
-import cuda_emulator
 import numpy as np
 import onnx
 import pytest
-from contract_aot import Setter, descs, forget
-from cuda_emulator import Driver
 
 from aapt_deploy import probe_graphs, proofs
 from aapt_deploy.engine import cuda
@@ -26,6 +22,10 @@ from aapt_deploy.engine.plan_layers import Layer
 from aapt_deploy.errors import BundleError
 from aapt_deploy.ops.block_causal_attention import DOMAIN, kernels
 from aapt_deploy.probe_graphs import Case
+from tests.support import cuda_emulator
+from tests.support.bindings.build_rig import TRT_TYPES, Rig
+from tests.support.bindings.plugin_layer import Setter, descs, forget
+from tests.support.cuda_emulator import Driver
 
 PLAIN = {
     proofs.NATIVE_BUILDS: probe_graphs.native, proofs.CAPTURED: probe_graphs.native, proofs.SLOT: probe_graphs.native,
@@ -63,7 +63,7 @@ class Fake:
             for value in values:
                 kind = value.type.tensor_type
                 shape = tuple(dim.dim_value for dim in kind.shape.dim)
-                tensors.append(cuda_emulator.Tensor(value.name, side, contract_build.TRT_TYPES[kind.elem_type], shape))
+                tensors.append(cuda_emulator.Tensor(value.name, side, TRT_TYPES[kind.elem_type], shape))
         stored = {tensor.name: cuda_emulator.STORED[tensor.dtype] for tensor in tensors}
         plan = cuda_emulator.Plan(self.driver, tensors, lambda given: {name: array.view(stored[name]) for name, array in self.compute(given).items()})
         plan.layers = lambda: self.layers  # type: ignore[method-assign]
@@ -184,7 +184,7 @@ def test_a_question_through_the_strict_fakes_of_this_release(
     probes: ModuleType, trt: ModuleType, release: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, registry: Any
 ) -> None:
     """Every call fits the bindings; a fake computes nothing, so the answer must be a no."""
-    rig = contract_build.Rig(trt, registry, release, monkeypatch, tmp_path)
+    rig = Rig(trt, registry, release, monkeypatch, tmp_path)
     driver = Driver()
     rig.recorder.script["IExecutionContext.execute_async_v3"] = lambda stream: True
     device = cuda.Device(driver)

@@ -15,15 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import link_stubs
 import pytest
-import type_stubs
-import wheels
 
 from aapt_deploy.errors import MachineError
+from tests.support.bindings import link_stubs, type_stubs, wheels
+from tests.support.commands import ROOT
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 MODULES = (
     "engine/trt_api", "engine/trt", "engine/trt_state", "engine/cuda", "engine/trt_probe_plugin", "probes", "build_tensorrt",
     "ops/block_causal_attention/trt_plugin", "ops/block_causal_attention/trt_plugin_aot",
@@ -33,7 +31,7 @@ pytestmark = pytest.mark.skipif(not link_stubs.supported(), reason="link stubs a
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, HERE.parent))), "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], cwd=HERE, env=os.environ | paths | environment, capture_output=True, text=True, check=False)
 
 
@@ -59,16 +57,25 @@ def test_what_cannot_be_downloaded_is_told_with_a_way_out(tmp_path: Path, monkey
     monkeypatch.setattr(wheels, "FOLDER", tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"(?s)tensorrt-cu13-bindings==11.* could not be downloaded for Python 3\..*PIP_FIND_LINKS"):
+    with pytest.raises(wheels.Unavailable, match=r"(?s)tensorrt-cu13-bindings==11.* could not be downloaded for Python 3\..*PIP_FIND_LINKS"):
         wheels.bindings("11.4")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("release", wheels.RELEASES)
+@pytest.fixture(scope="module", params=wheels.RELEASES)
+def release(request: pytest.FixtureRequest) -> str:
+    """A release whose bindings are here. Skips, with pip's reason, if they cannot be fetched."""
+    name: str = request.param
+    try:
+        wheels.bindings(name)
+    except wheels.Unavailable as error:
+        pytest.skip(str(error))
+    return name
+
+
 def test_contracts(release: str) -> None:
-    wheels.bindings(release)
     files = sorted(HERE.glob("contract_*.py"))
-    options = ["-p", "inside", "--release", release, "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HERE)]
+    options = ["-p", "tests.support.bindings.inside", "--release", release, "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HERE)]
     options += ["-W", "error", "--tb=short", "-q"]
     done = run("-m", "pytest", *options, *map(str, files))
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
@@ -99,7 +106,6 @@ def f(
 """
 
 
-@pytest.mark.parametrize("release", wheels.RELEASES)
 def test_types(release: str, tmp_path: Path) -> None:
     """Our modules are clean, and every planted mistake is found."""
     planted = tmp_path / "planted.py"

@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import wheels
+from tests.support.bindings import wheels
+from tests.support.commands import ROOT
 
 CONVERTED = {  # what the real bindings take in the place of a type
     "Dims": "Dims | collections.abc.Sequence[int]",
@@ -50,7 +51,7 @@ def type_stubs(release: str) -> Path:
     folder = bindings / f"types-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"  # made anew when this file changes
     if not (folder / "tensorrt").is_dir():
         with tempfile.TemporaryDirectory(dir=bindings, prefix=".types-") as new:
-            subprocess.run([sys.executable, __file__, release, new], check=True, capture_output=True, text=True)
+            subprocess.run([sys.executable, "-m", __spec__.name, release, new], cwd=ROOT, check=True, capture_output=True, text=True)
             package = Path(new, "tensorrt")
             (package / "plugin").mkdir(parents=True)
             raw = Path(new, "tensorrt_bindings", "tensorrt.pyi").read_text(encoding="utf-8")
@@ -141,7 +142,7 @@ def _type(annotation: ast.expr) -> ast.expr:
 
 
 if __name__ == "__main__":
-    import load
+    from tests.support.bindings import load
 
     load.load(wheels.bindings(sys.argv[1]))
     import pybind11_stubgen

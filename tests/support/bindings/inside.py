@@ -1,15 +1,17 @@
-"""A pytest plugin for the process in which the real bindings of one release are loaded: `pytest -p inside --release 11.4 contract_*.py`.
+"""A pytest plugin for the process in which the real bindings of one release are loaded.
 
-test_tensorrt_bindings.py starts one such process a release. A stub factory returns nothing, so the registry is a small fake here; everything that
+Call it as `pytest -p tests.support.bindings.inside --release 11.4 contract_*.py`.
+
+test_tensorrt.py starts one such process a release. A stub factory returns nothing, so the registry is a small fake here; everything that
 subclasses or fills TensorRT's own classes runs against the real ones.
 """
 
 from types import ModuleType
 from typing import Any
 
-import load
 import pytest
-import wheels
+
+from tests.support.bindings import load, wheels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,31 @@
+"""The command line as a process of its own, and how a command in this process ended."""
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Ran(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The text of the only `error:` line, which must be followed by the only `hint:` line and nothing else."""
+        lines = self.err.splitlines()
+        assert sum(line.startswith("error: ") for line in lines) == 1, self.err
+        assert sum(line.startswith("hint: ") for line in lines) == 1, self.err
+        assert "Traceback" not in self.err
+        assert lines[-2].startswith("error: "), self.err
+        assert lines[-1].startswith("hint: ") and lines[-1] != "hint: ", self.err
+        return lines[-2].removeprefix("error: ")
+
+
+COMMAND = [sys.executable, "-W", "error", "-m", "aapt_deploy"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

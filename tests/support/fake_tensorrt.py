@@ -1,0 +1,107 @@
+"""A fake TensorRT whose plans are the lowered graphs, over an emulated device."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from aapt_deploy import build_tensorrt, proofs
+from aapt_deploy.engine import cuda
+from aapt_deploy.engine.plan_layers import Layer
+from aapt_deploy.graph_bf16 import fp8_products
+from aapt_deploy.ops.block_causal_attention import NAME
+from aapt_deploy.profiles import Profile
+from aapt_deploy.proofs import Proof
+from tests.support import cuda_emulator
+from tests.support.cuda_emulator import Driver
+from tests.support.lowered_graphs import computed
+
+VERSION = "11.4.0.106"
+KINDS = {
+    TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64", TensorProto.UINT8: "UINT8", TensorProto.BFLOAT16: "BF16",
+    TensorProto.FLOAT8E4M3FN: "FP8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    plugin_layers: int
+    workspace_bytes: int
+    optimization_level: int = 3
+    timing_cache: bytes = b""
+
+
+@dataclass(frozen=True)
+class Made:
+    plan: memoryview
+    timing_cache: bytes
+
+
+class TensorRT:
+    """The fake module: a plan is the graph's bytes."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.driver, self.version, self.profile = Driver(), VERSION, profile
+        self.built: list[str] = []
+        self.settings: list[Settings] = []
+        self.at_build: Callable[[str], None] = lambda graph: None
+        self.change: Callable[[str, dict[str, np.ndarray]], None] = lambda graph, outputs: None
+        self.layers: Callable[[list[Layer]], list[Layer]] = lambda layers: layers
+
+    def build(self, graph: Path, settings: Settings, progress: Any, failures: Any, messages: Any) -> Made:
+        self.at_build(graph.stem)
+        self.built.append(graph.stem)
+        self.settings.append(settings)
+        return Made(memoryview(graph.stem.encode().ljust(16) + graph.read_bytes()), b"timings")
+
+    def open_plan(self, file: Path) -> cuda_emulator.Plan:
+        content = file.read_bytes()
+        graph, model = content[:16].decode().strip(), onnx.load_from_string(content[16:])
+        run = computed(model, self.profile.frame_tokens)
+
+        def compute(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            found = dict(run(given))
+            self.change(graph, found)
+            return found
+
+        tensors = [
+            cuda_emulator.Tensor(v.name, side, KINDS[v.type.tensor_type.elem_type], tuple(d.dim_value for d in v.type.tensor_type.shape.dim))
+            for side, values in ((True, model.graph.input), (False, model.graph.output))
+            for v in values
+        ]
+        plan = cuda_emulator.Plan(self.driver, tensors, compute)
+        kinds = {"Attention": "fmha", "MatMul": "gemm", NAME: "PluginV3"}
+        eight = {name for names in fp8_products(model).values() for name in names}
+        types = {node.name: ("FP8" if node.name in eight else "Float",) for node in model.graph.node}
+        layers = [Layer(node.name, kinds.get(node.op_type, "kgen"), "", types[node.name], ("Float",)) for node in model.graph.node]
+        plan.layers = lambda: self.layers(layers)  # type: ignore[method-assign]
+        return plan
+
+
+@pytest.fixture
+def here(tiny: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_core: None) -> Iterator[TensorRT]:
+    fake = TensorRT(tiny)
+    module: Any = ModuleType("aapt_deploy.engine.trt_api")
+    module.version, module.build, module.open_plan = lambda: fake.version, fake.build, fake.open_plan
+    module.Settings, module.Messages = Settings, lambda: None
+    monkeypatch.setitem(sys.modules, "aapt_deploy.engine.trt_api", module)
+    monkeypatch.setattr(cuda, "with_driver", lambda: cuda.Device(fake.driver))
+    monkeypatch.setattr("aapt_deploy.engine.trt.with_driver", lambda: cuda.Device(fake.driver))
+    monkeypatch.setattr(cuda, "driver_release", lambda: "580.65.06")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("aapt_deploy.trial.TUNING_BLOCKS", 2)
+    yield fake
+    assert not (fake.driver.held or fake.driver.pinned or fake.driver.streams or fake.driver.graphs), "something was left behind"
+
+
+def receipt(here: TensorRT, *names: str) -> None:
+    device = cuda.Device(here.driver)
+    proofs.save(device.gpu(here.version, build_tensorrt.kernels.source_hash()), [Proof(name, True, "", 1.0) for name in names])
+    device.close()
