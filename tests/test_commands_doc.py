@@ -19,7 +19,7 @@ def test_a_page_is_what_the_program_says(page: str) -> None:
 def test_the_pages_are_not_empty() -> None:
     named = re.findall(r"^## (aapt .+)$", pages.commands(), re.M)
     assert {"aapt export", "aapt stream", "aapt train run"} <= set(named)
-    found = list(pages.raised(pages.Package()))
+    found = list(pages.raised(pages.parsed()))
     assert len(found) > 150 and {row.exit_code for row in found} == set(pages.meanings()) - {3}
 
 

@@ -6,6 +6,7 @@ raise. No module of the package is named here but these two, so moving one chang
 """
 
 import ast
+import functools
 import html
 import re
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 
 import typer.main
 
-from aapt_deploy import cli, errors
+from aapt_deploy import errors
+from aapt_deploy.cli import app
 
 ROOT = Path(__file__).parent.parent.parent
 WIDTH = 100  # columns
@@ -54,15 +56,16 @@ def commands() -> str:
     """Return docs/commands.md."""
     parts = ["# Commands", NOTE, fill(COMMANDS_INTRO, WIDTH), "## Exit codes", exit_codes()]
     parts += ["## Messages", fill(FAILURE, WIDTH)]
-    for path, command in walk("aapt", typer.main.get_command(cli.app)):
+    for path, command in walk("aapt", typer.main.get_command(app)):
         parts += [f"## {path}", f"```text\n{help_text(path, command)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
+@functools.cache
 def messages() -> str:
     """Return docs/messages.md."""
     parts = ["# Messages", NOTE, fill(MESSAGES_INTRO, WIDTH)]
-    package = Package()
+    package = parsed()
     found = sorted(set(raised(package)))
     for code, meaning in meanings().items():
         rows = [(row.message, row.hint) for row in found if row.exit_code == code]
@@ -190,6 +193,12 @@ class Package:
                 if isinstance(last, ast.Return) and _is_text(last.value) and len(node.body) <= 2:
                     return self.text(last.value, [module, node])
         return COMPUTED
+
+
+@functools.cache
+def parsed() -> Package:
+    """Return the package, parsed once a process."""
+    return Package()
 
 
 def placeholder(node: ast.AST) -> str:
