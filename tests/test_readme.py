@@ -84,6 +84,6 @@ def test_every_figure_is_the_one_of_its_record() -> None:
         f"[{fps:.0f}]({CPU})",
         f"[{first_block_s:.2f} s]({CPU})",
         f"[{psnr:.1f} dB]({CPU})",
-        f"(true: {minute['true']['last']['sharpness']:.2f}) | [{last:.2f}]({MINUTE})",
+        f"after a minute ({minute['true']['last']['sharpness']:.2f}) | [{last:.2f}]({MINUTE})",
     )
     assert [figure for figure in told if figure not in README] == []

@@ -155,7 +155,13 @@ class Package:
     def calls(self, names: set[str]) -> Iterator[tuple[ast.Call, list[ast.AST]]]:
         """Yield every call of one of `names` with its module and the functions around it."""
         for module in self.modules:
-            yield from _calls(module, [module], names)
+            pending: list[tuple[ast.AST, list[ast.AST]]] = [(module, [module])]
+            while pending:
+                node, scopes = pending.pop()
+                if isinstance(node, ast.Call) and getattr(node.func, "id", None) in names:
+                    yield node, scopes
+                inner = [*scopes, node] if isinstance(node, ast.FunctionDef) else scopes
+                pending += [(child, inner) for child in reversed([*ast.iter_child_nodes(node)])]
 
     def text(self, node: ast.AST | None, scopes: list[ast.AST]) -> str:
         """Return the string that `node` makes, with {name} for every value inside it."""
@@ -205,18 +211,6 @@ def placeholder(node: ast.AST) -> str:
     """Return {name} for a plain variable or attribute, else {...}."""
     name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "...")
     return f"{{{name.strip('_').lower()}}}"
-
-
-def _calls(
-    node: ast.AST,
-    scopes: list[ast.AST],
-    names: set[str],
-) -> Iterator[tuple[ast.Call, list[ast.AST]]]:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
-        yield node, scopes
-    inner = [*scopes, node] if isinstance(node, ast.FunctionDef) else scopes
-    for child in ast.iter_child_nodes(node):
-        yield from _calls(child, inner, names)
 
 
 def _assignments(scope: ast.AST, name: str) -> list[ast.expr]:
