@@ -1,13 +1,11 @@
 """docs/commands.md and docs/messages.md are what the program says."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from tests.support import pages
-
-ROOT = Path(__file__).parent.parent
+from tests.support.pages import ROOT
 
 
 @pytest.mark.parametrize("page", pages.PAGES)

@@ -2,14 +2,13 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import typer.main
 
 from aapt_deploy.cli import app
+from tests.support.pages import ROOT
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "deploy-h100.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    aapt ")]
 

@@ -2,11 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.pages import ROOT
+
 FOUND = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/**/*.md"))
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in FOUND)
 COLUMNS = 100

@@ -4,14 +4,13 @@ import ast
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import typer.main
 
 from aapt_deploy.cli import app
+from tests.support.pages import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "aapt_deploy"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (?:\$ )?(aapt .+)$", README, re.M)
