@@ -1,6 +1,7 @@
 # make demo    install what is needed and run the whole path on the embedded checkpoint: export, build, profile, stream
 # make test    install the development tools and run the tests
 # make check   lint and types
+# make docs    write docs/commands.md and docs/messages.md again from the program
 # make bench   measure speed and memory, one JSON record in docs/measurements/
 # make plugins compile the CUDA kernels with nvcc, where there is one, into build/plugins; not needed: they are compiled at first use
 # make wheel   build the wheel into dist/
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench plugins wheel clean
+.PHONY: demo test check docs bench plugins wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/aapt demo --out demo
@@ -19,6 +20,9 @@ test: $(VENV)/dev.stamp
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.support.pages
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python bench/cpu.py
