@@ -27,17 +27,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aapt_deploy.engine.eager import EagerEngines
+from aapt_deploy.backends.torch_eager import EagerEngines
 from aapt_deploy.models import checkpoint
-from aapt_deploy.models.discriminator import Discriminator
-from aapt_deploy.models.generator import Generator
-from aapt_deploy.train import evaluate
-from aapt_deploy.train.adversarial import Rollout, adversarial_update
-from aapt_deploy.train.flow import Latents
+from aapt_deploy.models.aapt.discriminator import Discriminator
+from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.train.judge import evaluate
 from aapt_deploy.train.loop import Learner, Progress, fit, fit_together
+from aapt_deploy.train.losses.adversarial import Rollout, adversarial_update
+from aapt_deploy.train.losses.flow import Latents
+from aapt_deploy.train.losses.trajectory import rounded
+from aapt_deploy.train.processes import Setup, has_bf16
 from aapt_deploy.train.recipe import DEMO, AdversarialStage, Optimiser, gan
-from aapt_deploy.train.setup import Setup, has_bf16
-from aapt_deploy.train.trajectory import rounded
 
 ROOT = Path(__file__).parent.parent
 SETUP = Setup(bf16=has_bf16("cpu"))

@@ -31,11 +31,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT)]
 from attention_checks import RINGS, Case, Run, Stream, on_gpu, replayed  # noqa: E402
 from attention_rivals import Meter, rivals, timed  # noqa: E402
 
-from aapt_deploy.machine import machine  # noqa: E402
+from aapt_deploy.measure.machine import machine  # noqa: E402
 from aapt_deploy.ops.block_causal_attention import Ring, kernels  # noqa: E402
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import tiles  # noqa: E402
 

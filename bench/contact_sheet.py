@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from aapt_deploy import assets
-from aapt_deploy.bundle import Bundle
-from aapt_deploy.camera import CRUISE
-from aapt_deploy.controls import open_controls
-from aapt_deploy.engine.table import open_engines
-from aapt_deploy.rollout import Steering, rollout
-from aapt_deploy.starts import all_starts
-from aapt_deploy.video import write_image
+from aapt_deploy.backends.table import open_engines
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.models.aapt.camera import CRUISE
+from aapt_deploy.rollout.loop import Steering, rollout
+from aapt_deploy.rollout.starts import all_starts
+from aapt_deploy.stream.controls import open_controls
+from aapt_deploy.video.pictures import write_image
 
 GAP = 4  # pixels between frames
 

@@ -26,22 +26,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from aapt_deploy import assets, build, export
-from aapt_deploy.bundle import Bundle
-from aapt_deploy.camera import CRUISE
-from aapt_deploy.engine.ort import OrtGenerator, Threads, open_session
-from aapt_deploy.engine.table import open_engines
-from aapt_deploy.latency import measure_bundle
-from aapt_deploy.machine import machine
+from aapt_deploy import assets
+from aapt_deploy.backends import build
+from aapt_deploy.backends.ort.engine import OrtGenerator, Threads, open_session
+from aapt_deploy.backends.table import open_engines
+from aapt_deploy.backends.trial import Options
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.export import export
+from aapt_deploy.measure.latency import measure_bundle
+from aapt_deploy.measure.machine import machine
 from aapt_deploy.models import checkpoint
-from aapt_deploy.models.aapt_signature import generator as generator_signature
+from aapt_deploy.models.aapt.camera import CRUISE
+from aapt_deploy.models.aapt.rope import temporal_rope
+from aapt_deploy.models.aapt.signature import generator as generator_signature
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import NEXT
 from aapt_deploy.profiles import Profile
-from aapt_deploy.rollout import Steering, rollout
-from aapt_deploy.rope import temporal_rope
-from aapt_deploy.starts import all_starts
-from aapt_deploy.trial import Options
+from aapt_deploy.rollout.loop import Steering, rollout
+from aapt_deploy.rollout.starts import all_starts
 
 ROOT = Path(__file__).parent.parent
 PAIRED_BLOCKS = 40
@@ -186,7 +188,7 @@ def start(bundle: Path) -> dict[str, Any]:
         command = [python, "-m", "aapt_deploy", "stream", str(bundle), "-o", f"{folder}/x.mp4", "--seconds", "0.2", "--json"]
         whole_s, done = best(command, 5)
         said = "print([m for m in ('torch', 'onnx') if m in sys.modules])"
-        probe = f"import sys\nfrom aapt_deploy.cli import main\ntry:\n    main()\nfinally:\n    {said}"
+        probe = f"import sys\nfrom aapt_deploy.cli.commands.commands import main\ntry:\n    main()\nfinally:\n    {said}"
         imported = subprocess.run([python, "-c", probe, *command[3:-1]], capture_output=True, check=True, cwd=ROOT, text=True).stdout
     first = json.loads(done.stdout)["first_frame_ms"]
     return {

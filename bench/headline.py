@@ -36,17 +36,18 @@ from attention_rivals import Meter  # noqa: E402
 from headline_model import goals, predicted, share_of_floor  # noqa: E402
 
 from aapt_deploy import assets  # noqa: E402
-from aapt_deploy.camera import CRUISE  # noqa: E402
-from aapt_deploy.engine import torch_cuda, torch_lane  # noqa: E402
-from aapt_deploy.engine.eager import EagerEngines  # noqa: E402
-from aapt_deploy.engine.torch_calibrate import noise_inputs  # noqa: E402
-from aapt_deploy.engine.torch_kernels import Kernels, plain  # noqa: E402
-from aapt_deploy.engine.torch_step import Step, Tokens, wide_layers  # noqa: E402
-from aapt_deploy.machine import machine  # noqa: E402
+from aapt_deploy.backends.torch_cuda import engine  # noqa: E402
+from aapt_deploy.backends.torch_cuda import lane as torch_lane  # noqa: E402
+from aapt_deploy.backends.torch_cuda.calibrate import noise_inputs  # noqa: E402
+from aapt_deploy.backends.torch_cuda.kernels import Kernels, plain  # noqa: E402
+from aapt_deploy.backends.torch_cuda.step import Step, Tokens, wide_layers  # noqa: E402
+from aapt_deploy.backends.torch_eager import EagerEngines  # noqa: E402
+from aapt_deploy.measure.machine import machine  # noqa: E402
 from aapt_deploy.models import checkpoint  # noqa: E402
-from aapt_deploy.plan import plan  # noqa: E402
+from aapt_deploy.models.aapt.camera import CRUISE  # noqa: E402
+from aapt_deploy.models.cost import plan  # noqa: E402
 from aapt_deploy.profiles import Profile, load  # noqa: E402
-from aapt_deploy.rollout import Steering, rollout  # noqa: E402
+from aapt_deploy.rollout.loop import Steering, rollout  # noqa: E402
 
 STAGES = {"parity": 60, "wide": 230, "hd15": 60, "hd30": 80, "rivals": 90, "ablations": 110, "kernels": 40}  # seconds at most
 BUDGET_S = 560
@@ -107,7 +108,7 @@ def timed(call: Callable[[], object], runs: int) -> list[float]:
 def stream(engines: Any, profile: Profile) -> Iterator[np.ndarray]:
     """Frames of an endless stream, the decoder beside the next step."""
     image = np.random.default_rng(0).integers(0, 256, (profile.video.height, profile.video.width, 3), np.uint8)
-    text = torch_cuda.random_text(profile, 0)
+    text = engine.random_text(profile, 0)
     return rollout(engines, profile, image, lambda block: Steering(CRUISE, text), 0)
 
 
@@ -160,7 +161,7 @@ def one_by_one(engines: Any, profile: Profile, steps: int) -> dict[str, Any]:
 
 def streamed(profile: Profile, precision: str, steps: int, limit_s: float, serial: int) -> dict[str, Any]:
     before = time.perf_counter()
-    engines = torch_cuda.random_engines(profile, precision, 0, device())
+    engines = engine.random_engines(profile, precision, 0, device())
     synchronise()
     found: dict[str, Any] = {
         "profile": profile.name,
@@ -193,7 +194,7 @@ def parity() -> dict[str, Any]:
     profile, blocks = held.profile, 2 if SMALL else 30
     precision = "fp32" if SMALL else "bf16"
     networks = copy.deepcopy(held.generator).to(device()), copy.deepcopy(held.vae).to(device())
-    pair = torch_cuda.GpuEngines(*networks, None, torch_cuda.Options.of(precision, device())), EagerEngines(held, torch.get_num_threads(), "fp32")
+    pair = engine.GpuEngines(*networks, None, engine.Options.of(precision, device())), EagerEngines(held, torch.get_num_threads(), "fp32")
     image = next(iter(held.start_frames.values())).image.numpy()
     text = np.zeros((1, profile.text.tokens), np.int64)
     streams = [rollout(engines, profile, image, lambda block: Steering(CRUISE, text), 0) for engines in pair]
@@ -209,9 +210,9 @@ def captured_is_launched() -> bool:
     said = []
     for launched in (False, True):
         with uncaptured() if launched else contextlib.nullcontext():
-            engines = torch_cuda.random_engines(wide_shape().replace(model=dataclasses.replace(wide_shape().model, depth=3)), "fp8", 0, device())
+            engines = engine.random_engines(wide_shape().replace(model=dataclasses.replace(wide_shape().model, depth=3)), "fp8", 0, device())
         profile = engines["generator"].profile  # type: ignore[union-attr]
-        engines["generator"].reset(**engines["prompt"].run(text=torch_cuda.random_text(profile, 0)))  # type: ignore[arg-type]
+        engines["generator"].reset(**engines["prompt"].run(text=engine.random_text(profile, 0)))  # type: ignore[arg-type]
         outputs = []
         for block in range(6):
             inputs = {n: x.numpy() for n, x in noise_inputs(profile, block, torch.device("cpu")).items() if n not in ("cache_len", "slot")}
@@ -252,8 +253,8 @@ def by_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Te
 def rivals() -> dict[str, Any]:
     """Milliseconds of one generator pass in plain PyTorch, the ring full."""
     profile, kind = wide_shape(), torch.float32 if SMALL else torch.bfloat16
-    generator, _ = torch_cuda.random_networks(profile, kind, 0, device())
-    torch_cuda.settle(generator, kind)
+    generator, _ = engine.random_networks(profile, kind, 0, device())
+    engine.settle(generator, kind)
     kernels = dataclasses.replace(plain(), attend_tokens=by_sdpa)
     step = Step(generator, wide_layers(generator, kind), Tokens(profile, kernels, kind, device()), kernels, kind)
     inputs, runs = noise_inputs(profile, 0, device()), 3 if SMALL else 20
@@ -290,7 +291,7 @@ def recomputed(step: Step, kernels: Kernels, profile: Profile, kind: torch.dtype
 
 def ablations() -> dict[str, Any]:
     profile, found, runs = wide_shape(), {}, 3 if SMALL else 40
-    own = torch_cuda.Options.of("fp8", device()).kernels
+    own = engine.Options.of("fp8", device()).kernels
     plain_ones = {name: getattr(plain(), name) for name in ("modulated", "gated", "heads", "activated", "quantised")}
     variants: dict[str, tuple[str, bool, Kernels, bool]] = {
         "as it is": ("fp8", True, own, False),
@@ -300,11 +301,11 @@ def ablations() -> dict[str, Any]:
         "bf16": ("fp32" if SMALL else "bf16", True, own, False),
     }
     for name, (precision, by_row, kernels, launched) in variants.items():
-        options = torch_cuda.Options(precision, kernels, by_row)
+        options = engine.Options(precision, kernels, by_row)
         with uncaptured() if launched else contextlib.nullcontext():
-            generator, vae = torch_cuda.random_networks(profile, torch_cuda.PRECISIONS[precision], 0, device())
-            scales = torch_cuda.noise_scales(generator, options, 0) if precision == "fp8" else None
-            engines = torch_cuda.GpuEngines(generator, vae, scales, options)
+            generator, vae = engine.random_networks(profile, engine.PRECISIONS[precision], 0, device())
+            scales = engine.noise_scales(generator, options, 0) if precision == "fp8" else None
+            engines = engine.GpuEngines(generator, vae, scales, options)
         found[name] = one_by_one(engines, profile, runs)["generator"]
         say(f"ablations: {name}: {found[name]}")
         engines.close()
@@ -318,7 +319,7 @@ def longest_kernels() -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     shape_ = wide_shape()
-    engines = torch_cuda.random_engines(shape_, "fp8", 0, device())
+    engines = engine.random_engines(shape_, "fp8", 0, device())
     one_by_one(engines, shape_, 3)
     with profile(activities=[ProfilerActivity.CPU if SMALL else ProfilerActivity.CUDA]) as seen:
         one_by_one(engines, shape_, 3)

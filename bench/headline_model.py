@@ -1,12 +1,12 @@
 """What headline.py expects before it measures, and what must hold: each stage's work over the rate that was assumed, before any GPU had run it.
 
-Work comes from `aapt_deploy.plan`; rates are the data sheet's times an efficiency. A wrong prediction says where to look.
+Work comes from `aapt_deploy.models.cost`; rates are the data sheet's times an efficiency. A wrong prediction says where to look.
 """
 
 import functools
 from typing import Any
 
-from aapt_deploy.plan import GPUS, Plan, plan
+from aapt_deploy.models.cost import GPUS, Plan, plan
 from aapt_deploy.profiles import Profile
 
 GPU = GPUS["H100"]  # an H200 has the same compute, and 4.8 instead of 3.35 TB/s

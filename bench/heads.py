@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from aapt_deploy.machine import machine
+from aapt_deploy.measure.machine import machine
 from aapt_deploy.models import checkpoint
-from aapt_deploy.models.discriminator import Discriminator
-from aapt_deploy.train.adversarial import Rollout, adversarial_update
+from aapt_deploy.models.aapt.discriminator import Discriminator
 from aapt_deploy.train.draws import numbers
-from aapt_deploy.train.flow import Clips, Latents
 from aapt_deploy.train.loop import Learner, fit_together
+from aapt_deploy.train.losses.adversarial import Rollout, adversarial_update
+from aapt_deploy.train.losses.flow import Clips, Latents
+from aapt_deploy.train.processes import Setup, has_bf16
 from aapt_deploy.train.recipe import DEMO, gan
-from aapt_deploy.train.setup import Setup, has_bf16
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = 100  # clips

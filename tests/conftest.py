@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from aapt_deploy import build, build_ort, cli, export, profiles, quantize
-from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import eager
+from aapt_deploy import profiles
+from aapt_deploy.backends import build, torch_eager
+from aapt_deploy.backends.ort import build as build_ort
+from aapt_deploy.backends.trial import Options
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.bundle.scales import Scales
+from aapt_deploy.cli import commands
+from aapt_deploy.export import calibrate, export
 from aapt_deploy.models import checkpoint
-from aapt_deploy.models.aapt_signature import signatures
+from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile
-from aapt_deploy.scales import Scales
-from aapt_deploy.trial import Options
 from tests.support.commands import Ran
 from tests.support.cuda_emulator import Driver
 from tests.support.tiny import FEW_BLOCKS, Exported, Made, frames_of, make_checkpoint, picture
@@ -54,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, loaded: Checkpoint) -> Made:
     parity = export.export_bundle(loaded, path, False, said.append)
     shutil.copytree(path, path.with_name("bare"))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (build_ort, eager):
+        for module in (build_ort, torch_eager):
             patch.setattr(module, "cores", lambda: 1)
         opened = Bundle.open(path)
         options = Options(said.append)
@@ -92,7 +95,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint
 
 @pytest.fixture(scope="session")
 def calibrated(three: Checkpoint) -> Scales:
-    return quantize.calibrate(checkpoint.load(three.path), lambda text: None)
+    return calibrate.calibrate(checkpoint.load(three.path), lambda text: None)
 
 
 @pytest.fixture(scope="session")
@@ -114,14 +117,14 @@ def exported_frames(exported: Exported) -> list[np.ndarray]:
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build for one thread only, as `made` does."""
-    for module in (build_ort, eager):
+    for module in (build_ort, torch_eager):
         monkeypatch.setattr(module, "cores", lambda: 1)
 
 
 @pytest.fixture
 def image(tmp_path: Path, tiny: Profile) -> Path:
     """A picture file of the right shape, twice the size."""
-    from aapt_deploy.video import write_image
+    from aapt_deploy.video.pictures import write_image
 
     path = tmp_path / "start.png"
     write_image(path, picture(2 * tiny.video.width, 2 * tiny.video.height, 3))
@@ -136,7 +139,7 @@ def aapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["aapt", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         code = ended.value.code
         assert isinstance(code, int)
         return Ran(code, *capsys.readouterr())

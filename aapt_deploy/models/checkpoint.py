@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aapt_deploy import profiles
+from aapt_deploy.bundle.files import whole, writing
 from aapt_deploy.errors import CheckpointError
-from aapt_deploy.lock import whole, writing
-from aapt_deploy.models.generator import Generator
-from aapt_deploy.models.layers import spatial_rope
-from aapt_deploy.models.vae import Vae
+from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.models.aapt.layers import spatial_rope
+from aapt_deploy.models.aapt.vae import Vae
 from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
 
 FORMAT = "aapt-checkpoint-1"

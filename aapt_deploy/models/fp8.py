@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aapt_deploy.models.aapt_signature import signatures
-from aapt_deploy.models.generator import Generator
-from aapt_deploy.models.graphs import random_inputs
+from aapt_deploy.bundle.scales import LinearScales, Scales
+from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.models.aapt.graphs import random_inputs
+from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.profiles import Profile
-from aapt_deploy.scales import LinearScales, Scales
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0

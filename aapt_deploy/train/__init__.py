@@ -1,1 +1,14 @@
-"""Training: the world to learn, its data, and the stages that turn it into a checkpoint. Not imported by any command but `aapt train`."""
+"""Checkpoints from nothing: data, losses, the loop, and how long a world holds.
+
+run.py         one training run: stages in their order, resumed where it stopped
+stages.py      the stages of the generator
+loop.py        updates, averages, saving and resuming
+recipe.py      every number of the recipe
+processes.py   one process or many
+draws.py       random numbers that a resumed run draws again
+scalars.py     loss curves for TensorBoard
+samples.py     pictures and clips of a checkpoint in training
+losses/        what is learnt, one file per objective
+world/         the toy world: renderer and clips
+judge/         how long a generated world stays true
+"""

@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aapt_deploy import lock
+from aapt_deploy.bundle import files
 from aapt_deploy.errors import CheckpointError, TrainingError, UsageError
 from aapt_deploy.train.draws import numbers
+from aapt_deploy.train.processes import ALONE, Setup, fill, own, whole
 from aapt_deploy.train.recipe import Optimiser
 from aapt_deploy.train.scalars import Events
-from aapt_deploy.train.setup import ALONE, Setup, fill, own, whole
 
 SAVE_EVERY_S = 180.0
 LOG_EVERY = 20  # updates
@@ -162,7 +162,7 @@ def _forget(log: Path, step: int) -> None:
     """Drop the lines of updates after `step`, which are done again."""
     if log.exists():
         kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with lock.whole(log) as temporary:
+        with files.whole(log) as temporary:
             temporary.write_text("".join(kept))
 
 

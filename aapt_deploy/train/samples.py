@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aapt_deploy.camera import CRUISE, Velocity
-from aapt_deploy.engine.eager import EagerEngines
+from aapt_deploy.backends.torch_eager import EagerEngines
 from aapt_deploy.models import checkpoint
-from aapt_deploy.prompts import parse, token_ids
-from aapt_deploy.rollout import Steering, rollout
+from aapt_deploy.models.aapt.camera import CRUISE, Velocity
+from aapt_deploy.models.aapt.prompts import parse, token_ids
+from aapt_deploy.rollout.loop import Steering, rollout
 from aapt_deploy.train.scalars import Events
-from aapt_deploy.video import open_sink, write_image
+from aapt_deploy.video.pictures import write_image
+from aapt_deploy.video.sinks import open_sink
 
 COLUMNS = 6
 TURN = 0.2  # radians per second, to the left and to the right in turn

@@ -1,268 +1,202 @@
-"""A whole training run: linear fits, cached latents, the VAE's decoder, the generator's stages, a checkpoint after each of those that can stream.
+"""The stages of the generator in their order, each of which leaves one file in the run's folder and is skipped when it is there."""
 
-The generator's stages are those of AAPT's App. B: flow matching (flow.py), distillation to one step (consistency.py), student forcing under a
-discriminator and its long-video form (adversarial.py). A run may also start from a checkpoint in the place of VAE and flow matching.
-
-Every part leaves its result in the run's folder and is skipped when it is there, so a run that was killed goes on where it stopped. What the folder
-was made from is written down in it (run.json), and a run with anything else is refused there.
-"""
-
-import contextlib
+import copy
 import dataclasses
-import functools
-import hashlib
-import json
-import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from aapt_deploy import __version__
-from aapt_deploy.errors import CheckpointError, InputError, UsageError
-from aapt_deploy.lock import locked, whole
-from aapt_deploy.machine import machine
+from aapt_deploy.errors import CheckpointError, InputError
 from aapt_deploy.models import checkpoint
-from aapt_deploy.models.checkpoint import StartFrame
-from aapt_deploy.models.generator import Generator
-from aapt_deploy.models.vae import Vae, from_pixels
-from aapt_deploy.profiles import CONDITION_CHANNELS, Profile
-from aapt_deploy.prompts import PROMPT_TOKENS, parse
-from aapt_deploy.train.data import VALIDATION_SEED, ClipFile, clip_files, conditions
-from aapt_deploy.train.flow import Latents
-from aapt_deploy.train.generator_stages import GeneratorStages, part
-from aapt_deploy.train.loop import fit
-from aapt_deploy.train.recipe import Recipe
-from aapt_deploy.train.samples import write_samples
-from aapt_deploy.train.setup import ALONE, Setup, has_bf16
-from aapt_deploy.train.vae_stage import Snippets, fit_linear, vae_loss
-from aapt_deploy.train.worlds import World, fly
+from aapt_deploy.models.aapt.discriminator import Discriminator
+from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.train.draws import coin, numbers
+from aapt_deploy.train.loop import Learner, fit, fit_together
+from aapt_deploy.train.losses.adversarial import adversarial_update
+from aapt_deploy.train.losses.anchor import fit_anchor
+from aapt_deploy.train.losses.anchored import anchored_loss, level_errors, own_flights
+from aapt_deploy.train.losses.consistency import consistency_loss
+from aapt_deploy.train.losses.flow import Latents, flow_loss
+from aapt_deploy.train.losses.student_forcing import forced_flow_loss
+from aapt_deploy.train.losses.trajectory import measure_fade, trajectory_loss
+from aapt_deploy.train.processes import ALONE, Setup, whole
+from aapt_deploy.train.recipe import AdversarialStage, AnchoredStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage
 
-Report = Callable[[str], None]
+ONE_STEP = (1.0,)
+SEEDS = {
+    "generator": 0,
+    "consistency": 1000,
+    "adversarial": 2000,
+    "trajectory": 3000,
+    "anchored": 4000,
+}  # so that no two stages draw the same numbers
 
-# Start frames that a demo checkpoint brings: name -> (world seed, prompt). The worlds were not trained on.
-STARTS = {
-    "desert-dusk": (VALIDATION_SEED + 900, "desert in summer at dusk, clear"),
-    "mountains-dawn": (VALIDATION_SEED + 911, "mountains in autumn at dawn, clear"),
-    "islands-noon": (VALIDATION_SEED + 902, "islands in summer at noon, cloudy"),
-    "forest-noon": (VALIDATION_SEED + 913, "forest in spring at noon, clear"),
-    "mountains-winter": (VALIDATION_SEED + 914, "mountains in winter at noon, clear"),
-}
+
+def part(path: Path, module: nn.Module, make: Callable[[], None], setup: Setup = ALONE, together: bool = True) -> None:
+    """Run `make`, which trains `module`, unless `path` already holds its result. Raises CheckpointError if that is damaged.
+
+    Of several processes all run `make`, or, if they do not work `together`, the first one, and the others load what it wrote.
+    """
+    done = path.exists()
+    setup.wait()  # all look before one writes
+    if not done and (together or setup.writes):
+        make()
+        if setup.writes:
+            save_part(path, module)
+    setup.wait()
+    if done or not (together or setup.writes):
+        load_part(path, module)
+
+
+def load_part(path: Path, module: nn.Module) -> None:
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"part {path} of an earlier run cannot be used: {error}", "delete it to train this part again") from None
+
+
+def save_part(path: Path, module: nn.Module) -> None:
+    save_tensors(path, module.state_dict())
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+
+
+def generator_loss(generator: Generator, latents: Latents, stage: FlowStage, rng: torch.Generator) -> Tensor:
+    """One batch's flow loss: along the generator's own rollout in a share `stage.forced` of the batches, else under teacher forcing."""
+    forced = coin(rng, 0) < stage.forced
+    batch = latents.draw(generator.profile, stage, rng).to(generator.step_spread.device)
+    return forced_flow_loss(generator, batch, stage, rng) if forced else flow_loss(generator, batch, stage, rng)
 
 
 @dataclass(frozen=True)
-class Start:
-    """Checkpoints to go on from."""
+class GeneratorStages:
+    """`generator` goes through the stages; the other fields say with what, and where to."""
 
-    adapted: Path  # VAE and generator after flow matching: that stage is skipped
-    distilled: Path | None = None  # a one-step generator: distillation is skipped, too
+    generator: Generator
+    latents: Latents
+    recipe: Recipe
+    run: Path
+    report: Callable[[str], None]
+    setup: Setup
 
+    def all(self, adapted: bool, distilled: Path | None) -> Iterator[tuple[str, tuple[float, ...] | None]]:
+        """Run the stages, naming each and its sampler's times (None: the profile's) when `generator` holds its result.
 
-def train(
-    data: Path, run: Path, profile: Profile, recipe: Recipe, report: Report, setup: Setup = ALONE, start: Start | None = None,
-    warn: Report | None = None,
-) -> Path:  # fmt: skip
-    """Train everything that `run` does not hold yet. Returns the path of the last stage's checkpoint; `run` holds one of each.
+        adapted: the generator comes from flow matching. distilled: a checkpoint that stands in for distillation.
+        """
+        self.generator.checkpointing = self.setup.checkpointing
+        if not adapted:
+            for number, stage in enumerate(self.recipe.flow, start=1):
+                part(self.run / f"generator-{number}.safetensors", self.generator, partial(self._flow, number, stage), self.setup)
+        yield "adapted", None
+        teacher = copy.deepcopy(self.generator)
+        if distilled is not None:
+            self._take(distilled)
+            yield "distilled", ONE_STEP
+        else:
+            for number, distillation in enumerate(self.recipe.consistency, start=1):
+                part(self.run / f"consistency-{number}.safetensors", self.generator, partial(self._distil, number, distillation, teacher), self.setup)
+                yield f"consistency-{number}", ONE_STEP
+            for number, regression in enumerate(self.recipe.trajectory, start=1):
+                part(self.run / f"trajectory-{number}.safetensors", self.generator, partial(self._regress, number, regression, teacher), self.setup)
+                yield f"trajectory-{number}", ONE_STEP
+        for number, game in enumerate(self.recipe.adversarial, start=1):
+            part(self.run / f"adversarial-{number}.safetensors", self.generator, partial(self._play, number, game, teacher), self.setup)
+            yield f"adversarial-{number}", game.timesteps
+        before = copy.deepcopy(self.generator)
+        for number, anchored in enumerate(self.recipe.anchored, start=1):
+            part(self.run / f"anchored-{number}.safetensors", self.generator, partial(self._anchor, number, anchored, before), self.setup)
+            yield f"anchored-{number}", ONE_STEP
 
-    `report` hears of progress, `warn` (default: `report`) of each clip that cannot be used.
+    def _take(self, path: Path) -> None:
+        """The weights of another checkpoint. Raises InputError when it is of another shape."""
+        held = checkpoint.load(path)
+        if held.profile.replace(sampler=self.generator.profile.sampler, name=self.generator.profile.name) != self.generator.profile:
+            raise InputError(f"checkpoint {path} has another profile than the run", "give checkpoints of one model; their samplers may differ")
+        self.generator.load_state_dict(held.generator.state_dict())
 
-    With `start`, the profile is that of its checkpoint. Raises InputError for a data folder without clips or a start that does not fit, UsageError
-    for a profile whose prompts clips do not hold or a folder of another run, BusyError while another process writes there, and CheckpointError for
-    a damaged part of an earlier run.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with locked(run, f"run {run}") if setup.writes else contextlib.nullcontext():
-        heard = (report, warn or report) if setup.writes else (_silence, _silence)
-        return _train(data, run, profile, recipe, heard, setup, start)
+    def _told(self, name: str, optimiser: Optimiser) -> Callable[[int, float], None]:
+        return lambda step, loss: self.report(f"{name}: {step} of {optimiser.steps} updates, loss {loss:.4f}")
 
+    def _shared(self) -> Generator:
+        """The generator to train: itself, or a sharded copy."""
+        return self.generator if self.setup.mesh is None else self.setup.shared(copy.deepcopy(self.generator))
 
-def _train(data: Path, run: Path, profile: Profile, recipe: Recipe, heard: tuple[Report, Report], setup: Setup, start: Start | None) -> Path:
-    report, warn = heard
-    skipped: list[str] = []
+    def _fit(self, kind: str, number: int, optimiser: Optimiser, loss: Callable[[Generator, torch.Generator], Tensor]) -> None:
+        state, seed, trained = self.run / f"{kind}-{number}.state", self.recipe.seed + SEEDS[kind] + number, self._shared()
+        average = fit(trained, partial(loss, trained), optimiser, state, seed, self._told(f"{kind} stage {number}", optimiser), self.setup)
+        self.generator.load_state_dict(average, strict=False)
 
-    def skip(path: Path, reason: str) -> None:
-        if path.name in skipped:  # each part of the run meets it again
-            return
-        skipped.append(path.name)
-        warn(f"skipped clip {path.name}: {reason} ({len(skipped)} so far)")
+    def _flow(self, number: int, stage: FlowStage) -> None:
+        self.generator.step_spread.copy_(self.latents.step_spread())
+        self._fit("generator", number, stage.optimiser, lambda trained, rng: generator_loss(trained, self.latents, stage, rng))
 
-    began = time.monotonic()
-    clips = clip_files(data, skip)
-    torch.manual_seed(recipe.seed)
-    if start is not None:
-        held = checkpoint.load(start.adapted)
-        profile, generator, vae = held.profile, held.generator.train(), held.vae
-    else:
-        generator, vae = Generator(profile), Vae(profile)
-    _refuse_prompts(profile)
-    _same_run(run, profile, recipe, start, setup)
-    if start is None:
-        part(run / "vae-linear.safetensors", vae, lambda: _fit(vae, clips, profile, recipe, report), setup, together=False)
-    latents = one_after_another(setup, lambda: cached_latents(run / "latents.safetensors", vae, clips, profile, report))
-    if start is None:
-        part(run / "vae.safetensors", vae, lambda: _train_vae(vae, clips, profile, recipe, run, report, setup), setup, together=False)
+    def _distil(self, number: int, stage: ConsistencyStage, teacher: Generator) -> None:
+        def loss(student: Generator, rng: torch.Generator) -> Tensor:
+            batch = self.latents.draw(student.profile, stage, rng).to(student.step_spread.device)
+            return consistency_loss(student, teacher, batch, stage, rng)
 
-    def record(stage: str) -> dict[str, object]:
-        return {
-            "stage": stage, "clips": len(clips), "skipped": len(skipped), "seconds_this_run": round(time.monotonic() - began), "machine": machine(),
-            "recipe": repr(recipe), "start": start and {name: path and path.name for name, path in vars(start).items()},
-            "versions": {"aapt_deploy": __version__, "torch": torch.__version__.split("+")[0]},
-        }  # fmt: skip
+        self._fit("consistency", number, stage.optimiser, loss)
 
-    stages = GeneratorStages(generator.to(setup.device), latents, recipe, run, report, setup)
-    path = made = run / "checkpoint.safetensors"
-    for stage, timesteps in stages.all(start is not None, start.distilled if start else None):
-        made = run / f"checkpoint-{stage}.safetensors"
-        if setup.writes:
-            if not _holds(made, generator, vae):  # else it stays as it is: records name it by its hash
-                shipped = profile.replace(sampler=dataclasses.replace(profile.sampler, timesteps=timesteps or profile.sampler.timesteps))
-                checkpoint.save(made, shipped, generator.eval(), vae.eval(), record(stage), start_frames(profile))
-                (run / "record.json").write_text(json.dumps(record(stage), indent=1))
-                _copy(made, path)
-            if recipe.sample_seconds and not (run / f"samples-{stage}").exists():
-                report(f"streaming samples of stage {stage}")
-                write_samples(made, run / f"samples-{stage}", recipe.sample_seconds)
-        generator.train()
-        setup.wait()
-    if setup.writes:
-        _copy(made, path)  # once more, for a run that was killed between the two
-    return path
+    def _regress(self, number: int, stage: TrajectoryStage, teacher: Generator) -> None:
+        fade = torch.ones(len(self.generator.step_spread))
+        if stage.worn:
+            with self.setup.autocast():
+                fade = measure_fade(self.generator, self.latents, stage, numbers(self.recipe.seed + SEEDS["trajectory"] + number, 0, 1))
+            self.report(f"trajectory stage {number}: a rollout of {stage.fade_blocks} blocks leaves {float(fade.mean()):.2f} of its detail")
 
+        def loss(student: Generator, rng: torch.Generator) -> Tensor:
+            batch = self.latents.draw(student.profile, stage, rng).to(student.step_spread.device)
+            return trajectory_loss(student, teacher, batch, stage, fade, rng)
 
-def _holds(path: Path, generator: Generator, vae: Vae) -> bool:
-    """Whether the checkpoint at `path` has these weights."""
-    try:
-        held = checkpoint.stored(path)
-        parts = (("generator", generator), ("vae", vae))
-        return all(
-            torch.equal(held.tensor(f"{part}.{name}"), tensor.cpu().half().float())
-            for part, module in parts
-            for name, tensor in module.state_dict().items()
-        )
-    except CheckpointError:  # there is none, or it is damaged
-        return False
+        self._fit("trajectory", number, stage.optimiser, loss)
 
+    def _anchor(self, number: int, stage: AnchoredStage, teacher: Generator) -> None:
+        anchor = fit_anchor(self.latents).to(self.generator.step_spread.device)
+        with self.setup.autocast():
+            flights = own_flights(self.generator, self.latents, stage, numbers(self.recipe.seed + SEEDS["anchored"] + number, 0, 1))
+        self.report(f"anchored stage {number}: {len(flights.z)} of {stage.flights} flights of {stage.flight_blocks} blocks have not run away")
 
-def _copy(source: Path, target: Path) -> None:
-    with whole(target) as temporary:
-        shutil.copyfile(source, temporary)
+        def loss(student: Generator, rng: torch.Generator) -> Tensor:
+            true, own = (source.draw(student.profile, stage, rng) for source in (self.latents, flights))
+            device, errors = student.step_spread.device, level_errors(self.latents, true.previous, rng)
+            return anchored_loss(student, teacher, true.to(device), errors.to(device), own.to(device), anchor, stage, rng)
 
+        self._fit("anchored", number, stage.optimiser, loss)
 
-def _refuse_prompts(profile: Profile) -> None:
-    if profile.text.tokens and (profile.text.kind != "vocabulary" or profile.text.tokens != PROMPT_TOKENS):
-        raise UsageError(
-            f"profile {profile.name} reads prompts of {profile.text.tokens} tokens of kind {profile.text.kind!r}; "
-            f"clips hold the ids of {PROMPT_TOKENS} words",
-            f'in its [text] set kind = "vocabulary" and tokens = {PROMPT_TOKENS}, or tokens = 0 to train without text',
-        )
+    def _play(self, number: int, stage: AdversarialStage, adapted: Generator) -> None:
+        if stage.blocks > (available := self.latents.conditions.shape[1]):
+            raise InputError(
+                f"adversarial stage {number} wants segments of {stage.blocks} blocks, the clips have {available}",
+                f"make longer ones, as those were made, with: aapt train data FOLDER --blocks {stage.blocks}",
+            )
+        seed = self.recipe.seed + SEEDS["adversarial"] + number
+        torch.manual_seed(seed)  # of the discriminator's heads
+        discriminator = Discriminator(self.generator.profile, stage.attention, stage.logits).to(self.setup.device)
+        discriminator.checkpointing = self.setup.checkpointing
+        if number == 1:
+            discriminator.start_from(adapted)
+        else:
+            load_part(self.run / f"discriminator-{number - 1}.safetensors", discriminator)
+        trained, discriminator = self._shared(), self.setup.shared(discriminator)
+        judge = dataclasses.replace(stage.optimiser, learning_rate=stage.discriminator_rate)
+        learners = [Learner("generator", trained, stage.optimiser), Learner("discriminator", discriminator, judge)]
 
+        def update(rng: torch.Generator, step: int, scale: float) -> dict[str, Tensor]:
+            return adversarial_update(trained, discriminator, self.latents, stage, rng, step, scale)
 
-def _same_run(run: Path, profile: Profile, recipe: Recipe, start: Start | None, setup: Setup) -> None:
-    """Write down what `run` is made from, or compare. Raises UsageError for a folder that was made from something else."""
-    starts = {name: checkpoint.stored(path).sha256 for name, path in vars(start).items() if path} if start else {}
-    wanted = {"profile": profile.dumps(), "recipe": repr(recipe), "start": json.dumps(starts)}
-    path = run / "run.json"
-    setup.wait()
-    try:
-        held = json.loads(path.read_text()) if path.exists() else wanted
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "delete it if the run is yours to go on with") from None
-    if differing := [name for name, value in wanted.items() if held.get(name) != value]:
-        raise UsageError(
-            f"run {run} was made with another {' and another '.join(differing)}",
-            f"give another folder with --run, or ask for what {path} says; to begin anew, delete {run}",
-        )
-    setup.wait()  # all look before one writes
-    if setup.writes and not path.exists():
-        with whole(path) as temporary:
-            temporary.write_text(json.dumps(wanted, indent=1))
-
-
-def _silence(text: str) -> None:
-    """The other processes have nothing to say that the first one does not."""
-
-
-def one_after_another(setup: Setup, make: Callable[[], Latents]) -> Latents:
-    """`make` in the first process, which leaves a file, then in the others, which read it."""
-    made = make() if setup.writes else None
-    setup.wait()
-    return make() if made is None else made
-
-
-def _fit(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe, report: Report) -> None:
-    report("fitting the VAE's linear paths")
-    kept = fit_linear(vae, clips, profile, recipe.seed)
-    report(f"the latent keeps {100 * kept:.2f} % of the pixels' variance")
-
-
-def cached_latents(path: Path, vae: Vae, clips: list[ClipFile], profile: Profile, report: Report) -> Latents:
-    """All clips as latents, from the cache if it was made with this encoder and these clips."""
-    files = repr([(clip.path.name, found.st_size, found.st_mtime_ns) for clip in clips for found in [clip.path.stat()]]).encode()
-    key = hashlib.sha256(files + b"".join(t.numpy().tobytes() for t in vae.encoder.state_dict().values())).hexdigest()
-    with contextlib.suppress(SafetensorError, OSError, KeyError):  # none yet, or damaged: made again
-        held = load_file(path)
-        if bytes(held.pop("key").tolist()).hex() == key:
-            return Latents(**held)
-    latents: Latents | None = None
-    used = 0
-    for index, clip in enumerate(clips):
-        arrays = clip.read(profile)
-        if arrays is not None:
-            with torch.no_grad():
-                z = vae.encode(from_pixels(torch.from_numpy(arrays["frames"]))[None])[0]
-            if latents is None:  # one allocation for all: many small ones between large ones would scatter the heap
-                latents = _empty_latents(len(clips), z, profile)
-            if z.shape == latents.z.shape[1:]:
-                latents.z[used], latents.tokens[used] = z, torch.from_numpy(arrays["tokens"])[: profile.text.tokens]
-                latents.conditions[used] = torch.from_numpy(conditions(profile, arrays["poses"]))
-                used += 1
-            else:
-                clip.skip(clip.path, f"{len(z)} latent frames, the first clip has {latents.z.shape[1]}")
-        report(f"encoding clips: {index + 1} of {len(clips)}")
-    if latents is None:
-        raise InputError("no clip of the data folder can be read", "make one with: aapt train data FOLDER")
-    latents = Latents(latents.z[:used], latents.conditions[:used], latents.tokens[:used])
-    save_file({**vars(latents), "key": torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
-    return latents
-
-
-def _empty_latents(clips: int, z: Tensor, profile: Profile) -> Latents:
-    """Room for `clips` clips like z [1 + m, C, h, w], in float16."""
-    conditions_shape = (clips, len(z) - 1, CONDITION_CHANNELS, *z.shape[2:])
-    return Latents(
-        torch.empty(clips, *z.shape, dtype=torch.float16), torch.empty(conditions_shape, dtype=torch.float16),
-        torch.empty(clips, profile.text.tokens, dtype=torch.int64),
-    )  # fmt: skip
-
-
-def _train_vae(vae: Vae, clips: list[ClipFile], profile: Profile, recipe: Recipe, run: Path, report: Report, setup: Setup) -> None:
-    stage, snippets = recipe.vae, Snippets(clips, profile)
-    trains_encoder = bool(profile.vae.encoder_channels)
-    for parameter in vae.encoder.parameters():
-        parameter.requires_grad_(trains_encoder)
-    for parameter in vae.decoder.linear.parameters():  # Adam's noise costs the closed-form solution more than training it gains
-        parameter.requires_grad_(False)
-    average = fit(
-        vae, lambda rng: vae_loss(vae, stage, lambda r: snippets.draw(stage, r), rng), stage.optimiser, run / "vae.state", recipe.seed,
-        lambda step, loss: report(f"VAE: {step} of {stage.optimiser.steps} updates, loss {loss:.4f}"),
-        dataclasses.replace(setup, device="cpu", bf16=setup.bf16 and (setup.device == "cpu" or has_bf16("cpu")), mesh=None),
-    )  # fmt: skip
-    vae.load_state_dict(average, strict=False)
-
-
-@functools.lru_cache(maxsize=1)  # a run asks after every stage, and five worlds take seconds
-def start_frames(profile: Profile) -> dict[str, StartFrame]:
-    """The demo's start frames, rendered at the profile's size."""
-    frames = {}
-    for name, (seed, prompt) in STARTS.items():
-        world = World(seed, parse(prompt), profile.video.width, profile.video.height)
-        clip = fly(world, np.random.default_rng((seed, 2)), blocks=1)
-        frames[name] = StartFrame(torch.from_numpy(clip.frames[0].copy()), prompt)
-    return frames
+        told = self._told(f"adversarial stage {number}", stage.optimiser)
+        fit_together(learners, update, stage.optimiser, self.run / f"adversarial-{number}.state", seed, told, self.setup)
+        final = {name: whole(tensor) for name, tensor in discriminator.state_dict().items()}
+        if self.setup.writes:
+            save_tensors(self.run / f"discriminator-{number}.safetensors", final)
+        self.generator.load_state_dict(learners[0].averaged(), strict=False)

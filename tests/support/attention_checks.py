@@ -1,6 +1,7 @@
 """What a GPU's kernels are held against, in torch and on the kernels' own device: their bytes, their arithmetic, and float64 attention.
 
-Shared by tests/test_kernels_on_gpu.py and bench/attention.py. Nothing here knows a GPU: tests/test_attention_checks.py runs all of it on a CPU, with
+Shared by tests/ops/block_causal_attention/test_kernels_on_gpu.py and bench/attention.py. Nothing here knows a GPU:
+tests/ops/block_causal_attention/test_attention_checks.py runs all of it on a CPU, with
 the kernels' source run thread by thread, so that the first minutes on a GPU are spent on the kernels and not on their checks.
 
 The layout comes from hopper_fp8.py's tables, the order of visits and the roundings from emulator.py, both written anew for tensors.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aapt_deploy.bundle import SEAL, Bundle, create
+from aapt_deploy.bundle.bundle import SEAL, Bundle, create
 from aapt_deploy.profiles import load
 
 TINY = load("tiny-cpu")

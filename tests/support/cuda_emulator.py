@@ -237,7 +237,7 @@ STORED = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "FP8": np.
 
 
 class Tensor(NamedTuple):
-    """As trt_api.Tensor."""
+    """As api.Tensor."""
 
     name: str
     is_input: bool
@@ -249,7 +249,7 @@ Compute = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 class Plan:
-    """As trt_api.Plan: computes by NumPy in, NumPy out, in the types that its tensors are stored in."""
+    """As api.Plan: computes by NumPy in, NumPy out, in the types that its tensors are stored in."""
 
     scratch_bytes = 0
 
@@ -264,7 +264,7 @@ class Plan:
 
 
 class Context:
-    """As trt_api.Context: what it enqueues reads and writes the addresses that were bound when it was enqueued."""
+    """As api.Context: what it enqueues reads and writes the addresses that were bound when it was enqueued."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.bound = plan, dict[str, int]()

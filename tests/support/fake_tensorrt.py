@@ -12,13 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from aapt_deploy import build_tensorrt, proofs
-from aapt_deploy.engine import cuda
-from aapt_deploy.engine.plan_layers import Layer
-from aapt_deploy.graph_bf16 import fp8_products
+from aapt_deploy.backends.trt import build, cuda
+from aapt_deploy.backends.trt.doctor import receipts
+from aapt_deploy.backends.trt.doctor.receipts import Proof
+from aapt_deploy.backends.trt.lower import fp8_products
+from aapt_deploy.backends.trt.plan_file import Layer
 from aapt_deploy.ops.block_causal_attention import NAME
 from aapt_deploy.profiles import Profile
-from aapt_deploy.proofs import Proof
 from tests.support import cuda_emulator
 from tests.support.cuda_emulator import Driver
 from tests.support.lowered_graphs import computed
@@ -88,20 +88,20 @@ class TensorRT:
 @pytest.fixture
 def here(tiny: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_core: None) -> Iterator[TensorRT]:
     fake = TensorRT(tiny)
-    module: Any = ModuleType("aapt_deploy.engine.trt_api")
+    module: Any = ModuleType("aapt_deploy.backends.trt.api")
     module.version, module.build, module.open_plan = lambda: fake.version, fake.build, fake.open_plan
     module.Settings, module.Messages = Settings, lambda: None
-    monkeypatch.setitem(sys.modules, "aapt_deploy.engine.trt_api", module)
+    monkeypatch.setitem(sys.modules, "aapt_deploy.backends.trt.api", module)
     monkeypatch.setattr(cuda, "with_driver", lambda: cuda.Device(fake.driver))
-    monkeypatch.setattr("aapt_deploy.engine.trt.with_driver", lambda: cuda.Device(fake.driver))
+    monkeypatch.setattr("aapt_deploy.backends.trt.engine.with_driver", lambda: cuda.Device(fake.driver))
     monkeypatch.setattr(cuda, "driver_release", lambda: "580.65.06")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("aapt_deploy.trial.TUNING_BLOCKS", 2)
+    monkeypatch.setattr("aapt_deploy.backends.trial.TUNING_BLOCKS", 2)
     yield fake
     assert not (fake.driver.held or fake.driver.pinned or fake.driver.streams or fake.driver.graphs), "something was left behind"
 
 
 def receipt(here: TensorRT, *names: str) -> None:
     device = cuda.Device(here.driver)
-    proofs.save(device.gpu(here.version, build_tensorrt.kernels.source_hash()), [Proof(name, True, "", 1.0) for name in names])
+    receipts.save(device.gpu(here.version, build.kernels.source_hash()), [Proof(name, True, "", 1.0) for name in names])
     device.close()

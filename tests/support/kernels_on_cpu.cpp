@@ -1,5 +1,5 @@
 // Runs the kernels of plugins/block_causal_attention, unchanged, on a CPU: every thread is a fiber, and every instruction that a CPU lacks is done
-// here as its specification says. Built and called by tests/test_kernels_on_cpu.py, once per head dimension.
+// here as its specification says. Built and called by tests/ops/block_causal_attention/test_kernels_on_cpu.py, once per head dimension.
 //
 // What is asynchronous on a GPU happens here as late as it may, or as early. Late (even seeds): a product reads shared memory and registers when it is
 // waited for, and bulk copies land at some time, in any order. Early (odd seeds): a product reads when it is issued, and a copy lands when nothing

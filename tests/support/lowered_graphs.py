@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from aapt_deploy.engine.trt_state import from_bf16, to_bf16
+from aapt_deploy.backends.trt.state import from_bf16, to_bf16
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, emulator, hopper_fp8
 from aapt_deploy.ops.block_causal_attention.onnx_function import is_ours
 from tests.support.native_attention import for_onnxruntime

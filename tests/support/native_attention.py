@@ -3,7 +3,7 @@
 import numpy as np
 from onnx import ModelProto, helper, numpy_helper
 
-from aapt_deploy.ops.block_causal_attention.onnx_tensorrt import MASK
+from aapt_deploy.backends.trt.lower_attention import MASK
 
 
 def for_onnxruntime(model: ModelProto, tokens: int) -> ModelProto:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from aapt_deploy.bundle import Bundle
-from aapt_deploy.engine import table
-from aapt_deploy.engines import Engines
+from aapt_deploy.backends import table
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.rollout.engine import Engines
 
 
 def unexpected(text: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import typer.main
 
 from aapt_deploy import errors
-from aapt_deploy.cli import app
+from aapt_deploy.cli.commands import app
 
 ROOT = Path(__file__).parent.parent.parent
 WIDTH = 100  # columns

@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
-from aapt_deploy import bundle
-from aapt_deploy.bundle import Bundle
+from aapt_deploy.bundle import bundle
+from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.ops.block_causal_attention import onnx_function
 
 

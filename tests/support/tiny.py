@@ -8,17 +8,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from aapt_deploy import export, initialise
-from aapt_deploy.bundle import Bundle
-from aapt_deploy.camera import CRUISE, Velocity
-from aapt_deploy.engines import Engines
-from aapt_deploy.models import checkpoint
+from aapt_deploy.backends.trial import Built
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.export import export
+from aapt_deploy.models import checkpoint, random_weights
+from aapt_deploy.models.aapt.camera import CRUISE, Velocity
+from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.checkpoint import Checkpoint, StartFrame
-from aapt_deploy.models.generator import Generator
 from aapt_deploy.profiles import Profile
-from aapt_deploy.rollout import Steering, rollout
-from aapt_deploy.starts import Start, start
-from aapt_deploy.trial import Built
+from aapt_deploy.rollout.engine import Engines
+from aapt_deploy.rollout.loop import Steering, rollout
+from aapt_deploy.rollout.starts import Start, start
 
 FEW_BLOCKS = 5  # the window holds 3 and a sink: the ring wraps at 4
 PROMPTS = {"dunes": "desert at noon, clear", "woods": "forest in autumn at night, foggy"}
@@ -43,7 +43,7 @@ def tame(generator: Generator) -> None:
 
 def make_checkpoint(path: Path, profile: Profile, seed: int = 0) -> Checkpoint:
     """A checkpoint of random weights with two start frames."""
-    initialise.random_checkpoint(profile, path, seed)
+    random_weights.random_checkpoint(profile, path, seed)
     drawn = checkpoint.load(path)
     tame(drawn.generator)
     video = profile.video

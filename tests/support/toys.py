@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aapt_deploy.models.generator import Generator
+from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.models.aapt.prompts import VOCABULARY_SIZE
+from aapt_deploy.models.aapt.rope import temporal_rope
 from aapt_deploy.profiles import CONDITION_CHANNELS, load
-from aapt_deploy.prompts import VOCABULARY_SIZE
-from aapt_deploy.rope import temporal_rope
-from aapt_deploy.train.data import render_world
-from aapt_deploy.train.flow import Batch, Latents, flow_loss
+from aapt_deploy.train.losses.flow import Batch, Latents, flow_loss
 from aapt_deploy.train.recipe import FlowStage, Optimiser, Recipe, VaeStage
+from aapt_deploy.train.world.data import render_world
 
 TINY = load("tiny-cpu")
 

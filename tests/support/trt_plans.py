@@ -9,13 +9,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from aapt_deploy.engine import cuda, trt
-from aapt_deploy.engine.trt import TrtEngines
-from aapt_deploy.engine.trt_state import from_bf16, to_bf16
-from aapt_deploy.models.aapt_signature import signatures
+from aapt_deploy.backends.trt import cuda, engine
+from aapt_deploy.backends.trt.engine import TrtEngines
+from aapt_deploy.backends.trt.state import from_bf16, to_bf16
+from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.ops.block_causal_attention import NEXT, hopper_fp8, kernels
 from aapt_deploy.profiles import Profile
-from aapt_deploy.signature import GraphSignature
 from tests.support import cuda_emulator
 from tests.support.cuda_emulator import Compute, Driver, Tensor
 
@@ -70,7 +70,7 @@ def plans(driver: Driver, profile: Profile, computes: Mapping[str, Compute], kin
     return made
 
 
-def opened_over(driver: Driver, profile: Profile, computes: Mapping[str, Compute], module: ModuleType = trt, **more: Any) -> TrtEngines:
+def opened_over(driver: Driver, profile: Profile, computes: Mapping[str, Compute], module: ModuleType = engine, **more: Any) -> TrtEngines:
     device = module.cuda_module.Device(driver) if hasattr(module, "cuda_module") else cuda.Device(driver)
     captured = more.pop("captured", True)
     return module.TrtEngines(profile, plans(driver, profile, computes, **more), device, "fp32", module.RunOptions(captured=captured))  # type: ignore[no-any-return]

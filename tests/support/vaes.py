@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aapt_deploy.models.vae import Vae
+from aapt_deploy.models.aapt.vae import Vae
 from aapt_deploy.profiles import Vae as VaeShape
 from aapt_deploy.profiles import load
 

@@ -280,7 +280,7 @@ def load(head_dim: int, defines: tuple[str, ...] = ()) -> Kernels:
 
 
 def launcher(layout: str, head_dim: int) -> Kernels:
-    """What trt_plugin.register wants: the kernels of one cache layout, loaded. Raises MachineError for a layout without kernels, and as `load`."""
+    """What python_plugin.register wants: the kernels of one cache layout, loaded. Raises MachineError for a layout without kernels, and as `load`."""
     if layout != NAME:
         raise MachineError(f"there are no kernels for caches in layout {layout}", "build with TensorRT's own attention: --attention native")
     return load(head_dim)

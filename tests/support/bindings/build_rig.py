@@ -13,14 +13,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from aapt_deploy import bundle as bundles
-from aapt_deploy import probe_graphs, profiles, scales
-from aapt_deploy.engine import cuda
-from aapt_deploy.models.aapt_signature import signatures
+from aapt_deploy import profiles
+from aapt_deploy.backends.trt import cuda
+from aapt_deploy.backends.trt.doctor import cases
+from aapt_deploy.backends.trt.doctor.receipts import Choice
+from aapt_deploy.bundle import bundle as bundles
+from aapt_deploy.bundle import scales
+from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION, Ring, hopper_fp8, kernels, softmax_scale
 from aapt_deploy.profiles import Model, Profile, Vae, Window
-from aapt_deploy.proofs import Choice
-from aapt_deploy.signature import GraphSignature
 from tests.support.bindings import GOLDEN, type_stubs
 from tests.support.bindings.recorder import Recorder, Stubs
 from tests.support.cuda_emulator import Driver
@@ -46,7 +48,7 @@ def generator_graph(profile: Profile) -> onnx.ModelProto:
     """Attention in every layer, each fed by the layer before it, and the FP8 product of the doctor's micro-graph beside it."""
     heads, dim, tokens = profile.model.heads, profile.head_dim, profile.frame_tokens
     block, cache = [1, tokens, heads, dim], [1, Ring.of(profile).tokens, heads, dim]
-    product = probe_graphs.fp8_product().model.graph
+    product = cases.fp8_product().model.graph
     nodes, described = [*product.node], []
     inputs = [helper.make_tensor_value_info("q", TensorProto.FLOAT, block), helper.make_tensor_value_info("cache_len", TensorProto.INT32, [1])]
     outputs, before = [*product.output], "q"
@@ -83,7 +85,7 @@ class Rig:
         self.recorder = Recorder(trt, stubs, {})
         for kind in ("Builder", "OnnxParser", "Runtime"):
             monkeypatch.setattr(trt, kind, self.recorder.constructor(kind))
-        self.module = importlib.import_module("aapt_deploy.build_tensorrt")
+        self.module = importlib.import_module("aapt_deploy.backends.trt.build")
         self.parsed = self.opened = onnx.ModelProto()
         self.lose: tuple[str, ...] = ()  # kinds of layers that the plan does not have
         self.said: list[str] = []

@@ -1,0 +1,97 @@
+"""FP8 scales of a generator that has none: the largest magnitudes of a few passes, seen by the engine's own step.
+
+For random weights, where a size is to be known before there is a checkpoint to calibrate (`aapt export --precision fp8` does that, on rollouts). Same
+format, same rule: a scale maps the largest magnitude to 448. The first and the last block stay wide, as there.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aapt_deploy.backends.torch_cuda.kernels import Kernels
+from aapt_deploy.backends.torch_cuda.step import LINEARS, NOWHERE, Layer, Linear, Step, Wide
+from aapt_deploy.bundle.scales import LinearScales, Scales
+from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.models.aapt.rope import temporal_rope
+from aapt_deploy.models.aapt.signature import generator as generator_signature
+from aapt_deploy.ops.block_causal_attention import hopper_fp8
+from aapt_deploy.ops.fused import E4M3_MAX
+from aapt_deploy.profiles import Profile
+
+
+class Watched:
+    """A wide linear layer that notes the largest input it saw."""
+
+    step: Tensor | None = None
+
+    def __init__(self, layer: Wide) -> None:
+        self.layer, self.largest = layer, torch.zeros((), device=layer.weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.largest = torch.maximum(self.largest, x.abs().max().float())
+        return self.layer(x)
+
+
+class WatchedCache:
+    """No cache: a block attends to itself. Notes q and k per head and v per channel."""
+
+    def __init__(self, kernels: Kernels, depth: int) -> None:
+        self.kernels = kernels
+        self.seen: list[list[Tensor]] = [[] for _ in range(depth)]  # by layer: q [H], k [H], v [H, D]
+
+    def commit(self, layer: int, slot: Tensor) -> None:
+        pass
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache_len: Tensor) -> Tensor:
+        self.note(layer, q, k, v)
+        return self.kernels.attend_tokens(q, k, v, k[:, :1], v[:, :1], torch.zeros_like(cache_len))
+
+    def note(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        now = [q.abs().amax((0, 1, 3)).float(), k.abs().amax((0, 1, 3)).float(), v.abs().amax((0, 1)).float()]
+        self.seen[layer] = [torch.maximum(a, b) for a, b in zip(self.seen[layer], now, strict=True)] if self.seen[layer] else now
+
+    def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.note(layer, k, k, v)
+
+    def clear(self) -> None:
+        pass
+
+
+def calibrate(generator: Generator, wide: list[Layer], kernels: Kernels, dtype: torch.dtype, text: tuple[list[Tensor], list[Tensor]] | None,
+              blocks: int = 3) -> Scales:  # fmt: skip
+    """Scales from `blocks` blocks of noise and the `text` of one prompt, if there is any."""
+    profile, watched, cache = generator.profile, [], WatchedCache(kernels, len(wide))
+    for layer in wide:
+        linears: dict[str, Linear] = {name: Watched(linear) for name, linear in layer.linears.items() if isinstance(linear, Wide)}
+        watched.append(Layer(linears, layer.norm_q, layer.norm_k))
+    step, device = Step(generator, watched, cache, kernels, dtype), generator.step_spread.device
+    if text:
+        for i, (k, v) in enumerate(zip(*text, strict=True)):
+            cache.write_text(i, k, v)
+    for block in range(blocks):
+        step(noise_inputs(profile, block, device))
+    linear = {}
+    for i in range(1, len(wide) - 1):
+        for name in LINEARS:
+            seen = watched[i].linears[name]
+            assert isinstance(seen, Watched)
+            weights = seen.layer.weight.abs().amax(1).float()
+            linear[f"visual.{i}.{name}"] = LinearScales(_scale(seen.largest[None]), _scale(weights))
+    attention = []
+    for q, k, v in cache.seen:
+        attention.append(hopper_fp8.Scales(_scale(q), _scale(k), np.zeros(tuple(v.shape), np.float32), _scale(v)))
+    return Scales(linear, attention)
+
+
+def _scale(largest: Tensor) -> np.ndarray:
+    found: np.ndarray = (largest.clamp(min=1e-6) / E4M3_MAX).cpu().numpy().astype(np.float32)
+    return found
+
+
+def noise_inputs(profile: Profile, block: int, device: torch.device) -> dict[str, Tensor]:
+    """What `Step` takes, of unit noise, for the first timestep of `block`; nothing cached, nothing kept."""
+    rng = torch.Generator(device).manual_seed(block)
+    made = {spec.name: torch.randn(spec.shape, generator=rng, device=device) for spec in generator_signature(profile).inputs[:3]}
+    nothing = torch.zeros(1, dtype=torch.int32, device=device)
+    rope = torch.from_numpy(temporal_rope(profile, block)[None]).to(device)
+    return made | {"time": torch.ones(1, device=device), "rope_time": rope, "cache_len": nothing, "slot": nothing + NOWHERE}

@@ -1,0 +1,15 @@
+"""TensorRT: lower a bundle's graphs, build plans, check them, run them.
+
+api.py               every call to TensorRT's Python API
+remedies.py          what TensorRT's messages mean, and what to do
+cuda.py              the CUDA driver: memory, streams, graphs
+plan_file.py         what is inside a plan, and whether it belongs on this machine
+lower.py             the graphs as TensorRT reads them: FP8 and bf16 products, the form of attention
+lower_attention.py   the operator as a plugin node, or in TensorRT's own operators
+build.py             build plans, keep what is finished, audit and compare them
+parity.py            compare plans with the graphs they were built from
+engine.py            open plans, check their receipts and run them
+state.py             what lies on the GPU between passes: caches, counters, buffers
+plugin/              the attention kernels as TensorRT plugins
+doctor/              questions to TensorRT, each in a process of its own
+"""

@@ -1,0 +1,147 @@
+"""ONNX graphs on disk. Protobuf ends at 2 GB, so large weights lie in one file beside the graph, `<name>.onnx.data`.
+
+A graph may be hollow: some of its constants have a name, a type and a shape, and no value. `write` fills them in one by one as it writes, so that
+a graph may be larger than the memory.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, external_data_helper
+
+from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.errors import BundleError
+
+INLINE_LIMIT_BYTES = 1_800_000_000  # of a finished graph
+HOLLOW_LIMIT_BYTES = 100_000_000  # of hollow constants: above, they go beside the graph
+SMALL_BYTES = 1024  # a constant that stays in the graph
+ALIGNMENT = 4096  # of a constant in the file beside the graph: a page, so that it can be mapped
+
+ITEM_BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT8E4M3FN: 1}
+
+Bytes = NDArray[np.uint8]
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write a whole graph."""
+    external = model.ByteSize() > INLINE_LIMIT_BYTES
+    onnx.save_model(model, path, save_as_external_data=external, all_tensors_to_one_file=True, location=f"{path.name}.data")
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """Read a whole graph, its external data included. Raises BundleError when the graph is no ONNX or its data is not what it says."""
+    hint = "export the checkpoint again with this version"
+    try:
+        model = onnx.load(path, load_external_data=False)
+        if not model.graph.node:
+            raise BundleError(f"graph {path} holds no graph", hint)
+        _refuse_outside(model, path)
+        external_data_helper.load_external_data_for_model(model, str(path.parent))
+    except BundleError:
+        raise
+    except Exception as error:  # protobuf's and onnx's own exception types differ from release to release
+        raise BundleError(f"graph {path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}", hint) from None
+    return model
+
+
+def refuse_other(model: onnx.ModelProto, signature: GraphSignature, path: Path, hint: str) -> None:
+    """Raise BundleError, with `hint`, unless `model`, as exported to `path`, takes and gives what `signature` says."""
+    inputs, outputs = (
+        {value.name: (_dtype(value.type.tensor_type.elem_type), [dim.dim_value for dim in value.type.tensor_type.shape.dim]) for value in values}
+        for values in (model.graph.input, model.graph.output)
+    )
+    if wrong := signature.misfit(inputs, outputs, state_leaves=signature.name == "decoder"):  # a generator's blocks are committed
+        raise BundleError(f"graph {path} is not the {signature.name} of its bundle: {wrong}", hint)
+
+
+def _dtype(elem_type: int) -> str:
+    """float32, uint8, …; for a type that numpy has not, and for none, ONNX's own name."""
+    known = elem_type in onnx.helper.get_all_tensor_dtypes()
+    return str(onnx.helper.tensor_dtype_to_np_dtype(elem_type)) if known else f"type {elem_type}"
+
+
+def _refuse_outside(model: onnx.ModelProto, path: Path) -> None:
+    """External data lies beside its graph, in a regular file, and is as long as the graph says."""
+    beside = path.with_name(f"{path.name}.data")
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if entries.get("location") != beside.name:
+            raise BundleError(
+                f"graph {path} keeps {tensor.name!r} in {entries.get('location', '')!r}, not in {beside.name!r} beside it",
+                "do not use this bundle; get it from a source you trust",
+            )
+        if beside.is_symlink() or not beside.is_file():
+            raise BundleError(f"weights {beside} are missing or a link", "export the checkpoint again")
+        offset, length = (int(entries.get(key, "0")) for key in ("offset", "length"))
+        if offset < 0 or length < 0 or offset + length > beside.stat().st_size:
+            raise BundleError(f"weights {beside} end before {tensor.name!r}: {beside.stat().st_size} bytes", "export the checkpoint again")
+
+
+def hollow(name: str, data_type: int, dims: list[int]) -> TensorProto:
+    """A constant without a value."""
+    return TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
+
+
+def hollows(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    """The constants of `model` that have no value yet."""
+    return (t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL and not t.external_data)
+
+
+def turn_weights(model: onnx.ModelProto) -> set[str]:
+    """Remove the Transpose between a hollow float matrix and the MatMul that reads it: the matrix will be written [in, out]. Returns their names.
+
+    ONNX Runtime quantises a MatMul only if its weight is a constant. FP8 weights keep theirs, [out, in] behind DequantizeLinear, as FP8 products
+    read them.
+    """
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    floats = {t.name: t for t in hollows(model) if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+    turned = {
+        node.output[0]: (node, floats[node.input[0]])
+        for node in model.graph.node
+        if node.op_type == "Transpose" and node.input[0] in floats and readers[node.input[0]] == 1
+    }
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name in turned:
+                node.input[index] = turned[name][1].name
+    for node, weight in turned.values():
+        model.graph.node.remove(node)
+        weight.dims[:] = [*reversed(weight.dims)]
+    kept = [value for value in model.graph.value_info if value.name not in turned]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+    return {weight.name for _, weight in turned.values()}
+
+
+def write(model: onnx.ModelProto, path: Path, read: Callable[[str], Bytes]) -> None:
+    """Write a graph; `read` gives the bytes of each hollow constant, in turn. `model` itself stays small where its constants go beside it."""
+    todo = list(hollows(model))
+    inline = sum(_bytes(tensor) for tensor in todo) <= HOLLOW_LIMIT_BYTES
+    beside = path.with_name(f"{path.name}.data")
+    with contextlib.nullcontext() if inline else beside.open("wb") as file:
+        for tensor in todo:
+            data = read(tensor.name)
+            assert data.nbytes == _bytes(tensor), f"{tensor.name}: {data.nbytes} bytes for {list(tensor.dims)}"
+            if file is None or data.nbytes <= SMALL_BYTES:
+                tensor.ClearField("data_location")
+                tensor.raw_data = data.tobytes()
+                continue
+            file.seek(-file.tell() % ALIGNMENT, 1)
+            for key, value in (("location", beside.name), ("offset", file.tell()), ("length", data.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            file.write(data.data)
+    if inline:
+        save_model(model, path)
+    else:
+        path.write_bytes(model.SerializeToString())
+
+
+def _bytes(tensor: TensorProto) -> int:
+    return ITEM_BYTES[tensor.data_type] * int(np.prod(tensor.dims, dtype=np.int64))

@@ -1,0 +1,177 @@
+"""Calibration: what ranges do the activations of a checkpoint have while it streams? NVIDIA's modelopt watches, real rollouts are what it sees.
+
+The generator runs on its own output (student-forced) from every start frame while its window fills and turns over, flown in all directions and told
+other prompts on the way. Largest magnitudes, times a margin, give one static scale for each linear layer's input, one for each output channel of its
+weight, and those of queries, keys and values for an FP8 cache. The layers that the profile's [fp8] rules keep get none.
+
+The networks are converted in place and are not fit for anything else afterwards. Nothing here writes a graph or a file; `aapt_deploy.bundle.scales`
+does.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aapt_deploy.backends.torch_eager import EagerEngines
+from aapt_deploy.bundle.scales import FORMAT, LinearScales, Scales
+from aapt_deploy.errors import ProfileError
+from aapt_deploy.models import fp8
+from aapt_deploy.models.aapt.camera import CRUISE, LIMITS, Velocity
+from aapt_deploy.models.aapt.prompts import ATTRIBUTES, Look, parse, token_ids
+from aapt_deploy.models.checkpoint import Checkpoint
+from aapt_deploy.ops.block_causal_attention import hopper_fp8
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rollout.loop import Steering, rollout
+
+SPARE_BLOCKS = 2  # that a rollout goes on once its window is full
+PROMPT_BLOCKS = 3  # blocks between two prompts
+FLIGHTS = (  # of a start frame, one after the other, block by block
+    CRUISE,
+    Velocity(CRUISE.forward, yaw=LIMITS.yaw / 2),
+    Velocity(LIMITS.forward, strafe=LIMITS.strafe, yaw=-LIMITS.yaw),
+    Velocity(-CRUISE.forward, strafe=-LIMITS.strafe / 2, pitch=LIMITS.pitch),
+    Velocity(yaw=LIMITS.yaw, pitch=-LIMITS.pitch),
+)
+
+Report = Callable[[str], None]
+
+
+class Begin(NamedTuple):
+    """Where a rollout of the calibration starts."""
+
+    image: np.ndarray  # uint8 [H, W, 3]
+    text: np.ndarray | None
+
+
+def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
+    """Scales of `checkpoint` under its profile's [fp8] section. The same seed gives the same scales. `checkpoint`'s generator is converted.
+
+    Raises ProfileError when the rules leave nothing to quantise.
+    """
+    profile, generator = checkpoint.profile, checkpoint.generator
+    chosen = [layer for layer in fp8.layers(generator, profile.fp8.keep) if not layer.kept_by]
+    if not chosen:
+        raise ProfileError(
+            f"profile {profile.name}: [fp8] keep = {list(profile.fp8.keep)} leaves no linear layer of {profile.model.depth} blocks to quantise",
+            "shorten the list in the profile's [fp8] section",
+        )
+    attention = AttentionRanges(profile)
+    passes = 0
+
+    def rollouts(_: Any) -> None:
+        nonlocal passes
+        with attention:
+            passes = _rollouts(checkpoint, seed, report)
+
+    with _quiet():
+        import modelopt.torch.quantization as mtq
+
+        e4m3 = {"num_bits": (4, 3)}
+        config: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+        for layer in chosen:
+            config += [
+                {"quantizer_name": f"{layer.path}.weight_quantizer", "cfg": e4m3 | {"axis": 0}},
+                {"quantizer_name": f"{layer.path}.input_quantizer", "cfg": e4m3 | {"axis": None}},
+            ]
+        mtq.quantize(generator, {"quant_cfg": config, "algorithm": "max"}, rollouts)
+    linear = {layer.path: _linear_scales(generator.get_submodule(layer.path), profile.fp8.margin) for layer in chosen}
+    calibration = {"tool": "nvidia-modelopt", "algorithm": "max", "seed": seed, "starts": len(_begins(checkpoint, seed)), "passes": passes}
+    metadata = {
+        "format": FORMAT, "profile": profile.name, "checkpoint_sha256": checkpoint.sha256, "margin": repr(profile.fp8.margin),
+        "keep": json.dumps(profile.fp8.keep), "calibration": json.dumps(calibration),
+    }  # fmt: skip
+    return Scales(linear, attention.scales(profile.fp8.margin), metadata)
+
+
+def _linear_scales(module: Any, margin: float) -> LinearScales:
+    """What modelopt saw of one layer. A layer whose input was always zero keeps the scale 1."""
+
+    def scale(amax: Tensor, margin: float) -> np.ndarray:
+        largest = amax.detach().float().reshape(-1).numpy()
+        return np.where(largest > 0, largest * np.float32(margin / fp8.E4M3_MAX), np.float32(1)).astype(np.float32)
+
+    return LinearScales(scale(module.input_quantizer.amax, margin), scale(module.weight_quantizer.amax, 1.0))  # weights are known
+
+
+def _rollouts(checkpoint: Checkpoint, seed: int, report: Report) -> int:
+    """Run the generator as a stream does. Returns the number of its passes."""
+    profile, begins = checkpoint.profile, _begins(checkpoint, seed)
+    blocks = profile.window.sink_frames + profile.window.frames + SPARE_BLOCKS
+    engines = EagerEngines(checkpoint, torch.get_num_threads(), "fp32")
+    for number, begin in enumerate(begins):
+        report(f"calibrating on rollout {number + 1} of {len(begins)}, {blocks} blocks")
+
+        def steer(block: int, number: int = number) -> Steering:
+            text = begins[(number + block // PROMPT_BLOCKS) % len(begins)].text
+            return Steering(FLIGHTS[(number + block // 2) % len(FLIGHTS)], text)
+
+        for _ in itertools.islice(rollout(engines, profile, begin.image, steer, seed + number), 1 + blocks):
+            pass
+    return len(begins) * blocks * len(profile.sampler.timesteps)
+
+
+def _begins(checkpoint: Checkpoint, seed: int) -> list[Begin]:
+    """The checkpoint's start frames; without any, one coarse random picture. Embedded prompts are drawn, for want of a text encoder."""
+    profile, rng = checkpoint.profile, np.random.default_rng(seed)
+    video, text = profile.video, profile.text
+    frames = [(frame.image.numpy(), parse(frame.prompt)) for frame in checkpoint.start_frames.values() if text.kind == "vocabulary"]
+    if not frames:
+        coarse = rng.integers(0, 256, (-(-video.height // 16), -(-video.width // 16), 3), np.uint8)
+        image = np.ascontiguousarray(coarse.repeat(16, axis=0).repeat(16, axis=1)[: video.height, : video.width])
+        images = [frame.image.numpy() for frame in checkpoint.start_frames.values()] or [image]
+        looks = [Look(**{name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()}) for _ in images]
+        frames = list(zip(images, looks, strict=True))
+
+    def prompt(look: Look) -> np.ndarray | None:
+        if not text.tokens:
+            return None
+        return token_ids(look) if text.kind == "vocabulary" else rng.standard_normal((1, text.tokens, text.dim), np.float32)
+
+    return [Begin(image, prompt(look)) for image, look in frames]
+
+
+class AttentionRanges(TorchDispatchMode):
+    """Largest magnitudes of queries, keys and values, by layer, head and channel, over every pass that runs under it."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.text_tokens, self.depth = profile.text.tokens, profile.model.depth
+        self.calls = 0
+        # q, k, v of each layer: [3, layers, H, D]
+        self.largest = torch.zeros(3, profile.model.depth, profile.model.heads, profile.head_dim)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aapt.block_causal_attention.default:
+            q, k, v, k_cache, v_cache, _ = args
+            for found, seen in zip(
+                self.largest[:, self.calls % self.depth],
+                ([q], [k, k_cache[:, : self.text_tokens]], [v, v_cache[:, : self.text_tokens]]),
+                strict=True,
+            ):
+                for x in seen:
+                    if x.shape[1]:
+                        found.copy_(torch.maximum(found, x.abs().amax((0, 1))))
+            self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+    def scales(self, margin: float) -> list[hopper_fp8.Scales]:
+        """The scales of every layer's attention; K is not centred."""
+        largest = (self.largest * margin).numpy()[:, :, None]  # [3, layers, 1, H, D]: one sample that holds the largest of each channel
+        return [hopper_fp8.calibrate(*largest[:, layer]) for layer in range(self.depth)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """modelopt prints a summary and warns about optional packages; none of it is about the user's checkpoint."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,127 @@
+"""What this machine can run, and the fix for what it cannot: the checks behind `aapt doctor`.
+
+A check looks, it does not guess: packages are imported, the embedded checkpoint is hashed, ONNX Runtime runs a graph. What TensorRT does on a
+machine is asked by backends/trt/doctor/ask.py.
+"""
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from aapt_deploy import assets
+from aapt_deploy.backends.cpu import cores
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. A missing `needed` check makes the verdict bad."""
+
+    name: str
+    ok: bool
+    needed: bool
+    found: str
+    fix: str = ""
+
+
+PACKAGES = (  # import name, distribution, what it is for, needed to stream, extra that brings it
+    ("numpy", "numpy", "everything", True, ""),
+    ("onnxruntime", "onnxruntime", "the CPU engine", True, ""),
+    ("av", "av", "video files and pipes", True, ""),
+    ("safetensors", "safetensors", "checkpoints", True, ""),
+    ("torch", "torch", "export, train, torch engine", False, "export"),
+    ("onnx", "onnx", "export, build-engine", False, "export"),
+    ("onnxscript", "onnxscript", "export", False, "export"),
+    ("tensorrt", "tensorrt", "the H100 engine", False, "tensorrt"),
+)
+
+
+def examine() -> list[Check]:
+    """All checks, in the order of the report."""
+    return [_python(), _cores(), *(_package(*row) for row in PACKAGES), _checkpoint(), _runtime(), _ffmpeg(), _gpu()]
+
+
+def _python() -> Check:
+    ok = sys.version_info >= (3, 11)
+    return Check("python", ok, True, platform.python_version(), "" if ok else "install Python 3.11 or newer")
+
+
+def _cores() -> Check:
+    count = cores()
+    return Check(
+        "cpu cores",
+        count >= 2,
+        False,
+        str(count),
+        "" if count >= 2 else "the demo profile is tuned for two cores; aapt profile tells if one is enough",
+    )
+
+
+def _package(module: str, distribution: str, purpose: str, needed: bool, extra: str) -> Check:
+    try:
+        importlib.import_module(module)
+        return Check(module, True, needed, f"{importlib.metadata.version(distribution)}, for {purpose}")
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        wanted = f"'aapt_deploy[{extra}]'" if extra else "aapt_deploy"
+        return Check(module, False, needed, f"{error}; for {purpose}", f"pip install {wanted}")
+
+
+def _attempt(name: str, needed: bool, look: Callable[[], str], fix: str) -> Check:
+    try:
+        return Check(name, True, needed, look())
+    except Exception as error:  # whatever it is, it is the finding; ONNX Runtime's own exception types are private
+        return Check(name, False, needed, str(error), fix)
+
+
+def _checkpoint() -> Check:
+    import hashlib
+
+    def look() -> str:
+        with assets.CHECKPOINT.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != assets.checkpoint_sha256():
+            raise ValueError(f"{assets.CHECKPOINT.name} has sha256 {digest}")
+        return f"{assets.CHECKPOINT.stat().st_size / 1e6:.1f} MB, hash fits"
+
+    return _attempt("demo checkpoint", False, look, "install aapt_deploy again")
+
+
+def _runtime() -> Check:
+    """Run the smallest graph there is: y = x + x, opset 24, written out byte by byte so that no exporter is needed."""
+
+    def look() -> str:
+        import numpy as np
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(_ADD_GRAPH, providers=["CPUExecutionProvider"])
+        got = session.run(None, {"x": np.array([1.5], np.float32)})[0]
+        if got.tolist() != [3.0]:
+            raise ValueError(f"1.5 + 1.5 gave {got.tolist()}")
+        return f"opset 24 runs, providers {', '.join(onnxruntime.get_available_providers())}"
+
+    return _attempt("onnxruntime runs", True, look, "pip install --force-reinstall onnxruntime")
+
+
+# ModelProto: ir_version 10, opset 24, graph "g" with one Add node and float tensors x, y of shape [1].
+_VALUE = b"\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01"
+_GRAPH = (
+    b"\x0a\x0e" + b"\x0a\x01x" + b"\x0a\x01x" + b"\x12\x01y" + b"\x22\x03Add"
+    + b"\x12\x01g" + b"\x5a\x0f\x0a\x01x" + _VALUE + b"\x62\x0f\x0a\x01y" + _VALUE
+)  # fmt: skip
+_ADD_GRAPH = b"\x08\x0a" + b"\x42\x04\x0a\x00\x10\x18" + b"\x3a" + bytes([len(_GRAPH)]) + _GRAPH
+
+
+def _ffmpeg() -> Check:
+    path = shutil.which("ffmpeg")
+    return Check("ffmpeg", path is not None, False, path or "not on PATH; only needed to pipe a stream into it", "" if path else "install ffmpeg")
+
+
+def _gpu() -> Check:
+    driver = Path("/proc/driver/nvidia/version")
+    if not driver.exists():
+        return Check("nvidia driver", False, False, "none; the CPU engine needs none", "an H100 with a current driver is needed for TensorRT plans")
+    return Check("nvidia driver", True, False, driver.read_text().splitlines()[0] + "; TensorRT itself: aapt doctor --tensorrt")

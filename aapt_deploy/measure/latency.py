@@ -1,0 +1,199 @@
+"""Step latency against the frame budget: what `aapt profile` measures.
+
+The rollout knows nothing of clocks. It is given engines that are wrapped in a stopwatch, so what is timed is exactly what `stream` runs:
+
+    prompt      text -> its keys and values        once per prompt
+    generator   all passes of one block
+    commit      keeping the block in the cache
+    decoder     one latent frame -> four frames
+    hand-off    everything else in the loop: noise, camera rays, sampler arithmetic, copying the frames out
+    encode      frames -> H.264, outside the step: a consumer's cost
+    step        prompt + generator + commit + decoder + hand-off, wall clock from one block's frames to the next
+
+Where the decoder works beside the generator (Engines.overlapped), a block is generated while the one before is decoded: a step is then as long as the
+longer of the two, and frames are encoded when all is measured, because the engines would work on meanwhile.
+
+A cold block is among the first COLD_BLOCKS, while caches fill and memory is touched for the first time.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from aapt_deploy.backends.table import open_engines
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.measure.machine import machine
+from aapt_deploy.models.aapt.camera import CRUISE
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rollout.engine import Engines, Layered, LayerTime, Tapped
+from aapt_deploy.rollout.loop import Steering, rollout
+from aapt_deploy.rollout.starts import Start, all_starts, coarse_start
+from aapt_deploy.video.sinks import open_sink
+
+COLD_BLOCKS = 8
+STAGES = ("step", "generator", "decoder", "commit", "hand-off", "encode", "prompt")
+ENCODED_BLOCKS = 32  # kept for the end, where encoding would be in the way
+LAYER_RUNS = 20  # of each graph, for the table of layers
+MISS_SHARE = 0.01  # deadline misses that a stream's buffer absorbs; more fail the verdict
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Percentiles of one stage's steady times, in milliseconds."""
+
+    count: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "StageTimes":
+        ms = np.array(seconds) * 1000
+        return cls(len(ms), *(round(float(v), 3) for v in (*np.percentile(ms, (50, 95, 99)), ms.max())))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The verdict and what it rests on."""
+
+    profile: str
+    backend: str
+    precision: str
+    blocks: int
+    passes_per_block: int
+    budget_ms: float
+    steady: dict[str, StageTimes]
+    cold_step_ms: list[float]
+    first_frame_ms: float  # open engines and start image -> first block's frames
+    open_ms: float
+    sustained_fps: float
+    deadline_misses: int
+    machine: dict[str, str | int]
+    samples_ms: list[float] = field(repr=False)
+    floor_ms: dict[str, float] = field(default_factory=dict)  # of stages, by arithmetic (models/cost.py); where the target's rates are known
+    layers: dict[str, list[LayerTime]] = field(default_factory=dict, repr=False)  # by graph; of backends that can tell
+
+    @property
+    def within_budget(self) -> bool:
+        """p95 of a step inside the budget, and almost no block late."""
+        return self.steady["step"].p95_ms <= self.budget_ms and self.deadline_misses <= MISS_SHARE * self.blocks
+
+    def json(self) -> str:
+        return json.dumps({**asdict(self), "within_budget": self.within_budget})
+
+
+class Stopwatch:
+    """A tap that adds up, in seconds by stage, what the engines' calls take, block by block: two blocks may be under way in two threads."""
+
+    def __init__(self) -> None:
+        self.making: dict[str, float] = {}  # the block that is being generated
+        self.made: deque[dict[str, float]] = deque()  # blocks that wait to be decoded
+        self.decoding: dict[str, float] = {}
+
+    def __call__(self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        start = time.perf_counter()
+        answer = call(**arguments)
+        spent = self.decoding if graph == "decoder" else self.making
+        stage = {"run": graph, "commit": "commit", "reset": "prompt" if arguments else "reset"}[method]
+        spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
+        if method == "commit":
+            self.made.append(self.making)
+            self.making = {}
+        return answer
+
+    def next_block(self) -> dict[str, float]:
+        """What the oldest block took that was not asked for yet."""
+        spent, self.decoding = self.made.popleft() | self.decoding, {}
+        return spent
+
+
+def measure_bundle(
+    bundle: Bundle, backend: str, precision: str | None, blocks: int, warn: Callable[[str], None], progress: Callable[[str], None]
+) -> Latency:
+    """Measure an engine of `bundle` from its first start frame."""
+    begin, total = all_starts(bundle)[0], COLD_BLOCKS + blocks
+    return measure(
+        lambda: open_engines(bundle, backend, precision, warn), bundle.profile, begin, blocks, lambda done: progress(f"{done} of {total} blocks")
+    )
+
+
+def measure_random(profile: Profile, precision: str | None, blocks: int, progress: Callable[[str], None]) -> Latency:
+    """Measure random weights in the shape of `profile`, drawn on the GPU in seconds: what a size costs, before there is a checkpoint or a file."""
+    from aapt_deploy.backends.torch_cuda import engine
+
+    total = COLD_BLOCKS + blocks
+    return measure(
+        lambda: engine.open_random(profile, precision), profile, coarse_start(profile), blocks, lambda done: progress(f"{done} of {total} blocks")
+    )
+
+
+def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blocks: int, progress: Callable[[int], None]) -> Latency:
+    """Run `blocks` steady blocks after COLD_BLOCKS cold ones and report. `progress` hears the number of blocks done."""
+    start = time.perf_counter()
+    watch, engines = Stopwatch(), open_all()
+    opened = time.perf_counter()
+    beside = engines.overlapped
+    stages: dict[str, list[float]] = {name: [] for name in STAGES}
+    cold: list[float] = []
+    kept: list[np.ndarray] = []
+    steering = Steering(CRUISE, begin.text)
+    try:
+        frames = rollout(Tapped(engines, watch), profile, begin.image, lambda block: steering, seed=0)
+        next(frames)
+        watch.decoding.clear()
+        with (
+            TemporaryDirectory() as folder,
+            open_sink(f"{folder}/encode.mp4", None, profile.video.width, profile.video.height, profile.video.fps) as sink,
+        ):
+            first = 0.0
+            for block in range(COLD_BLOCKS + blocks):
+                before = time.perf_counter()
+                shown = next(frames)
+                after = time.perf_counter()
+                first = first or after - start
+                step, spent, steady = after - before, watch.next_block(), block >= COLD_BLOCKS
+                if spent.get("prompt"):
+                    stages["prompt"].append(spent["prompt"])
+                if steady:
+                    inside = {name: spent.get(name, 0.0) for name in ("generator", "decoder", "commit")}
+                    for name, seconds in (inside | {"step": step, "hand-off": _hand_off(step, spent, beside)}).items():
+                        stages[name].append(seconds)
+                else:
+                    cold.append(step)
+                if not beside:
+                    sink.write(shown)
+                    stages["encode"] += [time.perf_counter() - after] if steady else []
+                elif len(kept) < ENCODED_BLOCKS:
+                    kept.append(shown)
+                progress(block + 1)
+            stages["encode"] += [_seconds(lambda shown=shown: sink.write(shown)) for shown in kept]  # type: ignore[misc]
+        layers = engines.layer_times(LAYER_RUNS) if isinstance(engines, Layered) else {}
+    finally:
+        engines.close()
+    steps = stages["step"]
+    return Latency(
+        profile.name, engines.backend, engines.precision, blocks, len(profile.sampler.timesteps), round(profile.step_budget_ms, 1),
+        {name: StageTimes.of(times) for name, times in stages.items() if times}, [round(1000 * s, 2) for s in cold],
+        round(1000 * first, 1), round(1000 * (opened - start), 1), round(profile.video.temporal_stride * len(steps) / sum(steps), 1),
+        sum(1000 * s > profile.step_budget_ms for s in steps), machine(), [round(1000 * s, 3) for s in steps], layers=layers,
+    )  # fmt: skip
+
+
+def _hand_off(step: float, spent: dict[str, float], beside: bool) -> float:
+    """What of a step no stage accounts for."""
+    decoder = spent.get("decoder", 0.0)
+    others = sum(spent.values()) - decoder
+    return max(0.0, step - max(decoder, others)) if beside else step - decoder - others
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

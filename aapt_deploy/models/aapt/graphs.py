@@ -1,0 +1,82 @@
+"""The networks as the graphs of a bundle: flat tensors in and out, in the order and under the names of `signature`.
+
+Export traces these modules and the torch engine runs them, so both speak the same signature.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.models.aapt.vae import Vae, from_pixels, to_pixels
+from aapt_deploy.profiles import Profile
+
+
+class EncoderGraph(nn.Module):
+    def __init__(self, vae: Vae) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [H, W, 3] -> latent 0 [1, C, h, w]."""
+        return self.vae.encode(from_pixels(image)[None, None])[:, 0]
+
+
+class PromptGraph(nn.Module):
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
+        """Prompt tokens -> every layer's keys, then every layer's values, each [1, L, H, D]."""
+        keys, values = self.generator.prompt(text)
+        return (*keys, *values)
+
+
+class GeneratorGraph(nn.Module):
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, noisy: Tensor, previous: Tensor, condition: Tensor, time: Tensor, rope_time: Tensor, cache_len: Tensor,
+                *caches: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+        """One pass over one block; caches are every layer's keys, then every layer's values. See `Generator.step`."""
+        depth = len(caches) // 2
+        clean, keys, values = self.generator.step(noisy, previous, condition, time, rope_time, list(caches[:depth]), list(caches[depth:]), cache_len)
+        return (clean, *keys, *values)
+
+
+class DecoderGraph(nn.Module):
+    def __init__(self, vae: Vae) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+        """One latent frame -> uint8 frames [4, H, W, 3] and the new memory."""
+        frames, kept = self.vae.decode_step(latent, list(memory))
+        return (to_pixels(frames[0]), *kept)
+
+
+def graph_modules(profile: Profile, generator: Generator, vae: Vae) -> dict[str, nn.Module]:
+    """The graphs that `signature.signatures` lists, as modules."""
+    graphs = {"encoder": EncoderGraph(vae), "prompt": PromptGraph(generator), "generator": GeneratorGraph(generator), "decoder": DecoderGraph(vae)}
+    if not profile.text.tokens:
+        del graphs["prompt"]
+    return {name: module.eval() for name, module in graphs.items()}
+
+
+def random_inputs(shapes: list[tuple[str, tuple[int, ...], str]], seed: int, cache_len: int) -> list[Tensor]:
+    """Inputs of realistic scale for (name, shape, dtype) triples: for tracing and for parity."""
+    rng = torch.Generator().manual_seed(seed)
+    values = []
+    for name, shape, dtype in shapes:
+        if name == "cache_len":
+            values.append(torch.tensor([cache_len], dtype=torch.int32))
+        elif name == "time":
+            values.append(torch.rand(shape, generator=rng) * 0.9 + 0.1)
+        elif dtype == "uint8":
+            values.append(torch.randint(256, shape, generator=rng, dtype=torch.uint8))
+        elif dtype == "int64":
+            values.append(torch.randint(4, shape, generator=rng))
+        else:
+            values.append(torch.randn(shape, generator=rng))
+    return values

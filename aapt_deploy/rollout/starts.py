@@ -1,0 +1,97 @@
+"""Where a rollout starts: a picture and a prompt, from the user or from the start frames that a bundle brings."""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.errors import UsageError
+from aapt_deploy.models.aapt.prompts import parse, token_ids
+from aapt_deploy.profiles import Profile
+from aapt_deploy.video.pictures import read_image
+
+
+class Start(NamedTuple):
+    """A start of a rollout."""
+
+    image: np.ndarray  # uint8 [H, W, 3]
+    prompt: str
+    text: np.ndarray | None  # prompt ids or vectors, as `text_of` makes them; None where the generator takes no text
+
+
+def start(bundle: Bundle, image: str | None, prompt: str | None) -> Start:
+    """What the user asked for: a picture file or the name of a start frame, and a prompt; by default the start frame that fits the prompt.
+
+    Raises UsageError for an unknown name, a prompt that cannot be used, and one where none is taken; InputError for a picture that cannot be used.
+    """
+    video, frames = bundle.profile.video, start_frame_prompts(bundle)
+    spoken = bundle.profile.text.kind == "vocabulary"
+    if prompt and not bundle.profile.text.tokens:
+        raise UsageError(f"profile {bundle.profile.name} takes no prompt", "leave --prompt out")
+    if image is not None and image not in frames:
+        if not os.path.exists(image) and frames and "." not in image and "/" not in image:
+            raise UsageError(f"start frame {image!r} does not exist", f"start frames: {', '.join(frames)}; or give a picture file")
+        return _start(bundle.profile, read_image(image, video.width, video.height), prompt or "")
+    if image is None:
+        if not frames:
+            raise UsageError(f"bundle {bundle.path} holds no start frame", "give it a picture to start from: --image PICTURE")
+        image = _fitting(frames, prompt or "") if spoken else next(iter(frames))
+    own = frames[image] if spoken else ""  # elsewhere it is a description for people, and must not be taken for a file's name
+    return _start(bundle.profile, read_image(bundle.checked(f"start/{image}.png"), video.width, video.height), prompt or own)
+
+
+def _fitting(frames: dict[str, str], prompt: str) -> str:
+    """The start frame that has most in common with `prompt`."""
+    words = set(vars(parse(prompt)).values()) - {None}
+    return max(frames, key=lambda name: len(words & set(vars(parse(frames[name])).values())))
+
+
+def all_starts(bundle: Bundle) -> list[Start]:
+    """Every start frame of the bundle. A bundle without any gets a coarse random picture, which is enough to measure time."""
+    frames = start_frame_prompts(bundle)
+    return [start(bundle, name, None) for name in frames] if frames else [coarse_start(bundle.profile)]
+
+
+def coarse_start(profile: Profile) -> Start:
+    """A coarse random picture and no prompt."""
+    video = profile.video
+    coarse = np.random.default_rng(0).integers(0, 256, (-(-video.height // 16), -(-video.width // 16), 3), np.uint8)
+    image = coarse.repeat(16, axis=0).repeat(16, axis=1)[: video.height, : video.width]
+    return _start(profile, np.ascontiguousarray(image), "")
+
+
+def start_frame_prompts(bundle: Bundle) -> dict[str, str]:
+    """Names of the bundle's start frames and what they show."""
+    frames: dict[str, str] = bundle.manifest.get("start_frames", {})
+    return frames
+
+
+def _start(profile: Profile, image: np.ndarray, prompt: str) -> Start:
+    return Start(image, prompt, text_of(profile, prompt))
+
+
+def text_of(profile: Profile, prompt: str) -> np.ndarray | None:
+    """What the prompt graph reads: int64 [1, L] ids of the prompt's words or, where an external encoder makes float32 [1, L, dim] vectors, those of
+    the .npy file that `prompt` names; zeros without one. None where the generator takes no text.
+
+    Raises UsageError for words and files that cannot be used.
+    """
+    text = profile.text
+    if not text.tokens:
+        return None
+    if text.kind == "vocabulary":
+        return token_ids(parse(prompt))
+    vectors = np.zeros((1, text.tokens, text.dim), np.float32)
+    if prompt:
+        hint = f"profile {profile.name} takes vectors of a text encoder: name a .npy file of float32 [{text.tokens}, {text.dim}]"
+        try:
+            found = np.load(prompt, mmap_mode="r", allow_pickle=False)  # of the header alone, until the shape is known
+            if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.shape not in (vectors.shape, vectors.shape[1:]):
+                raise ValueError(f"it holds {getattr(found, 'dtype', 'no array')} {list(getattr(found, 'shape', []))}")
+            vectors[0] = found
+        except (OSError, ValueError, EOFError) as error:
+            raise UsageError(f"prompt {prompt!r} cannot be read: {error}", hint) from None
+        if not np.isfinite(vectors).all():
+            raise UsageError(f"prompt {prompt!r} holds numbers that are not finite", hint)
+    return vectors

@@ -1,0 +1,283 @@
+"""Live steering: lines of JSON that set the camera's velocity and the prompt while a stream runs.
+
+    {"forward": 10, "yaw": -0.1}                    units: world units/s (forward, strafe), rad/s (yaw right, pitch up)
+    {"prompt": "night city rain", "at": 2.5}        from 2.5 s of stream time on
+
+A key that is left out keeps its last value. Blank lines and lines that start with # are skipped. A file's lines are taken one per block, in
+order. Lines from stdin ("-"), or from a named pipe, are taken as they come: a block gets all that arrived before it. A line with "at" waits
+for its time, and so do the lines behind it.
+
+Once a stream runs nothing here can stop it or make it wait: a malformed line is a warning with its number, and the last good value stays. What
+words a prompt may hold is not known here; whoever reads `Control.prompt` checks them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import stat
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+from aapt_deploy.errors import InputError
+from aapt_deploy.models.aapt.camera import LIMITS, Velocity
+
+_STDIN = 0
+_LONGEST_LINE_BYTES = 64 << 10
+_WAITING_LINES = 256  # lines kept until their time comes; a writer that is further ahead is held back by its pipe
+_WARNED_LINES = 20  # malformed lines reported one by one
+_SAME_TIME_S = 1e-6  # block times are sums of floats
+_FIELDS = tuple(field.name for field in dataclasses.fields(Velocity))
+
+
+class Control(NamedTuple):
+    """What steers one block."""
+
+    velocity: Velocity
+    prompt: str | None  # None: no line has set one
+
+
+class Controls(Protocol):
+    """An open source of controls.
+
+    controls = open_controls("flight.jsonl", CRUISE, warn=print)
+    controls.at(block=0, seconds=0.0)  # Control(velocity=Velocity(forward=22.0, ...), prompt=None)
+    """
+
+    def at(self, block: int, seconds: float) -> Control:
+        """What holds for `block`, which begins at `seconds` of stream time. Blocks are asked for in order; never waits."""
+        ...
+
+    def close(self) -> None:
+        """Report what is still unreported and let go of the source."""
+        ...
+
+
+def open_controls(source: str | None, default: Velocity, warn: Callable[[str], None]) -> Controls:
+    """Controls from the file `source`, from stdin ("-"), or none (None); `default` holds until a line says otherwise.
+
+    `warn` is called, with one line of text, only inside `at` and `close`. Raises InputError for a file that is missing or cannot be read.
+    """
+    if source is None:
+        return _Script(iter(()), default, _Warnings("controls", warn))
+    if source == "-":
+        return _Live(_STDIN, default, _Warnings("stdin", warn))
+    warnings = _Warnings(source, warn)
+    try:
+        kind = os.stat(source).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            return _Live(source, default, warnings)
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(0, "is a folder")
+        fd = os.open(source, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"controls {source}: {error.strerror or error}", 'give a file with one JSON object per line, or "-" for stdin') from None
+    return _Script(_changes(fd, warnings), default, warnings)
+
+
+class _Change(NamedTuple):
+    """One line: only what it sets. A malformed line sets nothing, but still takes its turn."""
+
+    velocity: dict[str, float]
+    prompt: str | None = None
+    at: float | None = None  # seconds of stream time; None: its turn
+
+    def applied(self, now: Control) -> Control:
+        velocity = dataclasses.replace(now.velocity, **self.velocity) if self.velocity else now.velocity
+        return Control(velocity, now.prompt if self.prompt is None else self.prompt)
+
+
+class _Malformed(Exception):
+    """A line that sets nothing; the message is the reason."""
+
+
+class _Warnings:
+    """Collects warnings in the reading thread and hands them out in the stream's. A flood of bad lines neither fills memory nor the screen."""
+
+    def __init__(self, source: str, warn: Callable[[str], None]) -> None:
+        self._source = source
+        self._warn = warn
+        self._pending: deque[str] = deque()
+        self._malformed = 0
+        self._clamped: set[str] = set()
+
+    def malformed(self, number: int, reason: str) -> None:
+        self._malformed += 1
+        if self._malformed <= _WARNED_LINES:
+            self._pending.append(f"{self._source} line {number}: {reason}; the last good value stays")
+        elif self._malformed == _WARNED_LINES + 1:
+            self._pending.append(f"{self._source} line {number}: {reason}; further malformed lines are not reported")
+
+    def clamped(self, number: int, key: str, value: float, limit: float) -> None:
+        if key not in self._clamped:
+            self._clamped.add(key)
+            self._pending.append(f"{self._source} line {number}: {key} = {value:g} is beyond +-{limit:g} and is clamped; this is said once")
+
+    def ended(self, reason: str) -> None:
+        self._pending.append(f"{self._source}: {reason}; the last good value stays")
+
+    def deliver(self) -> None:
+        while self._pending:
+            self._warn(self._pending.popleft())
+
+
+class _Script:
+    """Lines that are all there already: a file's, read as they are needed, or none."""
+
+    def __init__(self, changes: Iterator[_Change], default: Velocity, warnings: _Warnings) -> None:
+        self._changes = changes
+        self._next = next(changes, None)
+        self._now = Control(default, None)
+        self._block = -1  # the last one asked for
+        self._warnings = warnings
+
+    def at(self, block: int, seconds: float) -> Control:
+        while block > self._block and self._next is not None:
+            change = self._next
+            if change.at is not None and change.at > seconds + _SAME_TIME_S:
+                break
+            self._now, self._next = change.applied(self._now), next(self._changes, None)
+            if change.at is None:  # one per block; of those with a time, all that are due
+                break
+        self._block = max(block, self._block)
+        self._warnings.deliver()
+        return self._now
+
+    def close(self) -> None:
+        self._next, self._changes = None, iter(())  # the dropped generator closes its file
+        self._warnings.deliver()
+
+
+class _Live:
+    """Lines that somebody sends while the stream runs.
+
+    A daemon thread reads the bare descriptor: a silent sender stalls nobody, and Python does not wait for the thread when it exits. Lines
+    that need not wait are merged into one as they arrive, so a block sees the newest state however fast the sender is.
+    """
+
+    def __init__(self, source: str | int, default: Velocity, warnings: _Warnings) -> None:
+        self._now = Control(default, None)
+        self._warnings = warnings
+        self._waiting: deque[_Change] = deque()
+        self._room = threading.Condition()
+        self._closed = False
+        if source != _STDIN or sys.stdin is not None:  # None: started with stdin closed, and 0 may by now be any other file
+            threading.Thread(target=self._read, args=(source,), name="controls", daemon=True).start()
+
+    def at(self, block: int, seconds: float) -> Control:
+        with self._room:
+            while self._waiting and (self._waiting[0].at is None or self._waiting[0].at <= seconds + _SAME_TIME_S):
+                self._now = self._waiting.popleft().applied(self._now)
+            self._room.notify()
+        self._warnings.deliver()
+        return self._now
+
+    def close(self) -> None:
+        with self._room:
+            self._closed = True
+            self._room.notify()
+        self._warnings.deliver()
+
+    def _read(self, source: str | int) -> None:
+        try:
+            fd = source if isinstance(source, int) else os.open(source, os.O_RDONLY)  # a named pipe opens when its writer comes
+        except OSError as error:
+            self._warnings.ended(error.strerror or str(error))
+            return
+        for change in _changes(fd, self._warnings):
+            with self._room:
+                self._room.wait_for(lambda: self._closed or len(self._waiting) < _WAITING_LINES)
+                if self._closed:
+                    return
+                if self._waiting and change.at is None and self._waiting[-1].at is None:
+                    last = self._waiting.pop()
+                    change = _Change(last.velocity | change.velocity, last.prompt if change.prompt is None else change.prompt)
+                self._waiting.append(change)
+
+
+def _changes(fd: int, warnings: _Warnings) -> Iterator[_Change]:
+    """The lines of `fd`, parsed; closes it at the end unless it is stdin."""
+    try:
+        for number, line in enumerate(_lines(fd), start=1):
+            if not line.strip() or line.lstrip().startswith(b"#"):
+                continue
+            try:
+                yield _parse(line, number, warnings)
+            except _Malformed as error:
+                warnings.malformed(number, str(error))
+                yield _Change({})
+    except OSError as error:
+        warnings.ended(f"cannot be read on: {error.strerror or error}")
+    finally:
+        if fd != _STDIN:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _lines(fd: int) -> Iterator[bytes]:
+    """Lines without their newline. Of one that is too long the first bytes come, more than are allowed, and the rest is skipped."""
+    buffer, too_long = b"", False
+    while chunk := os.read(fd, _LONGEST_LINE_BYTES):
+        *whole, buffer = (buffer + chunk).split(b"\n")
+        for line in whole:
+            if not too_long:
+                yield line
+            too_long = False
+        if too_long:
+            buffer = b""
+        elif len(buffer) > _LONGEST_LINE_BYTES:
+            yield buffer
+            buffer, too_long = b"", True
+    if buffer:
+        yield buffer
+
+
+def _parse(line: bytes, number: int, warnings: _Warnings) -> _Change:
+    """One line's change, clamped to LIMITS. Raises _Malformed."""
+    if len(line) > _LONGEST_LINE_BYTES:
+        raise _Malformed(f"longer than {_LONGEST_LINE_BYTES} bytes")
+    try:
+        raw = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise _Malformed("not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise _Malformed(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
+        raise _Malformed("not valid JSON: nested too deeply, or too large a number") from None
+    if not isinstance(raw, dict):
+        raise _Malformed(f'not a JSON object such as {{"forward": {LIMITS.forward / 2:g}}}')
+    if unknown := [key for key in raw if key not in (*_FIELDS, "prompt", "at")]:
+        raise _Malformed(f"unknown key {unknown[0][:40]!r}, known are {', '.join(_FIELDS)}, prompt, at")
+    prompt = raw.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise _Malformed("prompt must be text")
+    numbers = {key: _number(key, value) for key, value in raw.items() if key != "prompt"}
+    at = numbers.pop("at", None)
+    if at is not None and at < 0:
+        raise _Malformed(f"at = {at:g} lies before the stream's start")
+    for key, value in numbers.items():
+        limit = getattr(LIMITS, key)
+        if abs(value) > limit:
+            warnings.clamped(number, key, value, limit)
+            numbers[key] = math.copysign(limit, value)
+    return _Change(numbers, prompt if "prompt" in raw else None, at)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Malformed(f"{key} must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise _Malformed(f"{key} must be a finite number")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _Malformed(f"{name} is no number to steer by")

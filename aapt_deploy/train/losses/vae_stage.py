@@ -1,0 +1,100 @@
+"""The VAE stage: closed-form linear paths first, then the convolutions on what those leave over.
+
+The encoder of a profile without encoder convolutions is finished after PCA and is not trained further, so latents can be cached and the
+generator can train while the decoder still does. The decoder sees slightly noisy latents: the generator's are not perfect either.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from aapt_deploy.errors import InputError
+from aapt_deploy.models.aapt.vae import Vae, from_pixels
+from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
+from aapt_deploy.train.losses.vae_fit import pca_encoder, ridge_decoder
+from aapt_deploy.train.recipe import VaeStage
+from aapt_deploy.train.world.data import ClipFile
+
+FIT_CLIPS = 120  # clips for PCA; ridge takes half of them
+BROKEN_DRAWS = 100  # broken clips that one update passes over before it gives up
+
+
+@dataclass(frozen=True)
+class Snippets:
+    """Random short pieces of clips, read from disk as they are needed. Whole frames: at a crop's edges a convolution would learn what never is."""
+
+    clips: list[ClipFile]
+    profile: Profile
+
+    def draw(self, stage: VaeStage, rng: torch.Generator) -> Tensor:
+        """Frames [B, 4 (1 + blocks), 3, H, W] in [-1, 1]; the first group of four is only there to fill the decoder's memory."""
+        pieces: list[Tensor] = []
+        for _ in range(stage.optimiser.batch + BROKEN_DRAWS):
+            clip, start = (int(torch.randint(high, (), generator=rng)) for high in (len(self.clips), 1 << 30))
+            piece = self._piece(self.clips[clip], 1 + stage.blocks, start)
+            if piece is not None:
+                pieces.append(piece)
+            if len(pieces) == stage.optimiser.batch:
+                return from_pixels(torch.stack(pieces))
+        raise InputError(f"of {BROKEN_DRAWS} clips drawn for one update none can be read", "make the data again: aapt train data FOLDER")
+
+    def _piece(self, clip: ClipFile, groups: int, start: int) -> Tensor | None:
+        """`groups` groups of four frames from a random `start`, or None when the clip is damaged, too short or of another size."""
+        v = self.profile.video
+        try:
+            with safe_open(clip.path, framework="pt") as file:
+                held = file.get_slice("frames")
+                count, *size = held.get_shape()
+                starts = (count - 1) // v.temporal_stride - groups + 1
+                if starts < 1 or size != [v.height, v.width, PIXEL_CHANNELS]:
+                    raise ValueError(f"frames {[count, *size]} hold no {groups} groups of {v.width}x{v.height}")
+                first = 1 + v.temporal_stride * (start % starts)
+                piece: Tensor = held[first : first + v.temporal_stride * groups]
+                return piece
+        except (OSError, SafetensorError, ValueError) as error:
+            clip.skip(clip.path, f"unreadable: {error}")
+            return None
+
+
+def fit_linear(vae: Vae, clips: list[ClipFile], profile: Profile, seed: int) -> float:
+    """Set both linear paths in closed form. Returns the share of pixel variance that the latent keeps.
+
+    Raises InputError when no clip can be read.
+    """
+    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))[:FIT_CLIPS].tolist()
+    loaded = []
+    for index in order:
+        arrays = clips[index].read(profile)
+        if arrays is not None:
+            frames = from_pixels(torch.from_numpy(arrays["frames"]))
+            loaded.append(torch.cat([frames[:1].expand(profile.video.temporal_stride - 1, -1, -1, -1), frames]))
+    if not loaded:
+        raise InputError(f"none of {len(order)} clips can be read", "make the data again: aapt train data FOLDER")
+    kept = pca_encoder(vae, loaded)
+    ridge_decoder(vae, loaded[: max(1, len(loaded) // 2)])
+    return kept
+
+
+def vae_loss(vae: Vae, stage: VaeStage, draw: Callable[[torch.Generator], Tensor], rng: torch.Generator) -> Tensor:
+    """L1 on pixels and on their gradients, over the frames after the first group; a scalar."""
+    frames = draw(rng)
+    z = vae.encoder(frames)
+    z = z + stage.latent_noise * torch.rand(len(z), 1, 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
+    decoded, _ = vae.decoder(z, vae.decoder.empty_memory(z))
+    skip = vae.decoder.time
+    error = (decoded - frames)[:, skip:].float()
+    loss: Tensor = error.abs().mean()
+    for axis in (-1, -2):
+        loss = loss + stage.gradient_weight * error.diff(dim=axis).abs().mean()
+    return loss
+
+
+def psnr_db(vae: Vae, frames: Tensor) -> float:
+    """Reconstruction quality of frames [1 + 4n, 3, H, W]."""
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(frames[None]))[0].clamp(-1, 1)
+    return float(-10 * torch.log10(F.mse_loss(decoded, frames) / 4))

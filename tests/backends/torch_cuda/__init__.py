@@ -1,0 +1,1 @@
+"""Tests of aapt_deploy/backends/torch_cuda."""

@@ -1,0 +1,89 @@
+"""What the doctor proved is kept for exactly one machine, and decides which form of attention a build may take."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from aapt_deploy.backends.trt.cuda import Gpu
+from aapt_deploy.backends.trt.doctor import receipts
+from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON, Proof
+
+HERE = Gpu("11.4.0.106", 90, "13.0", "580.65.06", "NVIDIA H100", "a" * 64)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def proved(*names: str) -> dict[str, Proof]:
+    return {name: Proof(name, name in names, "seen", 1.0) for name in receipts.PROBES}
+
+
+def test_a_receipt_comes_back() -> None:
+    answers = [Proof(receipts.NATIVE_BUILDS, True, "close", 2.5), Proof(receipts.AOT_OP, False, "crashed", 0.1)]
+    receipts.save(HERE, answers)
+    assert receipts.load(HERE) == {answer.name: answer for answer in answers}
+
+
+@pytest.mark.parametrize(
+    "change", [{"sm": 89}, {"tensorrt": "11.4.0.107"}, {"cuda": "12.9"}, {"driver": "580.65.07"}, {"kernels": "b" * 64}, {"gpu": "NVIDIA H200"}]
+)
+def test_a_receipt_of_another_machine_proves_nothing(change: dict[str, object]) -> None:
+    receipts.save(HERE, [Proof(receipts.NATIVE_BUILDS, True, "", 1.0)])
+    assert receipts.load(dataclasses.replace(HERE, **change)) is None  # type: ignore[arg-type]
+
+
+def test_a_receipt_put_in_another_machine_s_place_proves_nothing() -> None:
+    """Its name may lie; what it says of itself counts."""
+    other = dataclasses.replace(HERE, sm=89)
+    receipts.save(HERE, [Proof(receipts.PLUGIN_FP8, True, "", 1.0)]).rename(receipts.receipt_file(other))
+    assert receipts.load(other) is None
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"format": "other"}', None])
+def test_a_damaged_receipt_proves_nothing(damage: str | None) -> None:
+    path = receipts.save(HERE, [Proof(receipts.NATIVE_BUILDS, True, "", 1.0)])
+    if damage is None:
+        content = json.loads(path.read_text())
+        content["proofs"][0]["ok"] = "yes"
+        damage = json.dumps(content)
+    path.write_text(damage)
+    assert receipts.load(HERE) is None
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    receipts.write_whole(path, b"old")
+    with pytest.raises(TypeError):
+        receipts.write_whole(path, "no bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("names", "fp8", "forms", "packed"),
+    [
+        (None, True, [NATIVE], False),
+        ((), True, [NATIVE], False),
+        ((receipts.PLUGIN_FP8, receipts.PLUGIN_CAPTURED), True, [PYTHON, NATIVE], False),
+        ((receipts.PLUGIN_PACKED,), True, [PYTHON, NATIVE], True),
+        ((receipts.AOT_WORKS, receipts.AOT_OP, receipts.CAPTURED), True, [AOT, NATIVE], False),
+        ((receipts.AOT_WORKS, receipts.AOT_STATIC), True, [NATIVE], False),
+        (receipts.PROBES, True, [PYTHON, AOT, NATIVE], False),
+        (receipts.PROBES, False, [NATIVE], False),
+    ],
+)
+def test_the_best_proved_form_comes_first_and_native_last(names: tuple[str, ...] | None, fp8: bool, forms: list[str], packed: bool) -> None:
+    choices = receipts.choose(None if names is None else proved(*names), fp8)
+    assert [choice.form for choice in choices] == forms
+    assert choices[0].packed is packed and all(choice.reason for choice in choices)
+    if names is None:
+        assert "aapt doctor --tensorrt has not been run" in choices[0].reason
+
+
+def test_what_could_not_be_captured_is_not() -> None:
+    choices = receipts.choose(proved(receipts.PLUGIN_FP8, receipts.CAPTURED), fp8=True)
+    assert [choice.captured for choice in choices] == [False, True]

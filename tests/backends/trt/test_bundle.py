@@ -1,0 +1,287 @@
+"""Opening a TensorRT engine from a bundle: what does not belong on this machine is refused before one byte of a plan is deserialised.
+
+TensorRT's module is a fake that counts what it is asked to open; the plans that it gives back run over the emulated device.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aapt_deploy.backends.trt import cuda, engine
+from aapt_deploy.backends.trt.plan_file import Receipt, graph_sha256
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.bundle.scales import FILE, Scales, save
+from aapt_deploy.errors import AaptError, BundleError, InputError, MachineError
+from aapt_deploy.models.aapt.signature import signatures
+from aapt_deploy.profiles import Profile
+from tests.support import cuda_emulator
+from tests.support.cuda_emulator import Driver
+from tests.support.opening import open_engines
+from tests.support.tiny import frames_of
+from tests.support.trt_plans import assert_same, by_onnx, tensors_of, toy_scales
+
+VERSION = "11.4.0.106"
+BLOCKS = 5
+
+
+class Machine:
+    """The emulated GPU and TensorRT, and what was opened on them."""
+
+    def __init__(self, bundle: Path, profile: Profile) -> None:
+        self.driver, self.version, self.opened = Driver(), VERSION, list[str]()
+        self.bundle, self.profile = bundle, profile
+
+    def open_plan(self, file: Path) -> cuda_emulator.Plan:
+        self.opened.append(file.stem)
+        return cuda_emulator.Plan(self.driver, tensors_of(signatures(self.profile)[file.stem]), by_onnx(self.bundle / f"{file.stem}.onnx"))
+
+
+@pytest.fixture
+def here(bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    machine = Machine(bundle, tiny)
+    module: Any = ModuleType("aapt_deploy.backends.trt.api")
+    module.version, module.open_plan = lambda: machine.version, machine.open_plan
+    monkeypatch.setitem(sys.modules, "aapt_deploy.backends.trt.api", module)
+    monkeypatch.setattr(engine, "with_driver", lambda: cuda.Device(machine.driver))
+    yield machine
+    assert not (machine.driver.held or machine.driver.pinned or machine.driver.streams or machine.driver.graphs), "something was left behind"
+
+
+def receipt(bundle: Bundle, graph: str) -> Receipt:
+    return Receipt(VERSION, 90, "", bundle.manifest["files"][f"{graph}.onnx"]["sha256"], "13.0", "580.65", "NVIDIA H100")
+
+
+def built(path: Path, change: Callable[[dict[str, Any]], None] = lambda entry: None, scales: bool = False) -> Bundle:
+    """The bundle with a TensorRT engine whose plans are a few bytes."""
+    opened = Bundle.open(path)
+    with opened.add_engine("tensorrt-fp32") as stage:
+        names = list(signatures(opened.profile))
+        for name in names:
+            (stage.path / f"{name}.plan").write_bytes(b"plan of " + name.encode())
+        stage.entry |= {
+            "backend": "tensorrt", "precision": "fp32", "threads": 1, "spinning": False, "step_ms": 1.0, "plugin": "native",
+            "graphs": {name: f"{stage.relative}/{name}.plan" for name in names},
+            "receipts": {name: receipt(opened, name).to_dict() for name in names},
+        }  # fmt: skip
+        if scales:
+            save(Scales({}, toy_scales(opened.profile)), stage.path / FILE)
+            stage.entry["scales"] = f"{stage.relative}/{FILE}"
+        change(stage.entry)
+    return Bundle.open(path)
+
+
+def test_a_plan_that_belongs_here_streams(copied: Path, here: Machine) -> None:
+    opened = built(copied)
+    engines = open_engines(opened, "tensorrt")
+    assert (engines.backend, engines.precision) == ("tensorrt", "fp32")
+    reference = open_engines(opened, "onnxruntime", "fp32")
+    assert_same(frames_of(engines, opened, BLOCKS), frames_of(reference, opened, BLOCKS))
+    engines.close()
+    reference.close()
+    assert sorted(here.opened) == sorted(signatures(opened.profile))
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], type[AaptError], str]] = {
+    "a GPU of another kind": ({"sm": 89, "gpu": "NVIDIA L40S"}, MachineError, r"SM 89 \(NVIDIA L40S\); this GPU is SM 90"),
+    "another TensorRT": ({"tensorrt": "10.16.1.11"}, MachineError, "TensorRT 10.16.1.11; here is 11.4.0.106"),
+    "other kernels": ({"kernels": "b" * 64}, BundleError, "kernels bbbbbbbbbbbb"),
+    "a stale graph": ({"graph_sha256": "d" * 64}, BundleError, "another graph"),
+    "half a receipt": ({"sm": "90"}, BundleError, "no whole receipt"),
+}
+
+
+@pytest.mark.parametrize("graph", ["encoder", "decoder"])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_foreign_or_stale_plan_is_refused_before_anything_is_deserialised(copied: Path, here: Machine, case: str, graph: str) -> None:
+    """Also when it is the last of the bundle."""
+    change, kind, reason = FOREIGN[case]
+    opened = built(copied, lambda entry: entry["receipts"][graph].update(change))
+    with pytest.raises(kind, match=reason) as caught:
+        open_engines(opened, "tensorrt")
+    assert "aapt build-engine" in caught.value.hint
+    assert here.opened == []
+
+
+def test_a_second_bundle_opens_in_the_same_process(copied: Path, here: Machine) -> None:
+    """The context outlives the first: compiled kernels are kept in it."""
+    opened = built(copied)
+    for _ in range(2):
+        engines = open_engines(opened, "tensorrt")
+        engines["decoder"].reset()
+        engines.close()
+    assert not [call for call in here.driver.journal if "Ctx" in call and "Retain" not in call and "SetCurrent" not in call]
+
+
+def test_this_machine_s_own_versions_count(copied: Path, here: Machine) -> None:
+    opened = built(copied)
+    here.driver.sm = 100
+    with pytest.raises(MachineError, match="this GPU is SM 100"):
+        open_engines(opened, "tensorrt")
+    here.driver.sm, here.version = 90, "11.4.0.107"
+    with pytest.raises(MachineError, match=r"here is 11\.4\.0\.107"):
+        open_engines(opened, "tensorrt")
+    assert here.opened == []
+
+
+def test_a_plan_whose_bytes_were_changed_is_refused(copied: Path, here: Machine) -> None:
+    opened = built(copied)
+    (copied / opened.engines["tensorrt-fp32"]["graphs"]["decoder"]).write_bytes(b"plan of DECODER")
+    with pytest.raises(BundleError, match=r"decoder\.plan does not match the manifest"):
+        open_engines(opened, "tensorrt")
+    assert here.opened == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"graphs": None}, {"graphs": {}}, {"receipts": {"encoder": {}}}, {"plugin": "magic"}, {"plugin": None}, {"scales": 3}, {"cuda_graph": "yes"},
+        {"graphs": dict.fromkeys(("encoder", "prompt", "generator", "decoder"), 7)},
+    ],
+)  # fmt: skip
+def test_an_entry_that_is_not_whole_is_refused(copied: Path, here: Machine, change: dict[str, Any]) -> None:
+    opened = built(copied, lambda entry: entry.update(change))
+    with pytest.raises(BundleError, match="not whole") as caught:
+        open_engines(opened, "tensorrt")
+    assert caught.value.hint and here.opened == [] and not here.driver.journal
+
+
+def test_a_plan_of_another_profile_is_refused(copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = built(copied)
+    real = here.open_plan
+
+    def other(file: Path) -> cuda_emulator.Plan:
+        plan = real(file)
+        if file.stem == "generator":
+            for index, tensor in enumerate(plan.tensors):
+                if tensor.name == "k_cache.01":
+                    plan.tensors[index] = tensor._replace(shape=(1, 7, 2, 16))
+                if tensor.name == "time":
+                    plan.tensors[index] = tensor._replace(dtype="INT32")
+                if tensor.name == "clean":
+                    plan.tensors[index] = tensor._replace(name="dirty")
+        return plan
+
+    sys.modules["aapt_deploy.backends.trt.api"].open_plan = other  # type: ignore[attr-defined]
+    with pytest.raises(BundleError, match=r"k_cache\.01 is FLOAT \[1, 7, 2, 16\], not .*no clean; time is INT32 .*unknown dirty"):
+        open_engines(opened, "tensorrt")
+
+
+def test_without_room_on_the_gpu_the_profile_s_need_is_named(copied: Path, here: Machine) -> None:
+    opened = built(copied)
+    here.driver.free = 40_000
+    with pytest.raises(MachineError, match=r"Emulated H100 has no .* GB left") as caught:
+        open_engines(opened, "tensorrt")
+    assert "aapt plan" in caught.value.hint
+
+
+def test_scales_are_read_and_checked(copied: Path, tiny: Profile) -> None:
+    opened = built(copied, scales=True)
+    file = opened.engines["tensorrt-fp32"]["scales"]
+    for found, wanted in zip(engine._scales(opened, file), toy_scales(tiny), strict=True):
+        assert all(np.array_equal(array, getattr(wanted, name)) for name, array in vars(found).items())
+    (copied / file).write_bytes(b"no tensors")
+    with pytest.raises(BundleError, match="does not match"):
+        engine._scales(Bundle.open(copied), file)
+    loose = Bundle.open(copied)
+    loose._seen.add(file)  # as if it had been sealed like that
+    with pytest.raises(InputError, match="cannot be read"):
+        engine._scales(loose, file)
+
+
+def test_a_graph_s_hash_is_that_of_its_weights_too() -> None:
+    files = {"a.onnx": {"sha256": "1" * 64}, "b.onnx": {"sha256": "1" * 64}, "b.onnx.data": {"sha256": "2" * 64}}
+    alone, both = graph_sha256(files, "a"), graph_sha256(files, "b")
+    assert alone == "1" * 64 != both and graph_sha256(files | {"b.onnx.data": {"sha256": "3" * 64}}, "b") != both
+    assert graph_sha256(files, "c") == ""
+
+
+# --- the device ---
+
+
+def test_without_bindings_driver_or_gpu_the_fix_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.bindings", None)
+        with pytest.raises(MachineError, match="bindings are not installed") as caught:
+            cuda.with_driver()
+        assert caught.value.hint == "pip install 'aapt_deploy[cuda]'"
+    driver = Driver()
+    driver.devices = 0
+    with pytest.raises(MachineError, match="sees no GPU"):
+        cuda.Device(driver)
+
+
+def test_a_gpu_that_fails_is_told_and_can_still_be_closed() -> None:
+    driver = Driver()
+    device = cuda.Device(driver)
+    stream = device.stream()
+    device.memory(16)
+    driver.answers["cuEventQuery"] = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(MachineError, match="stopped with CUDA_ERROR_ILLEGAL_ADDRESS"):
+        stream.wait()
+    for name in ("cuMemFree", "cuStreamDestroy"):
+        driver.answers[name] = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    device.close()
+    assert device.closed
+
+
+def test_work_that_cannot_be_captured_leaves_the_stream_usable() -> None:
+    driver = Driver()
+    device = cuda.Device(driver)
+    stream, runs = device.stream(), list[int]()
+
+    def work() -> None:
+        runs.append(len(runs))
+        if len(runs) == 2:
+            raise MachineError("not while capturing")
+
+    with pytest.raises(MachineError, match="not while capturing"):
+        stream.prepare(work)
+    assert not driver.capturing
+    stream.wait()
+    device.close()
+
+
+def test_the_emulated_driver_is_as_strict_as_the_real_one() -> None:
+    driver = Driver()
+    for name, arguments in (("cuMemAlloc", ()), ("cuMemAlloc", ("many",)), ("cuStreamBeginCapture", (driver.CUstream(1), 1)), ("cuInit", (0, 0))):
+        with pytest.raises(TypeError):
+            getattr(driver, name)(*arguments)
+    with pytest.raises(AttributeError):
+        driver.cuMemAllocate(3)
+
+
+# --- the commands ---
+
+
+def test_profile_tells_layers_and_stages_and_the_step_is_not_their_sum(copied: Path, here: Machine, aapt: Any) -> None:
+    built(copied)
+    ran = aapt("profile", copied, "--backend", "tensorrt", "--blocks", 10, "--json")
+    record = json.loads(ran.out)
+    assert ran.code in (0, 3), ran.err
+    assert record["backend"] == "tensorrt" and record["layers"]["generator"][0] == {
+        "name": "attention", "kind": "", "tactic": "", "ms": 2.0, "share": pytest.approx(2 / 3, abs=1e-3),
+    }  # fmt: skip
+    assert set(record["layers"]) == {"generator", "decoder"} and "layers of decoder" in ran.err
+    assert record["steady"]["encode"]["count"] == 18 and record["steady"]["generator"]["count"] == 10
+    assert record["steady"]["hand-off"]["p50_ms"] < record["steady"]["step"]["p50_ms"]
+
+
+def test_stream_writes_a_video(copied: Path, here: Machine, aapt: Any, tmp_path: Path) -> None:
+    built(copied)
+    out = tmp_path / "out.rgb"
+    ran = aapt("stream", copied, "-o", out, "--backend", "tensorrt", "--seconds", 0.5)
+    assert ran.code == 0, ran.err
+    assert out.stat().st_size == 12 * 64 * 32 * 3
+
+
+def test_a_refusal_reaches_the_user_as_two_lines(copied: Path, here: Machine, aapt: Any) -> None:
+    built(copied, lambda entry: entry["receipts"]["generator"].update(dataclasses.asdict(receipt(Bundle.open(copied), "generator")) | {"sm": 80}))
+    ran = aapt("stream", copied, "-o", "-", "--backend", "tensorrt")
+    assert ran.code == 5 and "SM 80" in ran.error

@@ -1,0 +1,176 @@
+"""Latency: the parts add up, the verdict follows from the numbers, and the record can be read by a program."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.cli import reports
+from aapt_deploy.cli.measure import _floors
+from aapt_deploy.errors import BundleError
+from aapt_deploy.measure import latency
+from aapt_deploy.measure.latency import COLD_BLOCKS, STAGES, Latency, StageTimes, measure, measure_bundle
+from aapt_deploy.models import cost
+from aapt_deploy.profiles import Profile, Target
+from aapt_deploy.rollout.starts import Start
+from tests.support.fake_engines import FakeEngines
+from tests.support.opening import unexpected
+
+SLEEP_S = 0.012
+
+
+class Slow(FakeEngines):
+    """A generator that takes SLEEP_S per pass, and twice that for its third steady block."""
+
+    def __getitem__(self, graph: str) -> "Slow":
+        return Slow(self.profile, graph, self.calls)
+
+    def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+        if self.graph == "generator":
+            time.sleep(SLEEP_S * (2 if inputs["block"] == COLD_BLOCKS + 2 else 1))
+        return super().run(**inputs)
+
+
+def begin(profile: Profile) -> Start:
+    return Start(np.zeros((profile.video.height, profile.video.width, 3), np.uint8), "", np.array([[0, 5, 10, 15]]))
+
+
+@pytest.fixture(scope="module")
+def slow(tiny: Profile) -> Latency:
+    fast_video = tiny.replace(video=replace(tiny.video, fps=240))  # a budget of 16.7 ms
+    return measure(lambda: Slow(fast_video), fast_video, begin(tiny), 10, lambda done: None)
+
+
+@pytest.fixture(scope="module")
+def real(bundle: Path) -> Latency:
+    return measure_bundle(Bundle.open(bundle), "onnxruntime", None, 12, unexpected, lambda text: None)
+
+
+def test_every_stage_is_there_and_the_step_holds_them_all(real: Latency, tiny: Profile) -> None:
+    assert set(real.steady) == set(STAGES)
+    assert {name: real.steady[name].count for name in STAGES if name != "prompt"} == dict.fromkeys(set(STAGES) - {"prompt"}, 12)
+    inside = [real.steady[name].p50_ms for name in ("generator", "decoder", "commit", "hand-off")]
+    assert real.steady["step"].p50_ms >= max(inside) > 0
+    assert real.steady["step"].max_ms <= sum(real.steady[name].max_ms for name in ("generator", "decoder", "commit", "hand-off")) + 0.01
+    assert len(real.samples_ms) == 12
+    assert len(real.cold_step_ms) == COLD_BLOCKS
+    assert real.first_frame_ms > real.open_ms > 0
+    assert real.passes_per_block == len(tiny.sampler.timesteps)
+    assert (real.backend, real.precision, real.profile) == ("onnxruntime", "fp32", "tiny-cpu")
+
+
+def test_the_step_is_the_sum_of_its_parts(slow: Latency) -> None:
+    """With one long and known part: two passes of SLEEP_S in the generator, next to nothing elsewhere."""
+    wanted = 2000 * SLEEP_S
+    assert wanted <= slow.steady["generator"].p50_ms < 2 * wanted
+    assert wanted <= slow.steady["step"].p50_ms < slow.steady["generator"].p50_ms + 20
+    assert slow.steady["step"].max_ms >= 2 * wanted
+    assert min(slow.samples_ms) >= wanted
+    assert slow.steady["encode"].count == 10
+    assert "prompt" in slow.steady  # the first block's, cold
+    assert slow.steady["prompt"].count == 1
+
+
+def test_frames_per_second_are_those_of_the_steps(slow: Latency) -> None:
+    assert slow.sustained_fps == pytest.approx(4 * 10 / (sum(slow.samples_ms) / 1000), rel=0.01)
+    assert slow.budget_ms == 16.7
+    assert slow.deadline_misses == 10
+    assert not slow.within_budget
+
+
+@pytest.mark.parametrize(("p95_ms", "misses", "good"), [(166.7, 0, True), (166.8, 0, False), (20.0, 1, True), (20.0, 2, False), (500.0, 9, False)])
+def test_the_verdict(real: Latency, p95_ms: float, misses: int, good: bool) -> None:
+    """p95 of the step inside the budget, and at most one block in a hundred late."""
+    steady = {**real.steady, "step": replace(real.steady["step"], p95_ms=p95_ms)}
+    assert replace(real, steady=steady, blocks=100, deadline_misses=misses, budget_ms=166.7).within_budget is good
+
+
+def test_percentiles() -> None:
+    times = StageTimes.of([i / 1000 for i in range(1, 101)])
+    assert times == StageTimes(100, 50.5, 95.05, 99.01, 100.0)
+    assert StageTimes.of([0.002]) == StageTimes(1, 2.0, 2.0, 2.0, 2.0)
+
+
+def test_the_record_is_json_with_the_machine_and_the_raw_samples(real: Latency) -> None:
+    record = json.loads(real.json())
+    assert record["within_budget"] is real.within_budget
+    assert record["samples_ms"] == real.samples_ms
+    assert record["steady"]["step"]["p95_ms"] == real.steady["step"].p95_ms
+    assert {"cpu", "cores", "system", "python", "aapt_deploy"} <= set(record["machine"])
+    assert str(Path.home()) not in real.json()
+
+
+def test_engines_are_closed_also_when_a_block_fails(tiny: Profile) -> None:
+    fake = FakeEngines(tiny)
+
+    class Broken(FakeEngines):
+        def __getitem__(self, graph: str) -> "Broken":
+            return Broken(self.profile, graph, self.calls)
+
+        def commit(self, block: int) -> None:
+            raise RuntimeError("broken")
+
+    broken = Broken(tiny, "", fake.calls)
+    with pytest.raises(RuntimeError, match="broken"):
+        measure(lambda: broken, tiny, begin(tiny), 10, lambda done: None)
+    assert ("", "close", {}) in fake.calls
+
+
+def test_progress_counts_every_block(bundle: Path) -> None:
+    said: list[str] = []
+    measure_bundle(Bundle.open(bundle), "onnxruntime", "int8", 10, unexpected, said.append)
+    assert said[-1] == "18 of 18 blocks"
+    assert len(said) == 18
+
+
+def test_a_bundle_without_that_engine_is_refused(bare: Path) -> None:
+    with pytest.raises(BundleError, match="has no onnxruntime engine"):
+        measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, unexpected, lambda text: None)
+
+
+def test_floors_stand_beside_their_stages(real: Latency, capsys: pytest.CaptureFixture[str]) -> None:
+    reports.latency(real)
+    assert "roofline" not in capsys.readouterr().err
+    half = real.steady["step"].p50_ms / 2
+    reports.latency(replace(real, floor_ms={"step": half}))
+    rows = [line for line in capsys.readouterr().err.splitlines() if "step" in line and "50%" in line]
+    assert len(rows) == 1 and f"{half:.2f}" in rows[0]
+
+
+def test_a_gpu_profile_s_floors_are_those_of_its_plan(tiny: Profile) -> None:
+    assert _floors(tiny) == {}
+    shape = tiny.replace(target=Target("cuda", "H100", 90, 80))
+    planned = cost.plan(shape)
+    by_name = {stage.name: stage.floor_ms for stage in planned.stages}
+    assert _floors(shape) == {"step": planned.floor_ms, "generator": 2 * (by_name["generator"] or 0), "decoder": by_name["decoder"]}
+
+
+# --- the command ---
+
+
+def test_the_command_says_the_verdict_and_exits_by_it(bundle: Path, aapt: Any, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = aapt("profile", bundle, "--blocks", 10, "--json")
+    assert good.code == 0, good.err
+    assert "verdict: within budget" in good.err
+    assert json.loads(good.out)["within_budget"] is True
+    assert good.out.count("\n") == 1
+
+    class TooSlow(Slow):
+        def __getitem__(self, graph: str) -> "TooSlow":
+            return TooSlow(self.profile, graph, self.calls)
+
+        def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+            time.sleep(0.1 if self.graph == "generator" and int(inputs["block"]) >= COLD_BLOCKS else 0)
+            return super().run(**inputs)
+
+    monkeypatch.setattr(latency, "open_engines", lambda bundle, backend, precision, warn: TooSlow(tiny))
+    bad = aapt("profile", bundle, "--blocks", 10, "--json")
+    assert bad.code == 3
+    assert "verdict: OVER BUDGET" in bad.err
+    assert json.loads(bad.out)["within_budget"] is False
+    assert json.loads(bad.out)["deadline_misses"] == 10

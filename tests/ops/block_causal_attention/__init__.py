@@ -1,0 +1,1 @@
+"""Tests of aapt_deploy/ops/block_causal_attention."""

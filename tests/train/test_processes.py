@@ -1,0 +1,107 @@
+"""Two processes give what one does: batches shared, weights sharded (FSDP2), tokens and heads of one batch shared; over gloo, on the CPU."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aapt_deploy.errors import UsageError
+from aapt_deploy.train.processes import joined
+from tests.support.commands import ENVIRONMENT
+
+FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1", "anchored-1"]
+
+RUN = """
+import dataclasses, sys
+from pathlib import Path
+import torch
+from tests.support.toys import TINY, toy_latents
+from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.train import loop
+from aapt_deploy.train.run import GeneratorStages
+from aapt_deploy.train.recipe import *
+from aapt_deploy.train.processes import joined
+setup = joined("cpu", False, sys.argv[3] == "checkpointing", int(sys.argv[2]))
+folder, two = Path(sys.argv[1]), dict(accumulate=2)
+game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2, unjudged=1, penalty=10.0)
+recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5),),
+                (ConsistencyStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2),),
+                (TrajectoryStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, worn=0.5, fade_blocks=2),),
+                (dataclasses.replace(game, attention="bidirectional"),),
+                (AnchoredStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, flights=3, flight_blocks=4),))
+loop.LOG_EVERY = 1
+torch.manual_seed(0)
+generator, latents = Generator(TINY), toy_latents()
+with torch.no_grad():
+    for p in generator.parameters():
+        p += 0.05 * torch.randn_like(p)
+latents.z.add_(0.3 * torch.randn(latents.z.shape))
+list(GeneratorStages(generator, latents, recipe, folder, lambda text: None, setup).all(False, None))
+if setup.mesh is not None:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def start(folder: Path, world: int, context: int, *, checkpointing: bool = False) -> list[subprocess.Popen[str]]:
+    """The toy recipe in `world` processes, as torchrun starts them."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = []
+    for rank in range(world):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        arguments = [sys.executable, "-c", RUN, folder, context, "checkpointing" if checkpointing else "keeping"]
+        environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
+        found.append(subprocess.Popen(list(map(str, arguments)), env=environment, stderr=subprocess.PIPE, text=True))
+    return found
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    try:
+        ended = [(process.communicate(timeout=240)[1], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert all(code == 0 for _, code in ended), ended
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel") / "alone"
+    finish(start(folder, 1, 1))
+    return folder
+
+
+@pytest.mark.parametrize(("world", "context", "checkpointing"), [(2, 1, False), (2, 2, True)], ids=["batches", "heads"])
+def test_two_processes_train_as_one(world: int, context: int, checkpointing: bool, alone: Path, tmp_path: Path) -> None:
+    finish(start(tmp_path / "run", world, context, checkpointing=checkpointing))
+    for stage in ("generator-1", "consistency-1", "trajectory-1", "adversarial-1", "anchored-1"):
+        one, two = ([json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()] for folder in (alone, tmp_path / "run"))
+        assert len(one) == len(two) == 2
+        for a, b in zip(one, two, strict=True):
+            for name in a.keys() - {"seconds"}:
+                assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5), (stage, name)
+    for name in FILES:
+        mine, theirs = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path / "run"))
+        assert mine.keys() == theirs.keys()
+        wrong = {key: float((mine[key] - theirs[key]).abs().max()) for key in mine}
+        assert sum(value > 2e-4 for value in wrong.values()) <= len(wrong) // 16, wrong  # Adam makes a sign of a gradient that is almost nothing
+    state = load_file(tmp_path / "run" / "generator-1.state")  # as one process would have left it
+    held = load_file(alone / "generator-1.state")
+    assert {name: tensor.shape for name, tensor in state.items()} == {name: tensor.shape for name, tensor in held.items()}
+
+
+def test_processes_that_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="--context 3 does not divide 4 processes"):
+        joined("cpu", False, False, 3)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert joined("cpu", True, False, 1).mesh is None
+    assert torch.distributed.is_initialized() is False
