@@ -14,7 +14,6 @@ from tests.support.pages import ROOT
 PACKAGE = ROOT / "aapt_deploy"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (?:\$ )?(aapt .+)$", README, re.M)
-FLAT = not (PACKAGE / "cli").is_dir()
 LINES, COLUMNS = 120, 100
 CPU = "docs/measurements/cpu-2026-11-24.json"
 MINUTE = "docs/measurements/minute-2026-11-29.json"
@@ -26,14 +25,12 @@ def rooms() -> list[str]:
     return re.findall(r"^      (\w+(?:\.py|/))", tree, re.M)
 
 
-@pytest.mark.xfail(FLAT, reason="modules are not in rooms yet")
 def test_the_tree_names_every_room() -> None:
     there = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     there |= {path.name for path in PACKAGE.glob("[!_]*.py")}
     assert sorted(rooms()) == sorted(there)
 
 
-@pytest.mark.xfail(FLAT, reason="modules are not in rooms yet")
 def test_every_room_lists_its_files() -> None:
     missing = []
     for room in (PACKAGE / name for name in rooms() if name.endswith("/")):

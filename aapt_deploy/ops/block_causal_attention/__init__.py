@@ -35,8 +35,8 @@ Facets, all with the argument order above:
     onnx_function.py   the node's meaning in standard ONNX operators, and its in-place lowering for ONNX Runtime
     triton_op.py       the torch op on a GPU, token-major; cuda_op.py the same with FP8 caches
     kernels.py         the CUDA kernels of plugins/block_causal_attention: compiled, cached, launched
-    backends/trt/plugin/python.py      the TensorRT plugin around these kernels
-    backends/trt/plugin/ahead_of_time.py  the same as two ahead-of-time plugins, for a plan that needs no Python
+
+The TensorRT plugins around these kernels have TensorRT's shape, not the op's: they are in backends/trt/plugin/.
 """
 
 from dataclasses import dataclass, replace

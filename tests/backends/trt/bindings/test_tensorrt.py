@@ -23,7 +23,9 @@ from tests.support.commands import ROOT
 
 HERE = Path(__file__).parent
 MODULES = (
-    "backends/trt/api", "backends/trt/engine", "backends/trt/state", "backends/trt/cuda", "backends/trt/doctor/smallest_plugin", "backends/trt/doctor/probes", "backends/trt/build",
+    "backends/trt/api", "backends/trt/engine", "backends/trt/state", "backends/trt/cuda",
+    "backends/trt/doctor/smallest_plugin", "backends/trt/doctor/probes",
+    "backends/trt/build",
     "backends/trt/plugin/python", "backends/trt/plugin/ahead_of_time",
 )  # fmt: skip
 

@@ -1,1 +1,0 @@
-"""Backends: what opens and builds the graphs of a bundle. table.py lists them, one row each."""
