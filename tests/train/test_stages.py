@@ -19,7 +19,8 @@ from aapt_deploy.train import loop, recipe, stages
 from aapt_deploy.train.judge import evaluate
 from aapt_deploy.train.processes import ALONE, Setup
 from aapt_deploy.train.recipe import AdversarialStage, AnchoredStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage, gan
-from aapt_deploy.train.run import Start, train
+from aapt_deploy.train.run import Start
+from aapt_deploy.train.run import train as run_all
 from aapt_deploy.train.stages import GeneratorStages
 from tests.support.toys import RECIPE, TINY, clips, quiet, toy_latents
 
@@ -170,7 +171,7 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path: Path) -> None:
 def test_a_run_from_checkpoints_skips_what_they_stand_for(clips: Path, tmp_path: Path) -> None:
     short = dataclasses.replace(WHOLE, adversarial=WHOLE.adversarial[:1], anchored=())
     told: list[str] = []
-    last = train(clips, tmp_path / "a", TINY, short, told.append)
+    last = run_all(clips, tmp_path / "a", TINY, short, told.append)
     one_step = checkpoint.load(last)
     assert one_step.profile.sampler.timesteps == (1.0,)
     adapted = checkpoint.load(tmp_path / "a" / "checkpoint-adapted.safetensors")
@@ -180,7 +181,7 @@ def test_a_run_from_checkpoints_skips_what_they_stand_for(clips: Path, tmp_path:
     )
     told.clear()
     start = Start(adapted.path, tmp_path / "a" / "checkpoint-trajectory-1.safetensors")
-    again = checkpoint.load(train(clips, tmp_path / "b", TINY, short, told.append, start=start))
+    again = checkpoint.load(run_all(clips, tmp_path / "b", TINY, short, told.append, start=start))
     assert not any(line.startswith(("fitting", "VAE", "generator", "consistency", "trajectory")) for line in told)
     for a, b in zip(one_step.generator.parameters(), again.generator.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-2)  # the start was rounded to float16
