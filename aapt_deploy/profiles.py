@@ -239,6 +239,11 @@ class Profile:
         item = {"fp32": 4, "bf16": 2, "fp8_e4m3": 1, "int8": 1}[self.precision.kv_cache]
         return 2 * self.model.depth * self.cache_tokens * self.model.dim * item
 
+    @property
+    def family(self) -> str:
+        """The kind of checkpoint, a row of models/family.py."""
+        return "aapt"
+
     def replace(self, **sections: Any) -> "Profile":
         """A copy with whole sections replaced; checked again."""
         return dataclasses.replace(self, **sections)

@@ -7,7 +7,8 @@ arithmetic that graph_bf16 asks of TensorRT, at no gain in speed. It is what FP8
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 
 import numpy as np
@@ -17,12 +18,11 @@ from torch import Tensor, nn
 from aapt_deploy.backends.cpu import cores
 from aapt_deploy.backends.trial import Built, Options, Report, mean_psnr_db, median_step_ms
 from aapt_deploy.bundle.bundle import Bundle, export_again
-from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.bundle.signature import GraphSignature, text_pairs
 from aapt_deploy.errors import BundleError
 from aapt_deploy.models import checkpoint
-from aapt_deploy.models.aapt.graphs import graph_modules
-from aapt_deploy.models.aapt.signature import layer_names, signatures
 from aapt_deploy.models.checkpoint import Checkpoint
+from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.starts import all_starts
@@ -67,8 +67,13 @@ class EagerEngine:
         self.state = dict(zip(self.state, out[count:], strict=True))
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.outputs, out, strict=False)}
 
-    def commit(self, block: int) -> None:
-        raise TypeError("only a generator has blocks to commit")
+    def held(self) -> dict[str, Tensor]:
+        """What the next run depends on."""
+        return self.state
+
+    def hold(self, state: dict[str, Tensor]) -> None:
+        """Set what `held` returned."""
+        self.state = state
 
 
 class EagerGenerator:
@@ -84,10 +89,8 @@ class EagerGenerator:
         if not state:
             for held in self.caches.values():
                 held.zero_()
-        for kind in ("k", "v"):
-            for text, cache in zip(layer_names(f"text_{kind}", self.profile), layer_names(f"{kind}_cache", self.profile), strict=True):
-                if text in state:
-                    self.caches[cache][:, : self.profile.text.tokens] = torch.from_numpy(state[text])
+        for cache, text in text_pairs(self.profile, state):
+            self.caches[cache][:, : self.profile.text.tokens] = torch.from_numpy(text)
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         place = self.ring.place(int(inputs.pop("block")))
@@ -100,6 +103,14 @@ class EagerGenerator:
         slot = self.ring.place(block).slot
         for cache, kept in zip(self.caches.values(), self.last, strict=True):
             cache[:, slot : slot + self.profile.frame_tokens] = kept
+
+    def held(self) -> dict[str, Tensor]:
+        """What the next run depends on."""
+        return self.caches
+
+    def hold(self, state: dict[str, Tensor]) -> None:
+        """Set what `held` returned."""
+        self.caches = state
 
 
 class EagerEngines:
@@ -115,17 +126,43 @@ class EagerEngines:
         if precision == "bf16":
             round_products(loaded.generator)
             round_products(loaded.vae)
-        profile, modules = loaded.profile, graph_modules(loaded.profile, loaded.generator, loaded.vae)
-        self.engines: dict[str, EagerEngine | EagerGenerator] = {}
-        for name, signature in signatures(profile).items():
-            module = modules[name]
-            self.engines[name] = EagerGenerator(module, signature, profile) if name == "generator" else EagerEngine(module, signature)
+        self.profile = loaded.profile
+        self.modules = family_of(self.profile).networks().graph_modules(self.profile, loaded.generator, loaded.vae)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """State of one stream."""
+        signatures = family_of(self.profile).signatures(self.profile)
+        self.engines: dict[str, EagerEngine | EagerGenerator] = {
+            name: EagerGenerator(self.modules[name], signature, self.profile) if name == "generator" else EagerEngine(self.modules[name], signature)
+            for name, signature in signatures.items()
+        }
+
+    def fork(self) -> "EagerEngines":
+        """A fresh state over the same networks."""
+        fork = copy(self)
+        fork._allocate()
+        return fork
+
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        return {graph: {name: array.numpy().copy() for name, array in engine.held().items()} for graph, engine in self.engines.items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        for graph, arrays in state.items():
+            self.engines[graph].hold({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+
+    @property
+    def generator(self) -> EagerGenerator:
+        generator = self.engines["generator"]
+        assert isinstance(generator, EagerGenerator)
+        return generator
 
     def __getitem__(self, graph: str) -> EagerEngine | EagerGenerator:
         return self.engines[graph]
 
     def close(self) -> None:
         self.engines.clear()
+        self.modules = {}
 
 
 def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
@@ -160,7 +197,7 @@ def open_bundle(bundle: Bundle, precision: str) -> EagerEngines:
 def checkpoint_of(bundle: Bundle) -> Checkpoint:
     """The checkpoint inside `bundle`. Raises BundleError when its graphs are not those of the bundle's profile: a hash does not say whose it is."""
     loaded = checkpoint.load(bundle.checked(bundle.CHECKPOINT))
-    ours, its = signatures(bundle.profile), signatures(loaded.profile)
+    ours, its = (family_of(profile).signatures(profile) for profile in (bundle.profile, loaded.profile))
     if wrong := sorted(name for name in ours.keys() | its.keys() if ours.get(name) != its.get(name)):
         raise BundleError(f"bundle {bundle.path}: profile.toml and checkpoint differ in {', '.join(wrong)}", export_again(bundle.path))
     return loaded

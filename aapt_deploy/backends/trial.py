@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from aapt_deploy.models.aapt.camera import CRUISE, Velocity
+from aapt_deploy.models.family import family_of
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines
 from aapt_deploy.rollout.loop import Steering, rollout
@@ -56,7 +56,8 @@ class Built:
 
 def left_and_right(engines: Engines, profile: Profile, start: Start, seed: int = 0) -> Iterator[np.ndarray]:
     """A rollout that turns left and right, so that quality and calibration see motion."""
-    steer = lambda block: Steering(Velocity(CRUISE.forward, yaw=0.2 * (1 - 2 * (block // 4 % 2))), start.text)  # noqa: E731
+    controls = family_of(profile).left_and_right
+    steer = lambda block: Steering(controls(block), start.text)  # noqa: E731
     return rollout(engines, profile, start.image, steer, seed)
 
 

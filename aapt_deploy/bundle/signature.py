@@ -1,10 +1,14 @@
 """What a graph takes and gives: a GraphSignature of TensorSpecs. Families compute them from a Profile."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from aapt_deploy.ops.block_causal_attention import NEXT
+from aapt_deploy.profiles import Profile
+
+Array = TypeVar("Array")
 
 Tensors = Mapping[str, tuple[str, Sequence[int | str | None]]]  # name -> dtype and shape, as found in a file
 
@@ -44,3 +48,16 @@ class GraphSignature:
                 if wanted.get(name) != there.get(name):
                     return f"{side} {name!r} is {there.get(name, 'missing')}, by the profile {wanted.get(name, 'none')}"
         return ""
+
+
+def layer_names(prefix: str, profile: Profile) -> list[str]:
+    """`prefix.00`, `prefix.01`, … one for each layer of the generator."""
+    return [f"{prefix}.{layer:02d}" for layer in range(profile.model.depth)]
+
+
+def text_pairs(profile: Profile, state: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+    """The text's keys and values in `state`, each with the name of the cache that it belongs to."""
+    for kind in ("k", "v"):
+        for text, cache in zip(layer_names(f"text_{kind}", profile), layer_names(f"{kind}_cache", profile), strict=True):
+            if text in state:
+                yield cache, state[text]

@@ -29,7 +29,7 @@ import numpy as np
 from aapt_deploy.backends.table import open_engines
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.measure.machine import machine
-from aapt_deploy.models.aapt.camera import CRUISE
+from aapt_deploy.models.family import family_of
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines, Layered, LayerTime, Tapped
 from aapt_deploy.rollout.loop import Steering, rollout
@@ -143,7 +143,7 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
     stages: dict[str, list[float]] = {name: [] for name in STAGES}
     cold: list[float] = []
     kept: list[np.ndarray] = []
-    steering = Steering(CRUISE, begin.text)
+    steering = Steering(family_of(profile).cruise, begin.text)
     try:
         frames = rollout(Tapped(engines, watch), profile, begin.image, lambda block: steering, seed=0)
         next(frames)

@@ -21,8 +21,8 @@ from aapt_deploy import profiles
 from aapt_deploy.bundle.files import whole, writing
 from aapt_deploy.errors import CheckpointError
 from aapt_deploy.models.aapt.generator import Generator
-from aapt_deploy.models.aapt.layers import spatial_rope
 from aapt_deploy.models.aapt.vae import Vae
+from aapt_deploy.models.family import family_of
 from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
 
 FORMAT = "aapt-checkpoint-1"
@@ -123,7 +123,8 @@ def hollow(profile: Profile) -> tuple[Generator, Vae]:
     for module in (generator, vae):
         for name, value in module.state_dict().items():
             put(module, name, torch.zeros(()).expand(value.shape))
-    generator.spatial_rope = spatial_rope(profile)  # computed, not stored
+    for name, value in family_of(profile).networks().computed(profile).items():
+        put(generator, name, value)
     return generator, vae
 
 
@@ -139,22 +140,21 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 
 def build(profile: Profile) -> tuple[Generator, Vae]:
     """Generator and VAE of a profile with fresh weights, in evaluation mode."""
-    return Generator(profile).eval(), Vae(profile).eval()
+    return family_of(profile).networks().build(profile)
 
 
 def draw(generator: Generator, vae: Vae, seed: int, device: torch.device, dtype: torch.dtype) -> None:
     """Give networks that were built on the meta device random weights of realistic scale, tensor by tensor, on `device` in `dtype`."""
-    rng = torch.Generator(device).manual_seed(seed)
+    rng, networks = torch.Generator(device).manual_seed(seed), family_of(generator.profile).networks()
+    computed = networks.computed(generator.profile)
     for module in (generator, vae):
         for inside, owner in module.named_modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
-                # The linear predictor feeds a latent back into itself: random, it would double it block by block. Training starts it at zero.
-                zero = inside == "skip"
+                zero = networks.zero_at_first(inside)
                 drawn = torch.zeros(parameter.shape, dtype=dtype, device=device) if zero else _drawn(name, parameter.shape, rng, dtype)
                 owner.register_parameter(name, nn.Parameter(drawn, requires_grad=False))
             for name, buffer in list(owner.named_buffers(recurse=False)):
-                fixed = spatial_rope(generator.profile).to(device) if name == "spatial_rope" else torch.full(buffer.shape, UNMEASURED, device=device)
-                setattr(owner, name, fixed)
+                setattr(owner, name, computed[name].to(device) if name in computed else torch.full(buffer.shape, UNMEASURED, device=device))
 
 
 def _drawn(name: str, shape: torch.Size, rng: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aapt_deploy.bundle.scales import LinearScales, Scales
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.graphs import random_inputs
-from aapt_deploy.models.aapt.signature import signatures
+from aapt_deploy.models.family import family_of
 from aapt_deploy.profiles import Profile
 
 E4M3 = torch.float8_e4m3fn
@@ -87,7 +87,7 @@ def layers(generator: Generator, keep: Iterable[str]) -> list[Layer]:
 def _names(path: str, profile: Profile) -> list[str]:
     """The names by which a rule may mean `path`: the first block is `*.first.*` as well as `*.0.*`, the last one `*.last.*`."""
     parts, names = path.split("."), [path]
-    if parts[0] in ("text", "visual"):
+    if parts[0] in family_of(profile).stacks:
         places = {"0": "first", str(profile.model.depth - 1): "last"}
         names += [".".join([parts[0], word, *parts[2:]]) for index, word in places.items() if parts[1] == index]
     return names
@@ -125,7 +125,7 @@ def coverage(profile: Profile, modules: dict[str, nn.Module], generator: Generat
     """What share of each graph is in FP8, once `apply` has been here. Counted from the shapes of a run on hollow weights."""
     kept = {f"generator.{layer.path}": layer.kept_by for layer in layers(generator, profile.fp8.keep)}
     found = []
-    for name, signature in signatures(profile).items():
+    for name, signature in family_of(profile).signatures(profile).items():
         parts: dict[str, float] = {}
         handles = [module.register_forward_hook(_counter(parts, kept.get(path, ""))) for path, module in modules[name].named_modules()]
         specs = [*signature.inputs, *signature.state]

@@ -1,14 +1,13 @@
-"""The autoregressive loop: one latent frame per block, for ever. NumPy in, frames out; it knows engines and nothing else."""
+"""The autoregressive loop: one block after the other, for ever. NumPy in, frames out; it knows engines and a family."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, pairwise
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from aapt_deploy.models.aapt.camera import Pose, Velocity, condition_map
-from aapt_deploy.models.aapt.rope import temporal_rope
+from aapt_deploy.models.family import family_of
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines
 
@@ -16,50 +15,102 @@ from aapt_deploy.rollout.engine import Engines
 class Steering(NamedTuple):
     """What holds during one block."""
 
-    velocity: Velocity
-    text: np.ndarray | None  # prompt ids or embeddings; None where the generator takes no text
+    controls: Any  # what the family is steered by: AAPT's camera velocity
+    text: np.ndarray | None  # prompt ids or embeddings; None if the generator takes no text
 
 
 Steer = Callable[[int], Steering]  # block -> what holds during it
 
 
-def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int) -> Iterator[np.ndarray]:
-    """Yield uint8 frames [T, H, W, 3]: first the start image as it decodes (T = 1), then T = 4 frames per block, without end.
+class Rollout:
+    """One stream: engines of its own, noise, prompt, and what the family carries from block to block.
 
-    image uint8 [H, W, 3]. `steer` is asked once per block, just before the block is generated. The same arguments give the same frames. Where the
-    decoder has a stream of its own, the next block is generated, in a thread, while this one is decoded; it is steered that much earlier.
+        stream = Rollout(engines, profile, image, seed)
+        stream.start()                     # uint8 [1, H, W, 3]: the start image as it decodes
+        stream.step(Steering(controls, text))   # uint8 [T, H, W, 3]: the next block's frames
+
+    A step has two halves, `latent` and `decode`. They may run in two threads, if the decoder has
+    a stream of its own: the next latent is then made while this one is decoded.
     """
-    decoder = engines["decoder"]
-    engines["generator"].reset()
-    decoder.reset()
-    made = latents(engines, profile, image, steer, seed)
-    yield decoder.run(latent=next(made))["frames"][-1:].copy()
-    for latent in one_ahead(made) if engines.overlapped else made:
-        yield decoder.run(latent=latent)["frames"].copy()
 
+    def __init__(self, engines: Engines, profile: Profile, image: np.ndarray, seed: int) -> None:
+        """image uint8 [H, W, 3]. The same arguments and steering give the same frames."""
+        self.engines, self.profile, self.family = engines, profile, family_of(profile)
+        self.rng, self.block = np.random.default_rng(seed), 0
+        self.text: np.ndarray | None = None  # in the cache
+        engines.generator.reset()
+        engines["decoder"].reset()
+        self.feed = self.family.feed(profile)
+        self.first = engines["encoder"].run(image=image)["latent"].copy()  # [1, C, h, w]
+        self.feed.start(self.first)
 
-def latents(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int) -> Iterator[np.ndarray]:
-    """Yield float32 latents [1, C, h, w]: the start image's, then one per block, without end. The generator's state must be empty."""
-    generator = engines["generator"]
-    rng, pose, text = np.random.default_rng(seed), Pose(), None
-    seconds = profile.video.temporal_stride / profile.video.fps
-    previous = engines["encoder"].run(image=image)["latent"].copy()  # [1, C, h, w]
-    yield previous
-    for block in count():
-        velocity, wanted = steer(block)
-        if wanted is not None and (text is None or not np.array_equal(wanted, text)):
-            text = wanted
-            generator.reset(**engines["prompt"].run(text=text))  # replaces the text in the cache, keeps the past
-        before, pose = pose, pose.moved(velocity, seconds)
-        fixed = {"previous": previous, "condition": condition_map(profile, before, pose), "rope_time": temporal_rope(profile, block)[None]}
-        x = np.float32(profile.sampler.temperature) * rng.standard_normal(previous.shape, np.float32)
+    def start(self) -> np.ndarray:
+        """The start image as it decodes, uint8 [1, H, W, 3]. Call it once, before the first step."""
+        return self.decode(self.first)[-1:]
+
+    def step(self, steering: Steering) -> np.ndarray:
+        """Generate and decode the next block: uint8 [T, H, W, 3]."""
+        return self.decode(self.latent(steering))
+
+    def latent(self, steering: Steering) -> np.ndarray:
+        """Generate the next block: float32 [1, C, h, w]."""
+        generator, block = self.engines.generator, self.block
+        self._read(steering.text)
+        fixed = self.feed.inputs(block, steering.controls)
+        x = np.float32(self.profile.sampler.temperature) * self.rng.standard_normal(self.first.shape, np.float32)
 
         def clean(noisy: np.ndarray, t: float) -> np.ndarray:
-            return generator.run(noisy=noisy, time=np.array([t], np.float32), block=block, **fixed)["clean"]  # noqa: B023
+            return generator.run(noisy=noisy, time=np.array([t], np.float32), block=block, **fixed)["clean"]
 
-        previous = denoise(clean, x, profile.sampler.timesteps)
+        made: np.ndarray = self.family.sample(clean, x, self.profile, self.rng)
+        if self.family.write_time is not None:  # the cache holds what a pass over the clean latent leaves
+            made = made.copy()
+            clean(made, self.family.write_time)
         generator.commit(block)
-        yield previous
+        self.feed.keep(made)
+        self.block += 1
+        return made
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        """One latent frame -> uint8 [T, H, W, 3]. Latents are decoded in order."""
+        return self.engines["decoder"].run(latent=latent)["frames"].copy()
+
+    def _read(self, text: np.ndarray | None) -> None:
+        """Replace the text in the cache if it is another one; the past stays."""
+        if text is not None and (self.text is None or not np.array_equal(text, self.text)):
+            self.text = text
+            self.engines.generator.reset(**self.engines["prompt"].run(text=text))
+
+    def state(self) -> dict[str, Any]:
+        """Everything a fork needs to continue to the bit: what is carried here, and the engines' own state.
+
+        Raises MachineError if the engines cannot hand it out.
+        """
+        return {
+            "block": self.block, "rng": self.rng.bit_generator.state, "text": None if self.text is None else self.text.copy(),
+            "feed": {name: array.copy() for name, array in self.feed.state().items()}, "engines": self.engines.state(),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, with engines of the same bundle, precision and threads."""
+        self.block, self.text = state["block"], state["text"]
+        self.rng.bit_generator.state = state["rng"]
+        self.feed.restore(state["feed"])
+        self.engines.restore(state["engines"])
+
+
+def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int) -> Iterator[np.ndarray]:
+    """Yield uint8 frames [T, H, W, 3]: first the start image as it decodes (T = 1), then each block's, without end.
+
+    image uint8 [H, W, 3]. `steer` is asked once per block, just before the block is generated.
+    With `engines.overlapped` the next block is generated, in a thread, while this one is decoded;
+    it is steered that much earlier.
+    """
+    stream = Rollout(engines, profile, image, seed)
+    yield stream.start()
+    made = (stream.latent(steer(block)) for block in count())
+    for latent in one_ahead(made) if engines.overlapped else made:
+        yield stream.decode(latent)
 
 
 def one_ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -70,20 +121,3 @@ def one_ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
             item = coming.result()
             coming = thread.submit(next, items)
             yield item
-
-
-def denoise(clean: Callable[[Any, float], Any], x: Any, timesteps: Sequence[float]) -> Any:
-    """From noise x at timesteps[0] to time 0: two-step Adams-Bashforth along the flow, one call `clean(x, t)` per timestep.
-
-    Arrays or tensors, any shape; `clean` is E[x at 0 | x at t] and may reuse its memory. With one timestep the result is `clean` itself (the
-    one-step AAPT generator). Five timesteps here are as good as eleven Euler steps (docs/log.md).
-    """
-    last = None
-    for t, t_next in pairwise((*timesteps, 0.0)):
-        found = clean(x, t)
-        velocity, step = (x - found) / t, t_next - t
-        x = found + (x - found) * (t_next / t)  # straight on
-        if last is not None:
-            x = x + (velocity - last[0]) * (step * step / (2 * last[1]))  # and bent like the path so far
-        last = velocity, step
-    return x

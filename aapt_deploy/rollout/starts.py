@@ -7,7 +7,7 @@ import numpy as np
 
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import UsageError
-from aapt_deploy.models.aapt.prompts import parse, token_ids
+from aapt_deploy.models.family import family_of
 from aapt_deploy.profiles import Profile
 from aapt_deploy.video.pictures import read_image
 
@@ -36,15 +36,10 @@ def start(bundle: Bundle, image: str | None, prompt: str | None) -> Start:
     if image is None:
         if not frames:
             raise UsageError(f"bundle {bundle.path} holds no start frame", "give it a picture to start from: --image PICTURE")
-        image = _fitting(frames, prompt or "") if spoken else next(iter(frames))
+        family, asked = family_of(bundle.profile), prompt or ""
+        image = max(frames, key=lambda name: family.in_common(asked, frames[name])) if spoken else next(iter(frames))
     own = frames[image] if spoken else ""  # elsewhere it is a description for people, and must not be taken for a file's name
     return _start(bundle.profile, read_image(bundle.checked(f"start/{image}.png"), video.width, video.height), prompt or own)
-
-
-def _fitting(frames: dict[str, str], prompt: str) -> str:
-    """The start frame that has most in common with `prompt`."""
-    words = set(vars(parse(prompt)).values()) - {None}
-    return max(frames, key=lambda name: len(words & set(vars(parse(frames[name])).values())))
 
 
 def all_starts(bundle: Bundle) -> list[Start]:
@@ -68,30 +63,9 @@ def start_frame_prompts(bundle: Bundle) -> dict[str, str]:
 
 
 def _start(profile: Profile, image: np.ndarray, prompt: str) -> Start:
-    return Start(image, prompt, text_of(profile, prompt))
+    return Start(image, prompt, family_of(profile).text_of(profile, prompt))
 
 
 def text_of(profile: Profile, prompt: str) -> np.ndarray | None:
-    """What the prompt graph reads: int64 [1, L] ids of the prompt's words or, where an external encoder makes float32 [1, L, dim] vectors, those of
-    the .npy file that `prompt` names; zeros without one. None where the generator takes no text.
-
-    Raises UsageError for words and files that cannot be used.
-    """
-    text = profile.text
-    if not text.tokens:
-        return None
-    if text.kind == "vocabulary":
-        return token_ids(parse(prompt))
-    vectors = np.zeros((1, text.tokens, text.dim), np.float32)
-    if prompt:
-        hint = f"profile {profile.name} takes vectors of a text encoder: name a .npy file of float32 [{text.tokens}, {text.dim}]"
-        try:
-            found = np.load(prompt, mmap_mode="r", allow_pickle=False)  # of the header alone, until the shape is known
-            if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.shape not in (vectors.shape, vectors.shape[1:]):
-                raise ValueError(f"it holds {getattr(found, 'dtype', 'no array')} {list(getattr(found, 'shape', []))}")
-            vectors[0] = found
-        except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"prompt {prompt!r} cannot be read: {error}", hint) from None
-        if not np.isfinite(vectors).all():
-            raise UsageError(f"prompt {prompt!r} holds numbers that are not finite", hint)
-    return vectors
+    """What the prompt graph reads. Raises UsageError for a prompt that cannot be used."""
+    return family_of(profile).text_of(profile, prompt)

@@ -12,21 +12,25 @@ from aapt_deploy.backends import build
 from aapt_deploy.backends.ort import engine
 from aapt_deploy.backends.ort.engine import OrtEngine, OrtEngines, OrtGenerator, Threads
 from aapt_deploy.backends.table import precision_of
+from aapt_deploy.backends.torch_cuda.engine import GpuEngines
 from aapt_deploy.backends.torch_eager import EagerGenerator
 from aapt_deploy.backends.trial import Options
+from aapt_deploy.backends.trt.engine import TrtEngines
 from aapt_deploy.bundle import bundle as bundles
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.errors import BundleError, UsageError
+from aapt_deploy.bundle.signature import layer_names
+from aapt_deploy.errors import BundleError, MachineError, UsageError
 from aapt_deploy.models.aapt.camera import Pose, condition_map
 from aapt_deploy.models.aapt.prompts import parse, token_ids
 from aapt_deploy.models.aapt.rope import temporal_rope
-from aapt_deploy.models.aapt.signature import layer_names, signatures
+from aapt_deploy.models.aapt.sampler import denoise
+from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.aapt.vae import from_pixels, to_pixels
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines
-from aapt_deploy.rollout.loop import Steering, denoise, rollout
+from aapt_deploy.rollout.loop import Rollout, Steering, rollout
 from aapt_deploy.rollout.starts import start
 from tests.support.bundles import rewrite_manifest
 from tests.support.commands import Ran
@@ -228,9 +232,10 @@ def test_a_pass_sees_what_the_ring_says_and_nothing_else(opened: Bundle, fp32: E
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_generators_commit(opened: Bundle, fp32: Engines, eager: Engines, backend: str) -> None:
-    for name in ("encoder", "prompt", "decoder"):
-        with pytest.raises(TypeError, match="only a generator has blocks"):
-            of(backend, fp32, eager)[name].commit(0)
+    engines = of(backend, fp32, eager)
+    assert engines.generator is engines["generator"]
+    committing = [name for name in ("encoder", "prompt", "generator", "decoder") if hasattr(engines[name], "commit")]
+    assert committing == ["generator"]
 
 
 def test_decoder_memory_alternates_between_two_fixed_sets(opened: Bundle, fp32: OrtEngines, eager: Engines) -> None:
@@ -419,3 +424,53 @@ def test_a_profile_of_other_graphs_is_refused_by_every_engine(copied: Path, old:
         with pytest.raises(BundleError) as caught:
             open_engines(opened, backend, "fp32")
         assert reason in str(caught.value) and f" {copied} " in caught.value.hint
+
+
+# --- several streams over one set of weights ---
+
+
+def flight(opened: Bundle, block: int) -> Steering:
+    return Steering(turning(block), DAY if block % 3 else NIGHT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forks_share_weights_and_nothing_else(bundle: Path, backend: str) -> None:
+    """Three streams in turn give the frames that each gives alone."""
+    opened = Bundle.open(bundle)
+    engines, image = open_engines(opened, backend, "fp32"), start(opened, "dunes", None).image
+    alone = []
+    for seed in range(3):
+        stream = Rollout(engines.fork(), opened.profile, image, seed)
+        alone.append([stream.start(), *(stream.step(flight(opened, block + seed)) for block in range(5))])
+    streams = [Rollout(held, opened.profile, image, seed) for seed, held in enumerate((engines, engines.fork(), engines.fork()))]
+    together = [[stream.start()] for stream in streams]
+    for block in range(5):
+        for seed, stream in enumerate(streams):
+            together[seed].append(stream.step(flight(opened, block + seed)))
+    for ours, theirs in zip(alone, together, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not np.array_equal(alone[0][3], alone[1][3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rollout_continues_to_the_bit_from_its_state(bundle: Path, backend: str) -> None:
+    opened = Bundle.open(bundle)
+    engines, image = open_engines(opened, backend, "fp32"), start(opened, "dunes", None).image
+    stream = Rollout(engines, opened.profile, image, 3)
+    stream.start()
+    for block in range(4):
+        stream.step(flight(opened, block))
+    state = stream.state()
+    wanted = [stream.step(flight(opened, block)) for block in range(4, 12)]  # the ring turns over
+    other = Rollout(engines.fork(), opened.profile, np.zeros_like(image), 99)
+    other.restore(state)
+    assert all(np.array_equal(other.step(flight(opened, 4 + i)), frames) for i, frames in enumerate(wanted))
+
+
+@pytest.mark.parametrize("engines", [GpuEngines, TrtEngines])
+def test_a_backend_with_one_state_says_so(engines: type) -> None:
+    one = object.__new__(engines)
+    for attempt in (one.fork, one.state, lambda: one.restore({})):
+        with pytest.raises(MachineError, match=f"backend {one.backend} does not support") as caught:
+            attempt()
+        assert "--backend onnxruntime" in caught.value.hint

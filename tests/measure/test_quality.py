@@ -32,6 +32,10 @@ class Spoilt:
     def __init__(self, engines: Engines, graph: str, change: Change) -> None:
         self.engines, self.graph, self.change = engines, graph, change
 
+    @property
+    def generator(self) -> Engine:
+        return self["generator"]
+
     def __getitem__(self, graph: str) -> Engine:
         return SpoiltEngine(self.engines[graph], self.change) if graph == self.graph else self.engines[graph]
 

@@ -218,6 +218,10 @@ def test_an_existing_file_survives_a_stream_that_fails_in_the_middle(bundle: Pat
             self.backend, self.overlapped = self.engines.backend, False
             self.decoded = 0
 
+        @property
+        def generator(self) -> Any:
+            return self.engines.generator
+
         def __getitem__(self, graph: str) -> Any:
             return self if graph == "decoder" else self.engines[graph]
 

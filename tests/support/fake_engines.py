@@ -15,8 +15,12 @@ class FakeEngines:
     def __init__(self, profile: Profile, graph: str = "", calls: list[tuple[str, str, dict[str, object]]] | None = None) -> None:
         self.profile, self.graph, self.calls = profile, graph, [] if calls is None else calls
 
+    @property
+    def generator(self) -> "FakeEngines":
+        return self["generator"]
+
     def __getitem__(self, graph: str) -> "FakeEngines":
-        return FakeEngines(self.profile, graph, self.calls)
+        return type(self)(self.profile, graph, self.calls)
 
     def reset(self, **state: np.ndarray) -> None:
         self.calls.append((self.graph, "reset", dict(state)))

@@ -24,7 +24,7 @@ from aapt_deploy.backends.table import open_engines
 from aapt_deploy.backends.trial import Built, Options, Report, left_and_right, mean_psnr_db, median_step_ms
 from aapt_deploy.bundle.bundle import Bundle, Stage, export_again
 from aapt_deploy.bundle.graph_file import load_model, refuse_other, save_model
-from aapt_deploy.models.aapt.signature import signatures
+from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines, Tapped
@@ -81,7 +81,7 @@ def _reference(bundle: Bundle, precision: str, report: Report) -> Engines:
 def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], report: Report) -> dict[str, Path]:
     """Write the backend's form of every graph below `stage.path`."""
     profile, graphs = bundle.profile, {}
-    for name, signature in signatures(profile).items():
+    for name, signature in family_of(profile).signatures(profile).items():
         source, graphs[name] = bundle.checked(f"{name}.onnx"), stage.path / f"{name}.onnx"
         if (bundle.path / f"{name}.onnx.data").exists() or f"{name}.onnx.data" in bundle.manifest["files"]:
             bundle.checked(f"{name}.onnx.data")

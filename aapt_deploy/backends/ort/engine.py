@@ -5,6 +5,8 @@ moves. So `commit` has no work left: the ring has one place more than the window
 run again overwrites itself. Decoder memory alternates between two sets of buffers.
 """
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ import numpy as np
 import onnxruntime
 
 from aapt_deploy.bundle.bundle import Bundle, build_again
-from aapt_deploy.bundle.signature import GraphSignature, TensorSpec
+from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, text_pairs
 from aapt_deploy.errors import BundleError
-from aapt_deploy.models.aapt.signature import generator, layer_names, signatures
+from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import NEXT, SLOT, VALID, Ring
 from aapt_deploy.profiles import Profile
 
@@ -104,13 +106,14 @@ class OrtEngine:
         self.turn = 1 - self.turn
         return self.outputs
 
-    def commit(self, block: int) -> None:
-        raise TypeError("only a generator has blocks to commit")
+    def held(self) -> dict[str, np.ndarray]:
+        """What the next run depends on."""
+        return self.memory
 
 
 def in_place(profile: Profile) -> GraphSignature:
     """The generator's, as `lower_in_place` leaves it: caches of the ring that is written where it lies, a slot and a count for their length."""
-    portable = generator(profile, Ring.of(profile, in_place=True).tokens)
+    portable = family_of(profile).generator(profile, Ring.of(profile, in_place=True).tokens)
     inputs = (*(spec for spec in portable.inputs if spec.name != "cache_len"), *(TensorSpec(name, (1,), "int64") for name in (SLOT, VALID)))
     return GraphSignature(portable.name, inputs, (portable.spec("clean"),), portable.state)
 
@@ -137,10 +140,8 @@ class OrtGenerator:
         if not state:
             for held in self.caches.values():
                 held.fill(0)
-        for kind in ("k", "v"):
-            for text, cache in zip(layer_names(f"text_{kind}", self.profile), layer_names(f"{kind}_cache", self.profile), strict=True):
-                if text in state:
-                    self.caches[cache][:, : self.profile.text.tokens] = state[text]
+        for cache, text in text_pairs(self.profile, state):
+            self.caches[cache][:, : self.profile.text.tokens] = text
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         place = self.ring.place(int(inputs.pop("block")))
@@ -152,6 +153,10 @@ class OrtGenerator:
     def commit(self, block: int) -> None:
         """Nothing to move: the last pass over `block` already lies in its slot."""
 
+    def held(self) -> dict[str, np.ndarray]:
+        """What the next run depends on."""
+        return self.caches
+
 
 class OrtEngines:
     """All graphs of a bundle, as `build` prepared them for one precision."""
@@ -161,25 +166,59 @@ class OrtEngines:
 
     def __init__(self, profile: Profile, graphs: dict[str, Path], threads: Threads, precision: str, hint: str = EXPORT) -> None:
         """Raises BundleError, with `hint`, for a graph that ONNX Runtime refuses or that is not what the profile says."""
-        self.precision = precision
-        self.engines: dict[str, OrtEngine | OrtGenerator] = {}
-        for name, signature in signatures(profile).items():
+        self.precision, self.profile = precision, profile
+        self.sessions = {}
+        for name, signature in family_of(profile).signatures(profile).items():
             session = open_session(graphs[name], threads, fuse=precision != "fp8", hint=hint)
             refuse_other(session, in_place(profile) if name == "generator" else signature, graphs[name], hint)
-            self.engines[name] = OrtGenerator(session, profile) if name == "generator" else OrtEngine(session, signature)
+            self.sessions[name] = session
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """State of one stream: caches, memory, and the buffers that runs are bound to."""
+        signatures = family_of(self.profile).signatures(self.profile)
+        self.engines: dict[str, OrtEngine | OrtGenerator] = {
+            name: OrtGenerator(session, self.profile) if name == "generator" else OrtEngine(session, signatures[name])
+            for name, session in self.sessions.items()
+        }
+
+    def fork(self) -> "OrtEngines":
+        """A fresh state over the same sessions, which hold the weights."""
+        fork = copy(self)
+        fork._allocate()
+        return fork
+
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        return {graph: {name: array.copy() for name, array in engine.held().items()} for graph, engine in self.engines.items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        for graph, arrays in state.items():
+            for name, array in self.engines[graph].held().items():
+                array[...] = arrays[name]
+
+    @property
+    def generator(self) -> OrtGenerator:
+        generator = self.engines["generator"]
+        assert isinstance(generator, OrtGenerator)
+        return generator
 
     def __getitem__(self, graph: str) -> OrtEngine | OrtGenerator:
         return self.engines[graph]
 
     def close(self) -> None:
         self.engines.clear()
+        self.sessions = {}
 
 
 def open_bundle(bundle: Bundle, precision: str) -> OrtEngines:
     """The engines of `bundle` in `precision`, with the threads that the build found best. Raises BundleError when they are damaged or another's."""
     entry, hint = bundle.engines[f"{BACKEND}-{precision}"], build_again(bundle.path, BACKEND, precision)
     files = entry.get("graphs")
-    if not isinstance(files, dict) or files.keys() != signatures(bundle.profile).keys() or not all(isinstance(file, str) for file in files.values()):
+    if (
+        not isinstance(files, dict)
+        or files.keys() != family_of(bundle.profile).signatures(bundle.profile).keys()
+        or not all(isinstance(file, str) for file in files.values())
+    ):
         raise BundleError(f"bundle {bundle.path}: its {BACKEND} engine in {precision} lacks graphs", hint)
     graphs = {name: bundle.checked(file) for name, file in files.items()}
     for weights in {f"{file}.data" for file in files.values()} & bundle.manifest["files"].keys():

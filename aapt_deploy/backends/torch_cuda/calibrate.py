@@ -76,7 +76,7 @@ def calibrate(generator: Generator, wide: list[Layer], kernels: Kernels, dtype: 
             seen = watched[i].linears[name]
             assert isinstance(seen, Watched)
             weights = seen.layer.weight.abs().amax(1).float()
-            linear[f"visual.{i}.{name}"] = LinearScales(_scale(seen.largest[None]), _scale(weights))
+            linear[f"{generator.STEP}.{i}.{name}"] = LinearScales(_scale(seen.largest[None]), _scale(weights))
     attention = []
     for q, k, v in cache.seen:
         attention.append(hopper_fp8.Scales(_scale(q), _scale(k), np.zeros(tuple(v.shape), np.float32), _scale(v)))

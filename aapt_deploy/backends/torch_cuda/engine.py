@@ -28,15 +28,16 @@ from aapt_deploy.backends.torch_eager import checkpoint_of
 from aapt_deploy.bundle import scales as scale_files
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.scales import Scales
-from aapt_deploy.bundle.signature import TensorSpec
+from aapt_deploy.bundle.signature import TensorSpec, layer_names
 from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.graphs import EncoderGraph
-from aapt_deploy.models.aapt.signature import layer_names, signatures
+from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.aapt.vae import Vae
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8
 from aapt_deploy.profiles import Profile
+from aapt_deploy.rollout.engine import OneState
 
 BACKEND = "torch-cuda"
 PRECISIONS = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}  # -> type of the activations
@@ -106,9 +107,6 @@ class GpuPrompt:
         arrays = [x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy() for x in kept]
         return {name: array for names, group in zip(self.names, arrays, strict=True) for name, array in zip(names, group, strict=True)}
 
-    def commit(self, block: int) -> None:
-        raise TypeError("only a generator has blocks to commit")
-
 
 class GpuEncoder:
     """First image -> latent 0, in float32: it is run once."""
@@ -124,9 +122,6 @@ class GpuEncoder:
         with self.lane.mine():
             self.lane.settle()
             return {"latent": self.graph(image).cpu().numpy()}
-
-    def commit(self, block: int) -> None:
-        raise TypeError("only a generator has blocks to commit")
 
 
 class GpuDecoder:
@@ -157,9 +152,6 @@ class GpuDecoder:
             self.lane.wait()
         return {"frames": self.shown.numpy()}
 
-    def commit(self, block: int) -> None:
-        raise TypeError("only a generator has blocks to commit")
-
 
 GpuEngine = GpuGenerator | GpuPrompt | GpuEncoder | GpuDecoder
 
@@ -177,7 +169,7 @@ class Options:
         return cls(precision, on_gpu() if device.type == "cuda" else plain(), by_row)
 
 
-class GpuEngines:
+class GpuEngines(OneState):
     """All graphs of one generator and VAE on one device."""
 
     backend = BACKEND
@@ -200,9 +192,9 @@ class GpuEngines:
         else:
             layers = fp8_layers(generator, scales, options.kernels, dtype, device, options.by_row)
             cache = Tiles(profile, options.kernels, scales.attention, device)
-        for stream in generator.visual:
+        for block in generator.step_blocks:
             for name in LINEARS:
-                delattr(stream, name)  # the step has them in its own form
+                delattr(block, name)  # the step has them in its own form
         latent = (profile.latent_height, profile.latent_width)
         self.engines: dict[str, GpuEngine] = {
             "encoder": GpuEncoder(vae, main),
@@ -215,6 +207,12 @@ class GpuEngines:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @property
+    def generator(self) -> GpuGenerator:
+        generator = self.engines["generator"]
+        assert isinstance(generator, GpuGenerator)
+        return generator
+
     def __getitem__(self, graph: str) -> GpuEngine:
         return self.engines[graph]
 
@@ -224,11 +222,12 @@ class GpuEngines:
 
 def settle(generator: Generator, dtype: torch.dtype) -> None:
     """Give every weight but the visual stream's products the type it runs in: the text `dtype`; embeddings, modulation and head float32."""
-    products = {f"visual.{i}.{name}.{kind}" for i in range(len(generator.visual)) for name in LINEARS for kind in ("weight", "bias")}
+    blocks, text = range(len(generator.step_blocks)), generator.prompt_parameters()
+    products = {f"{generator.STEP}.{i}.{name}.{kind}" for i in blocks for name in LINEARS for kind in ("weight", "bias")}
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(False)
         if name not in products:
-            parameter.data = parameter.data.to(dtype if name.startswith(("text", "vocabulary")) else torch.float32)
+            parameter.data = parameter.data.to(dtype if name in text else torch.float32)
 
 
 # Opening

@@ -171,7 +171,7 @@ class Step:
 
     def __init__(self, generator: Generator, layers: Sequence[Layer], cache: Cache, kernels: Kernels, dtype: torch.dtype) -> None:
         self.generator, self.layers, self.cache, self.kernels, self.dtype = generator, layers, cache, kernels, dtype
-        self.tables = torch.stack([layer.modulation.detach().float() for layer in generator.visual])  # [depth, 6, dim]
+        self.tables = torch.stack([layer.modulation.detach().float() for layer in generator.step_blocks])  # [depth, 6, dim]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         g, kernels = self.generator, self.kernels
@@ -201,16 +201,16 @@ class Step:
 
 def wide_layers(generator: Generator, dtype: torch.dtype) -> list[Layer]:
     """The visual stream in `dtype`."""
-    return [_layer(stream, {name: Wide(getattr(stream, name), dtype) for name in LINEARS}) for stream in generator.visual]
+    return [_layer(stream, {name: Wide(getattr(stream, name), dtype) for name in LINEARS}) for stream in generator.step_blocks]
 
 
 def fp8_layers(generator: Generator, scales: Scales, kernels: Kernels, dtype: torch.dtype, device: torch.device, by_row: bool) -> list[Layer]:
     """The visual stream with every linear layer that has scales in FP8, the others in `dtype`."""
     tokens, layers = generator.profile.frame_tokens, []
-    for i, stream in enumerate(generator.visual):
+    for i, stream in enumerate(generator.step_blocks):
         linears: dict[str, Linear] = {}
         for name in LINEARS:
-            layer, found = getattr(stream, name), scales.linear.get(f"visual.{i}.{name}")
+            layer, found = getattr(stream, name), scales.linear.get(f"{generator.STEP}.{i}.{name}")
             if found is None:
                 linears[name] = Wide(layer, dtype)
                 continue

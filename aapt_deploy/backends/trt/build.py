@@ -38,8 +38,8 @@ from aapt_deploy.bundle.files import writing
 from aapt_deploy.bundle.scales import FILE as SCALES
 from aapt_deploy.bundle.scales import load as load_scales
 from aapt_deploy.errors import BundleError, MachineError, ParityError
-from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.cost import WORKSPACE_GB, plan
+from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 from aapt_deploy.profiles import Profile
 
@@ -160,7 +160,9 @@ def _choices(here: cuda.Gpu, attention: str, fp8: bool) -> list[Choice]:
 def _all_plans(order: Order, choices: Sequence[Choice], folder: Path) -> tuple[Order, dict[str, Finished]]:
     """Every graph's plan, and the order with the form that the generator took: the first of `choices` that builds."""
     chosen, generator = _generator(order, choices, folder)
-    others = {name: _one_plan(chosen, name, folder) for name in signatures(order.bundle.profile) if name != "generator"}
+    others = {
+        name: _one_plan(chosen, name, folder) for name in family_of(order.bundle.profile).signatures(order.bundle.profile) if name != "generator"
+    }
     return chosen, {**others, "generator": generator}
 
 
@@ -342,7 +344,7 @@ def _prove(order: Order, stage: Stage) -> tuple[dict[str, Any], float]:
     order.report(f"{order.key}: opening the plans")
     device = cuda.with_driver()
     try:
-        plans = {name: api.open_plan(stage.path / f"{name}.plan") for name in signatures(profile)}
+        plans = {name: api.open_plan(stage.path / f"{name}.plan") for name in family_of(profile).signatures(profile)}
     except BaseException:
         device.close()
         raise

@@ -26,12 +26,12 @@ from aapt_deploy.backends.trt.cuda import Device, Stream, with_driver
 from aapt_deploy.backends.trt.plan_file import Receipt, join
 from aapt_deploy.backends.trt.state import HopperTiles, Launch, Layer, Packed, TokenMajor, size_of
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.bundle.signature import GraphSignature, TensorSpec
+from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, layer_names
 from aapt_deploy.errors import BundleError
-from aapt_deploy.models.aapt.signature import layer_names, signatures
+from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import NEXT, Ring, hopper_fp8
 from aapt_deploy.profiles import Profile
-from aapt_deploy.rollout.engine import LayerTime
+from aapt_deploy.rollout.engine import LayerTime, OneState
 
 if TYPE_CHECKING:
     from aapt_deploy.backends.trt.api import Plan, Tensor
@@ -94,9 +94,6 @@ class TrtEngine:
             self.turn = (self.turn + 1) % len(self.steps)
             self.stream.wait()
             return self.outputs.arrays if self.raw else self.outputs.read()
-
-    def commit(self, block: int) -> None:
-        raise TypeError("only a generator has blocks to commit")
 
 
 class TrtGenerator:
@@ -167,7 +164,7 @@ class RunOptions:
     launch: Callable[[int], Launch] = _kernels  # head_dim -> our kernels
 
 
-class TrtEngines:
+class TrtEngines(OneState):
     """All graphs of a bundle on one GPU. Closing it closes the device."""
 
     backend = BACKEND
@@ -179,7 +176,7 @@ class TrtEngines:
         self.engines: dict[str, TrtEngine | TrtGenerator] = {}
         try:
             main, beside = device.stream(), device.stream()
-            for name, signature in signatures(profile).items():
+            for name, signature in family_of(profile).signatures(profile).items():
                 check_tensors(name, self.plans[name].tensors, signature, profile)
                 if name == "generator":
                     self.engines[name] = TrtGenerator(self.plans[name], signature, profile, device, main, options)
@@ -194,6 +191,12 @@ class TrtEngines:
     def _let_go(self) -> None:
         self.engines.clear()  # contexts before their plans
         self.plans.clear()
+
+    @property
+    def generator(self) -> TrtGenerator:
+        generator = self.engines["generator"]
+        assert isinstance(generator, TrtGenerator)
+        return generator
 
     def __getitem__(self, graph: str) -> TrtEngine | TrtGenerator:
         return self.engines[graph]
@@ -261,7 +264,7 @@ class Entry:
     def of(cls, bundle: Bundle, precision: str) -> "Entry":
         """Raises BundleError when it is not whole."""
         raw = bundle.engines[f"{BACKEND}-{precision}"]
-        files, receipts, wanted = raw.get("graphs"), raw.get("receipts"), signatures(bundle.profile).keys()
+        files, receipts, wanted = raw.get("graphs"), raw.get("receipts"), family_of(bundle.profile).signatures(bundle.profile).keys()
         plugin, scales, captured = raw.get("plugin"), raw.get("scales"), raw.get("cuda_graph", True)
         named = isinstance(files, dict) and isinstance(receipts, dict) and files.keys() == receipts.keys() == wanted
         if not (

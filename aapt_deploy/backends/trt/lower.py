@@ -21,8 +21,8 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from aapt_deploy.backends.trt import lower_attention
 from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, Choice
 from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.bundle.signature import layer_names
 from aapt_deploy.errors import BundleError
-from aapt_deploy.models.aapt.signature import layer_names
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8
 from aapt_deploy.ops.block_causal_attention.onnx_function import is_ours, strip
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.bundle.signature import layer_names
 from aapt_deploy.errors import ParityError
-from aapt_deploy.models.aapt.signature import layer_names, signatures
+from aapt_deploy.models.family import family_of
 from aapt_deploy.rollout.engine import Engines
 from aapt_deploy.rollout.starts import Start, all_starts
 
@@ -20,7 +21,7 @@ def start_of(bundle: Bundle) -> Start:
     first = all_starts(bundle)[0]
     if bundle.profile.text.kind != "embedding" or not bundle.profile.text.tokens:
         return first
-    shape = signatures(bundle.profile)["prompt"].spec("text").shape
+    shape = family_of(bundle.profile).signatures(bundle.profile)["prompt"].spec("text").shape
     return first._replace(text=np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
@@ -32,11 +33,11 @@ def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
     profile, limits = bundle.profile, bundle.profile.quality
     latent = _reference(bundle, "encoder", {"image": first.image})["latent"]
     figures: dict[str, Any] = {"encoder": _error(engines["encoder"].run(image=first.image)["latent"], latent)}
-    state = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signatures(profile)["generator"].state}
+    state = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in family_of(profile).signatures(profile)["generator"].state}
     generator = engines["generator"]
     generator.reset()
     if first.text is not None:
-        spec = signatures(profile)["prompt"].spec("text")
+        spec = family_of(profile).signatures(profile)["prompt"].spec("text")
         text = np.asarray(first.text, spec.dtype).reshape(spec.shape)
         wanted = _reference(bundle, "prompt", {"text": text})
         generator.reset(**engines["prompt"].run(text=text))
@@ -45,12 +46,14 @@ def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
                 state[cache][:, : profile.text.tokens] = wanted[name]
     rng = np.random.default_rng(0)
     inputs = {
-        spec.name: rng.standard_normal(spec.shape).astype(spec.dtype) for spec in signatures(profile)["generator"].inputs if spec.name != "cache_len"
+        spec.name: rng.standard_normal(spec.shape).astype(spec.dtype)
+        for spec in family_of(profile).signatures(profile)["generator"].inputs
+        if spec.name != "cache_len"
     }
     inputs |= {"previous": latent, "time": np.ones(1, np.float32)}
     clean = _reference(bundle, "generator", inputs | state | {"cache_len": np.array([profile.text.tokens], np.int32)})["clean"]
     figures["generator"] = _error(generator.run(block=0, **inputs)["clean"], clean)
-    memory = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signatures(profile)["decoder"].state}
+    memory = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in family_of(profile).signatures(profile)["decoder"].state}
     frames = _reference(bundle, "decoder", {"latent": clean, **memory})["frames"]
     engines["decoder"].reset()
     found = engines["decoder"].run(latent=clean)["frames"].astype(np.float64)

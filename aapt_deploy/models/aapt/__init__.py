@@ -1,5 +1,8 @@
 """The AAPT family: an MMDiT with a text and a visual stream, and a causal VAE.
 
+family.py          the family's choices: inputs, sampler, controls, prompts (NumPy only)
+networks.py        the family's networks: built, drawn, cut into graphs
+sampler.py         from noise to a clean latent, pass by pass
 signature.py       names, shapes and state of the graphs (NumPy only)
 camera.py          velocities in, rays out (NumPy only)
 prompts.py         words in, token ids out (NumPy only)

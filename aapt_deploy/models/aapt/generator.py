@@ -12,17 +12,21 @@ predicts is the rest that a still picture leaves over: `posterior` says what is 
 Letters: B batch, n blocks, C latent channels, h x w latent pixels, F tokens per frame, L text tokens, H heads, D head_dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_deploy.models.aapt.backbone import AttendLayer, Backbone
-from aapt_deploy.models.aapt.layers import join_rope, posterior, rms_norm
+from aapt_deploy.models.aapt.layers import Stream, join_rope, posterior, rms_norm
 from aapt_deploy.ops.block_causal_attention.torch_op import block_causal_attention
 from aapt_deploy.profiles import CONDITION_CHANNELS, Profile
 
 
 class Generator(Backbone):
+    STEP = "visual"  # the stack of blocks that a pass runs
+
     def __init__(self, profile: Profile) -> None:
         super().__init__(profile)
         m, patch = profile.model, profile.model.patch**2
@@ -34,6 +38,15 @@ class Generator(Backbone):
         for head in (self.time_out, self.visual_out, self.skip):  # a fresh generator is a still picture
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
+
+    @property
+    def step_blocks(self) -> Sequence[Stream]:
+        """The blocks that a pass runs; those of the prompt are run once per prompt."""
+        return self.visual
+
+    def prompt_parameters(self) -> set[str]:
+        """Names of the parameters that only the prompt graph reads."""
+        return {name for name, _ in self.named_parameters() if name.startswith(("text", "vocabulary"))}
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input [N, channels, h, w] -> tokens [N, F, dim] and the linear predictor's latent [N, C, h, w]."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aapt_deploy.errors import UsageError
+from aapt_deploy.profiles import Profile
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "place": ("mountains", "desert", "islands", "forest"),
@@ -68,3 +69,25 @@ def token_ids(look: Look) -> np.ndarray:
         ids.append(first + (0 if value is None else 1 + words.index(value)))
         first += len(words) + 1
     return np.array([ids], np.int64)
+
+
+def vectors(profile: Profile, prompt: str) -> np.ndarray:
+    """float32 [1, L, dim]: what the .npy file `prompt` of an external text encoder holds; zeros for "".
+
+    Raises UsageError for a file that cannot be used.
+    """
+    text = profile.text
+    made = np.zeros((1, text.tokens, text.dim), np.float32)
+    if not prompt:
+        return made
+    hint = f"profile {profile.name} takes vectors of a text encoder: name a .npy file of float32 [{text.tokens}, {text.dim}]"
+    try:
+        found = np.load(prompt, mmap_mode="r", allow_pickle=False)  # of the header alone, until the shape is known
+        if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.shape not in (made.shape, made.shape[1:]):
+            raise ValueError(f"it holds {getattr(found, 'dtype', 'no array')} {list(getattr(found, 'shape', []))}")
+        made[0] = found
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"prompt {prompt!r} cannot be read: {error}", hint) from None
+    if not np.isfinite(made).all():
+        raise UsageError(f"prompt {prompt!r} holds numbers that are not finite", hint)
+    return made

@@ -9,16 +9,11 @@ Exporter, builder, engines, rollout and tests read it, so a renamed tensor is re
     decoder     latent, memory.NN                           -> frames [4, H, W, 3] uint8, memory.NN.next
 """
 
-from aapt_deploy.bundle.signature import GraphSignature, TensorSpec
+from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, layer_names
 from aapt_deploy.models.aapt.rope import rope_pairs
 from aapt_deploy.profiles import CONDITION_CHANNELS, PIXEL_CHANNELS, Profile
 
 GRAPHS = ("encoder", "prompt", "generator", "decoder")
-
-
-def layer_names(prefix: str, profile: Profile) -> list[str]:
-    """`prefix.00`, `prefix.01`, … one for each layer of the generator."""
-    return [f"{prefix}.{layer:02d}" for layer in range(profile.model.depth)]
 
 
 def _per_layer(prefixes: tuple[str, str], profile: Profile, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:

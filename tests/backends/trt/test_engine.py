@@ -22,11 +22,11 @@ from aapt_deploy.backends.torch_eager import EagerEngines, EagerGenerator
 from aapt_deploy.backends.trt import cuda, engine, state
 from aapt_deploy.backends.trt.state import from_bf16, to_bf16
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.bundle.signature import GraphSignature, layer_names
 from aapt_deploy.errors import MachineError
 from aapt_deploy.models.aapt import graphs
 from aapt_deploy.models.aapt.prompts import parse, token_ids
-from aapt_deploy.models.aapt.signature import layer_names, signatures
+from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import NEXT, hopper_fp8
 from aapt_deploy.profiles import Model, Profile

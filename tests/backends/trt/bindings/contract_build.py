@@ -18,8 +18,9 @@ from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON, Choice
 from aapt_deploy.bundle import bundle as bundles
 from aapt_deploy.bundle import scales
+from aapt_deploy.bundle.signature import layer_names
 from aapt_deploy.errors import BundleError, MachineError, ParityError
-from aapt_deploy.models.aapt.signature import layer_names, signatures
+from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, kernels
 from tests.support.bindings.build_rig import TRT_TYPES, Rig
 from tests.support.bindings.plugin_layer import forget

@@ -1,0 +1,96 @@
+"""The family seam: nobody outside models/ spells a family's name, and a family chooses what the rollout does."""
+
+import re
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aapt_deploy import profiles
+from aapt_deploy.models import family as families
+from aapt_deploy.models.aapt.family import FAMILY, CameraFeed
+from aapt_deploy.models.aapt.prompts import parse, token_ids
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rollout.loop import Rollout, Steering
+from tests.support.commands import ROOT
+from tests.support.fake_engines import FakeEngines
+
+PRESETS = sorted(path.stem for path in (ROOT / "profiles").glob("*.toml"))
+STACKS = re.compile(r"""["'(|](text|visual)(?=["'|)])|["'](aapt|wan)["']""")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_family_with_its_graphs(preset: str) -> None:
+    profile = profiles.load(preset)
+    family = families.family_of(profile)
+    graphs = family.signatures(profile)
+    assert {"generator", "decoder"} <= graphs.keys()
+    assert family.generator(profile) == graphs["generator"]
+    assert family.generator(profile, 7 * profile.frame_tokens).state[0].shape[1] == 7 * profile.frame_tokens
+
+
+def test_no_module_outside_models_asks_a_family_s_name() -> None:
+    """The operator's ONNX domain and the training room's own networks are other things."""
+    wrong = []
+    for path in sorted((ROOT / "aapt_deploy").rglob("*.py")):
+        room = path.relative_to(ROOT / "aapt_deploy").parts[0]
+        if room in ("models", "train", "ops"):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if "profile.family" in line or re.search(r"""\.family\s*(==|!=|in)\b""", line) or re.search(r"\(text\|visual\)|text\|visual", line):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert wrong == []
+
+
+def test_controls_of_a_trial_and_of_a_calibration_are_within_the_limits() -> None:
+    limits = np.array(astuple(FAMILY.limits))
+    for controls in (FAMILY.cruise, *FAMILY.flights, *(FAMILY.left_and_right(block) for block in range(8))):
+        assert (np.abs(astuple(controls)) <= limits).all()
+    turns = [FAMILY.left_and_right(block).yaw for block in range(8)]
+    assert turns == [0.2] * 4 + [-0.2] * 4
+    assert len({astuple(controls) for controls in FAMILY.flights}) == len(FAMILY.flights) == 5
+
+
+def test_prompts_are_drawn_read_and_compared(tiny: Profile) -> None:
+    rng = np.random.default_rng(0)
+    drawn = {FAMILY.random_text(tiny, rng).tobytes() for _ in range(20)}  # type: ignore[union-attr]
+    assert len(drawn) > 10
+    assert np.array_equal(FAMILY.text_of(tiny, "forest at dusk"), token_ids(parse("forest at dusk")))  # type: ignore[arg-type]
+    assert FAMILY.in_common("forest at dusk", "a forest in autumn, at dusk") == 2
+    assert FAMILY.in_common("", "forest") == 0
+    mute = tiny.replace(text=profiles.Text("vocabulary", 0, 8))
+    assert FAMILY.text_of(mute, "forest") is None and FAMILY.random_text(mute, rng) is None
+
+
+def test_a_feed_comes_back_from_its_state(tiny: Profile) -> None:
+    one, other = CameraFeed(tiny), CameraFeed(tiny)
+    latent = np.random.default_rng(0).standard_normal((1, 4, tiny.latent_height, tiny.latent_width)).astype(np.float32)
+    one.start(latent)
+    one.inputs(0, FAMILY.flights[2])
+    other.start(np.zeros_like(latent))
+    other.restore({name: array.copy() for name, array in one.state().items()})
+    ours, theirs = (feed.inputs(1, FAMILY.flights[3]) for feed in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+class Writes:
+    """AAPT with a pass that writes the cache."""
+
+    write_time = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(FAMILY, name)
+
+
+def test_a_write_pass_is_one_more_run_before_the_commit(tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aapt_deploy.rollout.loop.family_of", lambda profile: Writes())
+    fake = FakeEngines(tiny)
+    stream = Rollout(fake, tiny, np.zeros((tiny.video.height, tiny.video.width, 3), np.uint8), 0)
+    stream.step(Steering(FAMILY.cruise, np.array([[0, 5, 10, 15]])))
+    calls = [(method, given) for graph, method, given in fake.calls if graph == "generator"]
+    passes = len(tiny.sampler.timesteps)
+    assert [method for method, _ in calls] == ["reset", "reset", *["run"] * (passes + 1), "commit"]
+    last = calls[-2][1]
+    assert last["time"] == [0.0] and np.array_equal(last["noisy"], stream.feed.state()["previous"])  # type: ignore[comparison-overlap]
