@@ -20,7 +20,6 @@ from aapt_deploy.train.generator_stages import GeneratorStages
 from aapt_deploy.train.recipe import AdversarialStage, AnchoredStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage, gan
 from aapt_deploy.train.setup import ALONE, Setup
 from tests.support.toys import RECIPE, TINY, clips, quiet, toy_latents
-from tests.support.toys import clips as clips
 
 __all__ = ["clips"]  # a fixture
 

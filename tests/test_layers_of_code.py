@@ -186,10 +186,14 @@ def heavy(target: str) -> str | None:
 # --- who imports whom ---
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_imports_go_downward(name: str) -> None:
-    wrong = [f"line {i.line}: {i.target}" for i in IMPORTS[name] if (other := own(i.target)) and upward(name, other)]
-    assert not wrong, f"aapt_deploy/{name} imports its own tier or a higher one: {wrong}"
+def test_imports_go_downward() -> None:
+    wrong = [
+        f"aapt_deploy/{name}, line {found.line}: {found.target}"
+        for name in FILES
+        for found in IMPORTS[name]
+        if (other := own(found.target)) and upward(name, other)
+    ]
+    assert not wrong, "imports of the own tier or a higher one:\n" + "\n".join(wrong)
 
 
 def test_the_tables_name_no_module_that_is_gone() -> None:
@@ -236,16 +240,18 @@ def test_the_import_finder_itself() -> None:
 # --- heavy packages ---
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_heavy_packages_come_in_only_where_their_job_is(name: str) -> None:
-    wrong = []
-    for found in IMPORTS[name]:
-        if package := heavy(found.target):
-            allowed = AT_MODULE_LEVEL.get(package, ()) + (() if found.at_module_level else IN_FUNCTIONS.get(package, ()))
-            wrong += [] if among(allowed, name) else [f"line {found.line}: {found.target}"]
-        elif found.target.split(".")[0] == "numpy" and found.at_module_level and name in WITHOUT_NUMPY:
-            wrong.append(f"line {found.line}: {found.target}")
-    assert not wrong, f"aapt_deploy/{name} imports {wrong}; see AT_MODULE_LEVEL and IN_FUNCTIONS"
+def misplaced(name: str, found: Import) -> bool:
+    """Whether module `name` must not import that package there."""
+    if package := heavy(found.target):
+        inside = () if found.at_module_level else IN_FUNCTIONS.get(package, ())
+        return not among(AT_MODULE_LEVEL.get(package, ()) + inside, name)
+    numpy = found.target.split(".")[0] == "numpy"
+    return numpy and found.at_module_level and name in WITHOUT_NUMPY
+
+
+def test_heavy_packages_come_in_only_where_their_job_is() -> None:
+    wrong = [f"aapt_deploy/{name}, line {found.line}: {found.target}" for name in FILES for found in IMPORTS[name] if misplaced(name, found)]
+    assert not wrong, "see AT_MODULE_LEVEL and IN_FUNCTIONS:\n" + "\n".join(wrong)
 
 
 def test_ruff_knows_the_same_table() -> None:
@@ -283,16 +289,31 @@ def test_a_tensorrt_engine_loads_nothing_heavy_before_it_is_opened() -> None:
 # --- form ---
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_module_says_what_it_is_for_and_stays_readable(name: str) -> None:
-    source = FILES[name].read_text(encoding="utf-8")
+def unreadable(source: str) -> Iterator[str]:
+    """What is wrong with the form of one module."""
     tree = ast.parse(source)
-    assert ast.get_docstring(tree), f"aapt_deploy/{name} has no docstring"
-    lines = len(source.splitlines())
-    assert lines <= MAX_FILE_LINES, f"aapt_deploy/{name} has {lines} lines"
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
-    assert {function: length for function, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+    if not ast.get_docstring(tree):
+        yield "no docstring"
+    if (lines := len(source.splitlines())) > MAX_FILE_LINES:
+        yield f"{lines} lines"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                yield f"{node.name} has {length} lines"
+
+
+def test_a_module_says_what_it_is_for_and_stays_readable() -> None:
+    found = {name: [*unreadable(path.read_text(encoding="utf-8"))] for name, path in FILES.items()}
+    assert len(found) > 50
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+def test_the_measure_itself() -> None:
+    long = "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES
+    assert [*unreadable('"""Says so."""\n' + long.replace("    pass\n", "", 1))] == []
+    assert [*unreadable(long)] == ["no docstring", f"f has {MAX_FUNCTION_LINES + 1} lines"]
+    assert [*unreadable('"""."""\n' + "a = 1\n" * MAX_FILE_LINES)] == [f"{MAX_FILE_LINES + 1} lines"]
 
 
 def test_every_other_python_file_says_what_it_is_for() -> None:
