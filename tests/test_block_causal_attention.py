@@ -458,3 +458,31 @@ def test_a_graph_that_cannot_be_lowered_says_why(name: str) -> None:
 def test_the_portable_body_needs_its_opset() -> None:
     with pytest.raises(BundleError, match="opset 23, not 24"):
         onnx_function.attach(misfits()["opset"][0])
+
+
+# --- under autocast, on a CPU ---
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_attention_under_autocast_is_that_of_float32_within_its_rounding(narrow: torch.dtype) -> None:
+    """Queries of size 2 make the scale matter: without it the softmax would pick one key."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 33, 64, generator=rng) * size for size in (2, 2, 1))
+    exact = torch_op.softmax_attention(q.double(), k.double(), v.double())
+    plain = torch_op.softmax_attention(q.to(narrow), k.to(narrow), v.to(narrow))
+    with torch.autocast("cpu", narrow):
+        found = torch_op.softmax_attention(q, k, v)
+    assert found.dtype == plain.dtype == narrow
+    errors = [float((out.double() - exact).abs().max()) for out in (found, plain)]
+    assert 0 < errors[0] <= 2 * errors[1] < 0.2
+
+
+def test_values_narrower_than_the_queries_are_widened_before_they_are_read() -> None:
+    """As under autocast, where q and k were normalised and rotated in float32 and v was not."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, k_past, v_past = (torch.randn(1, 6, HEADS, HEAD_DIM, generator=rng) for _ in range(5))
+    half = [x.bfloat16() for x in (v, k_past, v_past)]
+    found = torch_op.attend_to(q, k, *half)
+    wanted = torch_op.attend_to(q, k, *(x.float() for x in half))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
