@@ -23,6 +23,7 @@ from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile
 from aapt_deploy.scales import Scales
 from aapt_deploy.signature import signatures
+from tests.support import once
 from tests.support.commands import Ran
 from tests.support.cuda_emulator import Driver
 from tests.support.tiny import FEW_BLOCKS, Exported, Made, frames_of, make_checkpoint, picture
@@ -47,15 +48,19 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoin
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, loaded: Checkpoint) -> Made:
     """Exported, and built for onnxruntime (fp32, int8) and torch, on one thread: threads that wait for a busy core take seconds."""
-    path, said = tmp_path_factory.mktemp("made") / "bundle", []
-    logging.getLogger("torch.__trace").propagate = False  # thousands of lines, each kept by pytest
-    parity = export.export_bundle(loaded, path, False, said.append)
-    shutil.copytree(path, path.with_name("bare"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "cores", lambda: 1)
-        opened = Bundle.open(path)
-        built = [*build.build_engine(opened, "onnxruntime", None, said.append), *build.build_engine(opened, "torch", None, said.append)]
-    return Made(path, parity, built, said)
+
+    def make(folder: Path) -> Made:
+        path, said = folder / "bundle", list[str]()
+        logging.getLogger("torch.__trace").propagate = False  # thousands of lines, each kept by pytest
+        parity = export.export_bundle(loaded, path, False, said.append)
+        shutil.copytree(path, path.with_name("bare"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "cores", lambda: 1)
+            opened = Bundle.open(path)
+            engines = [build.build_engine(opened, backend, None, said.append) for backend in ("onnxruntime", "torch")]
+        return Made(path, parity, [*engines[0], *engines[1]], said)
+
+    return once.made(tmp_path_factory, "made", make)
 
 
 @pytest.fixture(scope="session")
@@ -87,14 +92,19 @@ def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint
 
 
 @pytest.fixture(scope="session")
-def calibrated(three: Checkpoint) -> Scales:
-    return quantize.calibrate(checkpoint.load(three.path), lambda text: None)
+def calibrated(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint) -> Scales:
+    make = lambda folder: quantize.calibrate(checkpoint.load(three.path), lambda text: None)
+    return once.made(tmp_path_factory, "calibrated", make)
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint, calibrated: Scales) -> Exported:
-    path = tmp_path_factory.mktemp("fp8") / "bundle"
-    return Exported(path, export.export_bundle(checkpoint.stored(three.path), path, False, lambda text: None, calibrated))
+    def make(folder: Path) -> Exported:
+        stored = checkpoint.stored(three.path)
+        rows = export.export_bundle(stored, folder / "bundle", False, lambda text: None, calibrated)
+        return Exported(folder / "bundle", rows)
+
+    return once.made(tmp_path_factory, "exported", make)
 
 
 @pytest.fixture(scope="session")

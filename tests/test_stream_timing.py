@@ -98,13 +98,13 @@ def test_a_block_that_is_late_is_shown_at_once_and_the_next_ones_catch_up(bundle
 
     def stalling(*arguments: Any) -> Iterator[np.ndarray]:
         for number, frames in enumerate(real(*arguments)):
-            clock.now += 0.3 if number == 2 else 0
+            clock.now += 0.25 if number == 2 else 0
             yield frames
 
     monkeypatch.setattr(streams, "rollout", stalling)
     run(bundle, seconds=1.0, realtime=True)
     opened = 1000.0 + OPEN_S
-    late = opened + 2 * BLOCK_S + 0.3 + BLOCK_S
+    late = opened + 2 * BLOCK_S + 0.25 + BLOCK_S
     due = [opened + (1 + 4 * block) / FPS for block in range(6)]
     assert due[1] < late < due[3]
     shown = [time for time, _ in clock.shown]
