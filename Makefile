@@ -1,5 +1,5 @@
 # make demo    install what is needed and run the whole path on the embedded checkpoint: export, build, profile, stream
-# make test    install the development tools and run the tests
+# make test    install the development tools and run the tests, in JOBS=2 processes
 # make check   lint and types
 # make docs    write docs/commands.md and docs/messages.md again from the program
 # make bench   measure speed and memory, one JSON record in docs/measurements/
@@ -7,6 +7,7 @@
 # make wheel   build the wheel into dist/
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,7 +17,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/aapt demo --out demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

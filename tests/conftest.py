@@ -28,6 +28,7 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile
+from tests.support import once
 from tests.support.commands import Ran
 from tests.support.cuda_emulator import Driver
 from tests.support.tiny import FEW_BLOCKS, Exported, Made, frames_of, make_checkpoint, picture
@@ -52,17 +53,20 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoin
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, loaded: Checkpoint) -> Made:
     """Exported, and built for onnxruntime (fp32, int8) and torch, on one thread: threads that wait for a busy core take seconds."""
-    path, said = tmp_path_factory.mktemp("made") / "bundle", []
-    logging.getLogger("torch.__trace").propagate = False  # thousands of lines, each kept by pytest
-    parity = export.export_bundle(loaded, path, False, said.append)
-    shutil.copytree(path, path.with_name("bare"))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (build_ort, torch_eager):
-            patch.setattr(module, "cores", lambda: 1)
-        opened = Bundle.open(path)
-        options = Options(said.append)
-        built = [made for backend in ("onnxruntime", "torch") for made in build.build_engine(opened, backend, None, options)]
-    return Made(path, parity, built, said)
+
+    def make(folder: Path) -> Made:
+        path, said = folder / "bundle", list[str]()
+        logging.getLogger("torch.__trace").propagate = False  # thousands of lines, each kept by pytest
+        parity = export.export_bundle(loaded, path, False, said.append)
+        shutil.copytree(path, path.with_name("bare"))
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (build_ort, torch_eager):
+                patch.setattr(module, "cores", lambda: 1)
+            opened, options = Bundle.open(path), Options(said.append)
+            engines = [build.build_engine(opened, backend, None, options) for backend in ("onnxruntime", "torch")]
+        return Made(path, parity, [*engines[0], *engines[1]], said)
+
+    return once.made(tmp_path_factory, "made", make)
 
 
 @pytest.fixture(scope="session")
@@ -94,14 +98,19 @@ def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint
 
 
 @pytest.fixture(scope="session")
-def calibrated(three: Checkpoint) -> Scales:
-    return calibrate.calibrate(checkpoint.load(three.path), lambda text: None)
+def calibrated(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint) -> Scales:
+    make = lambda folder: calibrate.calibrate(checkpoint.load(three.path), lambda text: None)
+    return once.made(tmp_path_factory, "calibrated", make)
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint, calibrated: Scales) -> Exported:
-    path = tmp_path_factory.mktemp("fp8") / "bundle"
-    return Exported(path, export.export_bundle(checkpoint.stored(three.path), path, False, lambda text: None, calibrated))
+    def make(folder: Path) -> Exported:
+        stored = checkpoint.stored(three.path)
+        rows = export.export_bundle(stored, folder / "bundle", False, lambda text: None, calibrated)
+        return Exported(folder / "bundle", rows)
+
+    return once.made(tmp_path_factory, "exported", make)
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ REDIRECTED = ["2>/dev/full", "2>&-", "2> >(true)"]
 SHORT = [(arguments, code, redirected) for arguments, code in [("bogus", 2), ("", 2), ("profile nowhere", 4)] for redirected in REDIRECTED]
 
 
-@pytest.mark.parametrize(("arguments", "code", "redirected"), [*SHORT, ("doctor", 0, "2>/dev/full")])
+@pytest.mark.parametrize(("arguments", "code", "redirected"), SHORT)
 def test_exit_codes_need_no_stderr(tmp_path: Path, arguments: str, code: int, redirected: str) -> None:
     done = shell(f"$AAPT {arguments} {redirected}", tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
@@ -85,7 +85,7 @@ def test_json_to_a_closed_stdout_is_refused_before_work_is_done(bundle: Path, tm
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(("arguments", "code"), [("doctor --json", 0), ("--help", 0)])
+@pytest.mark.parametrize(("arguments", "code"), [("--version", 0), ("--help", 0)])
 def test_a_reader_of_stdout_that_left_changes_nothing(tmp_path: Path, arguments: str, code: int) -> None:
     done = shell(f"$AAPT {arguments} | true", tmp_path)
     assert done.returncode == code

@@ -12,7 +12,7 @@ import pytest
 from aapt_deploy.bundle.bundle import Bundle, _describe
 from aapt_deploy.errors import MachineError, OutputError, ProfileError, UsageError, VerdictError
 from aapt_deploy.measure import quality
-from aapt_deploy.measure.quality import Loss, compare, ssim
+from aapt_deploy.measure.quality import Loss, compare, gradient, luma, ssim
 from aapt_deploy.profiles import Quality, loads
 from aapt_deploy.rollout.engine import Engine, Engines
 from tests.support.bundles import rewrite_manifest
@@ -271,3 +271,77 @@ def test_the_section_is_optional_and_checked(bundle: Path) -> None:
         loads(without + "[quality]\ndrift = nan\n", "x")
     with pytest.raises(ProfileError, match=r"unknown key 'quality.vmaf'"):
         loads(without + "[quality]\nvmaf = 90.0\n", "x")
+
+
+# --- figures by hand ---
+
+
+@pytest.mark.parametrize(("shift", "brightness"), [(20, 1.25), (-20, 0.75)])
+def test_a_change_of_brightness_leaves_sharpness_as_it_is(shift: int, brightness: float) -> None:
+    """Frames of grey levels 60 to 100, all lighter or all darker: edges stay as they are."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(60, 101, (4, 32, 64, 1), dtype=np.uint8).repeat(3, -1)
+    a, b = luma(picture), luma((picture.astype(int) + shift).astype(np.uint8))
+    _, figures = quality._figures(np.concatenate([a[:1], a]), np.concatenate([b[:1], b]), np.zeros(4))
+    sharpness, bright, *_ = figures
+    assert sharpness == pytest.approx(1, abs=1e-9)
+    assert bright == pytest.approx(1 + shift / a.mean()) == pytest.approx(brightness, abs=0.01)
+
+
+def test_drift_is_that_of_brightness_where_sharpness_stays(spoil: Callable[[str, Change], Loss]) -> None:
+    lighter = lambda frames: np.minimum(frames, 255 - 40) + np.uint8(40)
+    loss = spoil("decoder", lambda out: out | {"frames": lighter(out["frames"])})
+    (second,) = loss.seconds
+    assert second.brightness > 1.1 and abs(second.brightness - 1) > abs(second.sharpness - 1)
+    assert loss.drift == pytest.approx(abs(second.brightness - 1), abs=1e-4)
+
+
+def seconds_of(sharpness: list[float], brightness: list[float]) -> list[quality.Second]:
+    return [quality.Second(40.0, 0.95, *pair) for pair in zip(sharpness, brightness, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "brightness", "slope"),
+    [
+        ([1.0, 1.0, 1.0], [1.0, 1.1, 1.2], 0.1),
+        ([1.0, 0.8, 0.6], [1.0, 1.1, 1.2], 0.2),
+        ([1.0, 1.3], [1.0, 0.6], 0.4),
+        ([0.5], [2.0], 0.0),
+    ],
+)
+def test_the_slope_is_the_steeper_one_of_sharpness_and_brightness(sharpness: list[float], brightness: list[float], slope: float) -> None:
+    assert quality._slope(seconds_of(sharpness, brightness)) == pytest.approx(slope)
+
+
+def test_the_figures_of_a_block_by_hand() -> None:
+    """Two frames of 8x9 with the frame before; the candidate is twice as bright and twice as sharp."""
+    ramp = np.arange(72.0).reshape(8, 9)
+    a = np.stack([ramp, ramp + 1, ramp + 3])
+    b = 2 * a
+    b[-1] += 10
+    pictures, (sharp, bright, change_a, change_b, deviation) = quality._figures(a, b, np.array([5.0, 7.0]))
+    assert pictures[:, 0].tolist() == [5, 7]
+    assert pictures[:, 1] == pytest.approx([ssim(a[1], b[1]), ssim(a[2], b[2])])
+    assert sharp == pytest.approx(2)
+    assert bright == pytest.approx(b[1:].mean() / a[1:].mean())
+    assert (change_a, change_b) == pytest.approx((3, 16))
+    assert deviation == pytest.approx(b[-1].std())
+    assert gradient(a) == pytest.approx(1 + 9)
+
+
+def test_a_black_reference_divides_nothing() -> None:
+    black, white = np.zeros((3, 8, 8)), np.full((3, 8, 8), 255.0)
+    _, (sharp, bright, *_) = quality._figures(black, white, np.zeros(2))
+    assert np.isfinite([sharp, bright]).all() and sharp == 0 and bright == pytest.approx(255e6)
+
+
+def test_decibels_of_a_square_error() -> None:
+    assert quality._decibels(255**2) == 0 and quality._decibels(255**2 / 100) == 20
+    assert quality._decibels(0) == round(10 * np.log10(255**2 * 1e9), 2)
+    rows = np.array([[255**2 / 10, 0.8, 1.0, 1.2, 0, 0, 0], [3 * 255**2 / 10, 0.9, 2.0, 1.4, 0, 0, 0]])
+    assert quality._second(rows) == quality.Second(round(10 * np.log10(5), 2), 0.85, 1.5, 1.3)
+
+
+def test_luma_is_bt601() -> None:
+    frames = np.array([[[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]]], np.uint8)
+    assert luma(frames)[0, 0] == pytest.approx([76.245, 149.685, 29.07, 255])

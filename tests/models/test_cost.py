@@ -1,6 +1,8 @@
 """The plan against arithmetic by hand, and against networks that really run."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from aapt_deploy.errors import ProfileError, VerdictError
 from aapt_deploy.models import cost
 from aapt_deploy.models.aapt.generator import Generator
+from aapt_deploy.models.aapt.signature import signatures
+from aapt_deploy.models.aapt.vae import Vae
 from aapt_deploy.models.cost import LiveBytes
-from aapt_deploy.profiles import Precision, Profile, load
+from aapt_deploy.profiles import Precision, Profile, Sampler, Text, load
 from tests.support.commands import Ran
 
 H100 = load("aapt-8b-736x416-h100")
@@ -111,3 +115,79 @@ def test_a_plan_that_does_not_fit_is_exit_3(aapt: Callable[..., Ran], tmp_path: 
 def test_an_unknown_preset_is_named(aapt: Callable[..., Ran]) -> None:
     ran = aapt("plan", "aapt-80b")
     assert ran.code == ProfileError.exit_code and "'aapt-80b'" in ran.error
+
+
+# --- a profile that memory bounds ---
+
+
+@pytest.fixture(scope="module")
+def small_picture() -> Profile:
+    """The H100's model over pictures of 128x64: 32 tokens a block, far fewer than its rates need."""
+    return H100.replace(video=dataclasses.replace(H100.video, width=128, height=64))
+
+
+def test_a_generator_that_memory_bounds_reads_its_weights_and_its_cache(small_picture: Profile) -> None:
+    planned = cost.plan(small_picture)
+    generator = stage(planned, "generator")
+    bandwidth = cost.GPUS["H100"].bandwidth / 1e12  # GB a millisecond
+    assert planned.cache_gb / generator.weights_gb > 0.01
+    assert generator.bound == "memory"
+    read = generator.weights_gb + planned.cache_gb
+    assert generator.floor_ms == pytest.approx(read / bandwidth, rel=2e-3)
+    without = generator.weights_gb / bandwidth
+    assert generator.floor_ms - without > 0.01 * without
+
+
+def test_the_decoder_reads_its_weights_alone_in_the_compute_precision(small_picture: Profile) -> None:
+    decoder = stage(cost.plan(small_picture), "decoder")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Vae(small_picture).decoder.parameters())
+    assert decoder.weights_gb == pytest.approx(2 * parameters / 1e9, abs=0.0006)
+    assert decoder.floor_ms is not None
+    reading = 2 * parameters / cost.GPUS["H100"].bandwidth * 1000
+    multiplying = decoder.products_gflop / 989
+    assert decoder.floor_ms == pytest.approx(max(reading, multiplying), abs=0.006)
+
+
+def test_the_floor_of_a_step_is_all_passes_and_one_decoding() -> None:
+    twice = H100.replace(sampler=Sampler((1.0, 0.5, 0.25)))
+    planned = cost.plan(twice)
+    generator, decoder = (stage(planned, name).floor_ms for name in ("generator", "decoder"))
+    assert generator is not None and decoder is not None
+    assert planned.passes == 3
+    assert planned.floor_ms == pytest.approx(3 * generator + decoder, abs=0.006)
+    assert planned.floors_ms == {"step": planned.floor_ms, "generator": round(3 * generator, 3), "decoder": decoder}
+
+
+def test_what_is_resident_by_hand(planned: cost.Plan) -> None:
+    by_name = {s.name: s for s in planned.stages}
+    memory = planned.memory_gb
+    state = sum(math.prod(spec.shape) for spec in signatures(H100)["decoder"].state)
+    assert memory["decoder memory"] == pytest.approx(2 * 2 * state / 1e9, abs=0.0006)  # bf16, before and after
+    working = by_name["generator"].activations_gb + by_name["decoder"].activations_gb
+    assert memory["activations"] == pytest.approx(working, abs=0.001)
+    assert memory["weights"] == pytest.approx(sum(s.weights_gb for s in planned.stages), abs=0.001)
+    assert memory["kv cache"] == planned.cache_gb
+    assert (memory["workspace"], memory["runtime"]) == (2.0, 1.0)
+
+
+def test_a_generator_without_text_reads_no_prompt(tiny: Profile) -> None:
+    mute = tiny.replace(text=Text("vocabulary", 0, 16))
+    planned = cost.plan(mute)
+    assert [s.name for s in planned.stages] == ["encoder", "generator", "decoder"]
+    assert planned.floors_ms == {}
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(0, True), (9, False), (10, True), (11, True)])
+def test_a_plan_fits_up_to_its_limit(planned: cost.Plan, limit: int, fits: bool) -> None:
+    full = dataclasses.replace(planned, memory_gb={"weights": 7.5, "runtime": 2.5}, limit_gb=limit)
+    assert full.total_gb == 10.0 and full.fits is fits
+    assert json.loads(full.json())["fits"] is fits
+
+
+def test_tiles_of_an_fp8_cache_are_whole(tiny: Profile) -> None:
+    """Bytes of whole tiles of 64 keys; any other cache has no such tiles."""
+    eight = H100.replace(precision=Precision("bf16", "fp8_e4m3", "fp8_e4m3"))
+    assert cost._cache_bytes(eight) == -(-H100.cache_tokens // 64) * 64 * 2 * 36 * 3072
+    wide = H100.replace(precision=Precision("bf16", "fp8_e4m3", "bf16"))
+    assert cost._cache_bytes(wide) == 2 * 2 * 36 * 3072 * H100.cache_tokens

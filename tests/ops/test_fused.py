@@ -76,7 +76,8 @@ def test_pytorchs_fp8_product_takes_what_the_step_gives_it(name: str, by_row: bo
 
 INTERPRETED = """
 import torch
-from aapt_deploy.ops import fused, fused_triton
+from aapt_deploy.ops import fused
+from aapt_deploy.ops import fused_triton
 rng = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(*shape, generator=rng)
 step, eps = torch.tensor([0.02]), 1e-5

@@ -204,3 +204,44 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_item_is_asked_for() -
     assert next(ahead).shape == (1,)
     with pytest.raises(ValueError, match="broken"):
         next(ahead)
+
+
+# --- samplers that no preset has ---
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_a_block_starts_from_noise_of_the_profile_s_temperature(tiny: Profile, temperature: float) -> None:
+    fake, _ = run(tiny.replace(sampler=Sampler((1.0, 0.5), temperature)), 2, seed=7)
+    rng = np.random.default_rng(7)
+    for first in inputs(fake, "generator")[::2]:
+        noise = rng.standard_normal(np.shape(first["noisy"]), np.float32)
+        assert np.array_equal(np.asarray(first["noisy"]), np.float32(temperature) * noise)
+
+
+@pytest.mark.parametrize("timesteps", [(1.0, 0.75, 0.6), (1.0, 0.9, 0.4, 0.3), (1.0, 0.75, 0.5, 0.25)])
+def test_a_path_that_bends_evenly_is_followed_exactly_whatever_the_steps(timesteps: tuple[float, ...]) -> None:
+    """Along x' = a + b t the first step is straight, and every later one exact: a parabola's own."""
+    a, b, x = 0.3, 2.0, 1.0
+    speed = lambda t: a + b * t
+    travelled = lambda t: a * t + b * t * t / 2
+    second = timesteps[1]
+    wanted = x + speed(1.0) * (second - 1.0) - travelled(second)
+    assert denoise(lambda x, t: x - t * speed(t), x, timesteps) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_sampler_asks_at_the_point_where_the_last_step_ended() -> None:
+    """Three uneven steps by hand: speeds 0.8, 1.0 and 0.5 from 1."""
+    asked: list[tuple[float, float]] = []
+    speeds = iter([0.8, 1.0, 0.5])
+
+    def clean(x: float, t: float) -> float:
+        asked.append((x, t))
+        return x - t * next(speeds)
+
+    end = denoise(clean, 1.0, (1.0, 0.75, 0.6))
+    second = 1.0 - 0.25 * 0.8
+    third = second - 0.15 * 1.0 + (1.0 - 0.8) * 0.15**2 / (2 * -0.25)
+    last = third - 0.6 * 0.5 + (0.5 - 1.0) * 0.6**2 / (2 * -0.15)
+    assert [t for _, t in asked] == [1.0, 0.75, 0.6]
+    assert [x for x, _ in asked] == pytest.approx([1.0, second, third])
+    assert end == pytest.approx(last)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,3 +265,51 @@ def test_stdin_that_was_closed_before_the_start() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[:2] == ["ready", "22.0 0.0 None"]
+
+
+def piped(path: Path, *lines: dict[str, object]) -> Controls:
+    """Controls from a named pipe whose lines have all arrived, and whose reader is done."""
+    os.mkfifo(path)
+    controls = open_controls(str(path), CRUISE, pytest.fail)
+    (reader,) = (thread for thread in threading.enumerate() if thread.name == "controls")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reader.join(10)
+    assert not reader.is_alive()
+    return controls
+
+
+def test_of_live_lines_before_one_block_the_newest_value_of_a_key_counts(tmp_path: Path) -> None:
+    lines: list[dict[str, object]] = [
+        {"forward": 3, "yaw": 0.1, "prompt": "rain"}, {"forward": 5}, {"prompt": "snow"}, {"pitch": 0.1},
+    ]  # fmt: skip
+    controls = piped(tmp_path / "pipe", *lines)
+    assert controls.at(0, 0.0) == Control(Velocity(5, yaw=0.1, pitch=0.1), "snow")
+    controls.close()
+
+
+def test_live_lines_with_a_time_wait_and_those_behind_them_too(tmp_path: Path) -> None:
+    lines: list[dict[str, object]] = [{"forward": 1}, {"forward": 2, "at": 2 * BLOCK_S}, {"yaw": 0.1}, {"yaw": 0.2}]
+    controls = piped(tmp_path / "pipe", *lines)
+    found = [controls.at(block, block * BLOCK_S).velocity for block in range(3)]
+    assert found == [Velocity(1), Velocity(1), Velocity(2, yaw=0.2)]
+    controls.close()
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_time_typed_to_six_digits_acts_in_its_own_block(tmp_path: Path, live: bool) -> None:
+    """A third of the blocks begin a little before such a number: 1/6 s is less than 0.166667."""
+    typed: list[dict[str, object]] = [{"forward": block + 1, "at": round(block * BLOCK_S, 6)} for block in range(30)]
+    if live:
+        controls = piped(tmp_path / "pipe", *typed)
+    else:
+        (tmp_path / "file").write_text("\n".join(map(json.dumps, typed)))
+        controls = open_controls(str(tmp_path / "file"), CRUISE, pytest.fail)
+    found = [controls.at(block, block * BLOCK_S).velocity.forward for block in range(30)]
+    assert found == [block + 1 for block in range(30)]
+    controls.close()
+
+
+def test_a_time_after_its_block_s_start_waits_for_the_next(tmp_path: Path) -> None:
+    controls = piped(tmp_path / "pipe", {"forward": 9, "at": BLOCK_S + 1e-5})
+    assert [controls.at(block, block * BLOCK_S).velocity.forward for block in range(3)] == [22, 22, 9]
+    controls.close()

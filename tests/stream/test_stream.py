@@ -99,17 +99,6 @@ def test_the_precision_can_be_chosen(bundle: Path, tmp_path: Path) -> None:
     assert np.array_equal(pixels(tmp_path / "c.rgb"), pixels(tmp_path / "b.rgb"))  # the profile's own
 
 
-def test_in_real_time_a_block_comes_when_it_is_due(bundle: Path, tmp_path: Path) -> None:
-    began = time.perf_counter()
-    run(bundle, tmp_path / "a.rgb", 1.0, realtime=True)
-    paced = time.perf_counter() - began
-    began = time.perf_counter()
-    run(bundle, tmp_path / "b.rgb", 1.0)
-    assert paced > 21 / 24  # the last block of four is due then
-    assert time.perf_counter() - began < paced
-    assert (tmp_path / "a.rgb").read_bytes() == (tmp_path / "b.rgb").read_bytes()
-
-
 # --- where a stream starts
 
 

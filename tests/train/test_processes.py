@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.support.commands import ENVIRONMENT
 FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1", "anchored-1"]
 
 RUN = """
-import dataclasses, sys
+import dataclasses, json, os, sys
 from pathlib import Path
 import torch
 from tests.support.toys import TINY, toy_latents
@@ -26,8 +27,7 @@ from aapt_deploy.train import loop
 from aapt_deploy.train.run import GeneratorStages
 from aapt_deploy.train.recipe import *
 from aapt_deploy.train.processes import joined
-setup = joined("cpu", False, sys.argv[3] == "checkpointing", int(sys.argv[2]))
-folder, two = Path(sys.argv[1]), dict(accumulate=2)
+two = dict(accumulate=2)
 game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2, unjudged=1, penalty=10.0)
 recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5),),
                 (ConsistencyStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2),),
@@ -35,30 +35,49 @@ recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2, 2, 1e-3
                 (dataclasses.replace(game, attention="bidirectional"),),
                 (AnchoredStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, flights=3, flight_blocks=4),))
 loop.LOG_EVERY = 1
-torch.manual_seed(0)
-generator, latents = Generator(TINY), toy_latents()
-with torch.no_grad():
-    for p in generator.parameters():
-        p += 0.05 * torch.randn_like(p)
-latents.z.add_(0.3 * torch.randn(latents.z.shape))
-list(GeneratorStages(generator, latents, recipe, folder, lambda text: None, setup).all(False, None))
-if setup.mesh is not None:
-    torch.distributed.destroy_process_group()
+for folder, context, checkpointing, port in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    setup = joined("cpu", False, checkpointing, context)
+    torch.manual_seed(0)
+    generator, latents = Generator(TINY), toy_latents()
+    with torch.no_grad():
+        for p in generator.parameters():
+            p += 0.05 * torch.randn_like(p)
+    latents.z.add_(0.3 * torch.randn(latents.z.shape))
+    list(GeneratorStages(generator, latents, recipe, Path(folder), lambda text: None, setup).all(False, None))
+    if setup.mesh is not None:
+        torch.distributed.destroy_process_group()
 """
 
 
-def start(folder: Path, world: int, context: int, *, checkpointing: bool = False) -> list[subprocess.Popen[str]]:
-    """The toy recipe in `world` processes, as torchrun starts them."""
-    folder.mkdir()
+class Case(NamedTuple):
+    """How the two processes share the work."""
+
+    context: int
+    checkpointing: bool
+
+
+CASES = {"batches": Case(1, False), "heads": Case(2, True)}
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(cases: dict[Path, Case], world: int) -> list[subprocess.Popen[str]]:
+    """The toy recipe in `world` processes, as torchrun starts them, once for each case."""
     found = []
+    for folder in cases:
+        folder.mkdir()
+    runs = json.dumps([[str(folder), *case, free_port()] for folder, case in cases.items()])
     for rank in range(world):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        arguments = [sys.executable, "-c", RUN, folder, context, "checkpointing" if checkpointing else "keeping"]
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
         environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
-        found.append(subprocess.Popen(list(map(str, arguments)), env=environment, stderr=subprocess.PIPE, text=True))
+        command = [sys.executable, "-c", RUN, runs]
+        found.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     return found
 
 
@@ -73,27 +92,29 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parallel") / "alone"
-    finish(start(folder, 1, 1))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs: `alone`, and one for each case. Each process starts once, for the imports take longest."""
+    folder = tmp_path_factory.mktemp("parallel")
+    shared = start({folder / name: case for name, case in CASES.items()}, 2)
+    finish([*shared, *start({folder / "alone": Case(1, False)}, 1)])
     return folder
 
 
-@pytest.mark.parametrize(("world", "context", "checkpointing"), [(2, 1, False), (2, 2, True)], ids=["batches", "heads"])
-def test_two_processes_train_as_one(world: int, context: int, checkpointing: bool, alone: Path, tmp_path: Path) -> None:
-    finish(start(tmp_path / "run", world, context, checkpointing=checkpointing))
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, runs: Path) -> None:
+    alone, shared = runs / "alone", runs / case
     for stage in ("generator-1", "consistency-1", "trajectory-1", "adversarial-1", "anchored-1"):
-        one, two = ([json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()] for folder in (alone, tmp_path / "run"))
+        one, two = ([json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()] for folder in (alone, shared))
         assert len(one) == len(two) == 2
         for a, b in zip(one, two, strict=True):
             for name in a.keys() - {"seconds"}:
                 assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5), (stage, name)
     for name in FILES:
-        mine, theirs = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path / "run"))
+        mine, theirs = (load_file(folder / f"{name}.safetensors") for folder in (alone, shared))
         assert mine.keys() == theirs.keys()
         wrong = {key: float((mine[key] - theirs[key]).abs().max()) for key in mine}
         assert sum(value > 2e-4 for value in wrong.values()) <= len(wrong) // 16, wrong  # Adam makes a sign of a gradient that is almost nothing
-    state = load_file(tmp_path / "run" / "generator-1.state")  # as one process would have left it
+    state = load_file(shared / "generator-1.state")  # as one process would have left it
     held = load_file(alone / "generator-1.state")
     assert {name: tensor.shape for name, tensor in state.items()} == {name: tensor.shape for name, tensor in held.items()}
 

@@ -279,11 +279,7 @@ def test_without_tensorrt_two_lines_and_exit_5(bare: Path, aapt: Any, monkeypatc
     assert "pip install 'aapt_deploy[tensorrt]'" in ran.err
 
 
-def test_the_command_tells_and_gives_json(bare: Path, here: TensorRT, aapt: Any) -> None:
-    ran = aapt("build-engine", bare, "--backend", "tensorrt", "--precision", "fp32", "--json")
-    assert ran.code == 0, ran.err
-    assert json.loads(ran.out)["engines"][0]["key"] == "tensorrt-fp32"
-    assert "audit" not in ran.err and "2 of TensorRT's attention" in ran.err
+def test_a_form_of_attention_is_for_tensorrt_only(bare: Path, aapt: Any) -> None:
     assert aapt("build-engine", bare, "--attention", "native").code == 2
 
 

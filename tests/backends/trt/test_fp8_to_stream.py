@@ -76,7 +76,9 @@ def test_an_fp8_export_becomes_a_stream(
     audit = entry["audit"]["generator"]
     assert (audit["plugins"], audit["attention"], audit["fp8"], entry["audit"]["prompt"]["fp8"]) == (3 * ours, 3 * (not ours), 4, 4)
     assert entry["parity"]["generator"] < opened.profile.quality.latent_error and ("scales" in entry) is ours
-    assert json.loads(ran.out)["engines"][0]["psnr_db"] == entry["psnr_db"] > 30
+    (told,) = json.loads(ran.out)["engines"]
+    assert told["key"] == "tensorrt-fp8" and told["psnr_db"] == entry["psnr_db"] > 30
+    assert "audit" not in ran.err and ("3 of TensorRT's attention" in ran.err) is not ours
     before = len(here.driver.journal)
     assert decibels(streamed(eight), exported_frames) > least
     calls = here.driver.journal[before:]

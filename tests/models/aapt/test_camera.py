@@ -200,3 +200,14 @@ def test_the_map_says_where_each_pixel_was_before_the_turn(world: World) -> None
     followed = np.abs(sampled(before, row[inside], column[inside]) - seen).mean()
     ignored = np.abs(sampled(before, y[inside], x[inside]) - seen).mean()
     assert followed < 0.35 * ignored, f"{followed=} {ignored=}"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.16, 0.22), (-0.22, -0.1), (0.2, -0.2)])
+def test_pitching_from_a_pitched_pose_moves_the_rays_by_the_difference_of_tangents(before: float, after: float) -> None:
+    """Pitch is a lens shift: 5 % more than the tangent of the difference near the limit."""
+    found = condition_map(DEMO, Pose(pitch=before), Pose(pitch=after))[0, 3:] * DIRECTION_SCALE
+    rest = rest_directions()
+    rays = found + rest
+    risen = rest[1] / rest[2] - rays[1] / rays[2]
+    assert risen == pytest.approx(math.tan(after) - math.tan(before), abs=1e-6)
+    assert rays[0] / rays[2] == pytest.approx(rest[0] / rest[2], abs=1e-6)

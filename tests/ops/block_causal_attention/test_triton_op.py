@@ -11,7 +11,8 @@ from tests.support.commands import ROOT
 
 INTERPRETED = """
 import numpy as np, torch
-from aapt_deploy.ops.block_causal_attention import reference, triton_op
+from aapt_deploy.ops.block_causal_attention import reference
+from aapt_deploy.ops.block_causal_attention import triton_op
 rng = np.random.default_rng(0)
 worst = {}
 for dtype in (torch.float32, torch.float16):
@@ -34,7 +35,9 @@ print("done")
 COMPILED = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from aapt_deploy.ops.block_causal_attention.triton_op import KEYS, ROWS, _attend
+from aapt_deploy.ops.block_causal_attention.triton_op import KEYS
+from aapt_deploy.ops.block_causal_attention.triton_op import ROWS
+from aapt_deploy.ops.block_causal_attention.triton_op import _attend
 for sm in (90, 80):
     for dim in (128, 64):
         pointers = {name: "*bf16" for name in ("q", "k", "v", "k_cache", "v_cache", "out")}

@@ -434,3 +434,18 @@ def test_a_fresh_generator_learns_the_games_direction() -> None:
         adam.step()
         adam.zero_grad()
     assert margins[-1] < margins[0] - 0.01
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_segment_starts_from_noise_of_the_profile_s_temperature(temperature: float) -> None:
+    calm = TINY.replace(sampler=dataclasses.replace(TINY.sampler, temperature=temperature))
+    clips = batch_of(blocks=2)
+    found = []
+    for profile in (TINY, calm):
+        torch.manual_seed(0)
+        rollout = Rollout(Generator(profile), clips.previous[:, 0], clips.text, GAME, seeded(1))
+        rollout.streams.sample = lambda noise, *rest, made=found: made.append(noise) or noise  # type: ignore[method-assign]
+        rollout.extend(clips.condition)
+    assert len(found) == 4 and 0.8 < float(torch.stack(found[:2]).std()) < 1.2
+    for plain, calmer in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(calmer, temperature * plain)

@@ -1,5 +1,6 @@
 """The rollout under training is the rollout of inference, its past is its own, and gradients go where they should."""
 
+import dataclasses
 import subprocess
 import sys
 from itertools import islice
@@ -157,3 +158,23 @@ def test_the_first_block_of_the_loss_in_closed_form() -> None:
         mean = (previous / 0.7**2 + (1 - t) * ((1 - t) * clean + t * noise[stream].double()) / t**2) / precision
         total += ((mean - clean) ** 2 * precision).mean().item() / 2
     assert loss == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_forced_rollout_starts_from_noise_of_the_profile_s_temperature(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = TINY.replace(sampler=dataclasses.replace(TINY.sampler, temperature=temperature))
+    noises: dict[float, list[Tensor]] = {}
+    for profile in (TINY, calm):
+        torch.manual_seed(0)
+        generator, found = Generator(profile), noises.setdefault(profile.sampler.temperature, [])
+
+        def sample(streams: Streams, noise: Tensor, *arguments: object, found: list[Tensor] = found) -> Tensor:
+            found.append(noise)
+            return noise
+
+        monkeypatch.setattr(Streams, "sample", sample)
+        forced_flow_loss(generator, batch_of(blocks=2), STAGE, torch.Generator().manual_seed(1))
+    assert len(noises[1.0]) == len(noises[temperature]) == 2
+    for plain, calmer in zip(noises[1.0], noises[temperature], strict=True):
+        assert 0.8 < float(plain.std()) < 1.2
+        torch.testing.assert_close(calmer, temperature * plain)
