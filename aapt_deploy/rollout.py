@@ -44,6 +44,8 @@ def latents(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer,
     rng, pose, text = np.random.default_rng(seed), Pose(), None
     seconds = profile.video.temporal_stride / profile.video.fps
     previous = engines["encoder"].run(image=image)["latent"].copy()  # [1, C, h, w]
+    shape, temperature = previous.shape, np.float32(profile.sampler.temperature)
+    drawn = one_ahead(temperature * rng.standard_normal(shape, np.float32) for _ in count())
     yield previous
     for block in count():
         velocity, wanted = steer(block)
@@ -52,7 +54,7 @@ def latents(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer,
             generator.reset(**engines["prompt"].run(text=text))  # replaces the text in the cache, keeps the past
         before, pose = pose, pose.moved(velocity, seconds)
         fixed = {"previous": previous, "condition": condition_map(profile, before, pose), "rope_time": temporal_rope(profile, block)[None]}
-        x = np.float32(profile.sampler.temperature) * rng.standard_normal(previous.shape, np.float32)
+        x = next(drawn)  # that of the block behind is drawn while this one runs
 
         def clean(noisy: np.ndarray, t: float) -> np.ndarray:
             return generator.run(noisy=noisy, time=np.array([t], np.float32), block=block, **fixed)["clean"]  # noqa: B023
@@ -64,7 +66,7 @@ def latents(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer,
 
 def one_ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """The same items, each being made, in a thread, while its predecessor is in use."""
-    with ThreadPoolExecutor(1, "generator") as thread:
+    with ThreadPoolExecutor(1, "one-ahead") as thread:
         coming = thread.submit(next, items)
         while True:
             item = coming.result()

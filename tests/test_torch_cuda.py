@@ -16,7 +16,7 @@ from test_fp8_to_stream import wanted as wanted
 from aapt_deploy import assets, scales
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
-from aapt_deploy.engine import Engines, torch_cuda
+from aapt_deploy.engine import Engines, torch_cuda, torch_lane
 from aapt_deploy.engine.eager import EagerEngines
 from aapt_deploy.engine.torch_calibrate import noise_inputs
 from aapt_deploy.engine.torch_kernels import AttentionScales, Kernels, plain
@@ -225,6 +225,45 @@ def test_the_length_and_the_slot_are_read_where_they_lie(loaded: Checkpoint) -> 
         inputs["cache_len"].fill_(text)
         assert torch.equal(step(inputs), first)
         assert all(torch.equal(a[:, :, :-frame], b[:, :, :-frame]) for a, b in zip(held, cache.caches, strict=True))
+
+
+def test_attention_goes_before_the_decoder_and_nothing_is_uploaded_below_a_zero_fill(
+    loaded: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+
+    class Told(torch_lane.Lane):
+        def __init__(self, device: torch.device, priority: int = 0) -> None:
+            super().__init__(device, priority)
+            told.append(f"lane {priority}")
+
+        def settle(self) -> None:
+            told.append("settle")
+
+    true_packed, true_upload = torch_lane.Packed.__init__, torch_lane.Packed.upload
+
+    def packed(self: torch_lane.Packed, *given: object) -> None:
+        told.append("zeros")
+        true_packed(self, *given)  # type: ignore[arg-type]
+
+    def upload(self: torch_lane.Packed, values: dict[str, object]) -> None:
+        told.append("upload")
+        true_upload(self, values)
+
+    monkeypatch.setattr(torch_cuda, "Lane", Told)
+    monkeypatch.setattr(torch_lane.Packed, "__init__", packed)
+    monkeypatch.setattr(torch_lane.Packed, "upload", upload)
+    over(loaded)
+    assert told[:2] == ["lane -1", "lane 0"]
+    assert "settle" in told[told.index("zeros") : told.index("upload")]
+
+
+def test_a_lanes_priority_is_that_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (str(device), priority))
+    cuda = torch.device("cuda")
+    lanes = [torch_lane.Lane(cuda, priority=-1), torch_lane.Lane(cuda)]
+    assert [lane.stream for lane in lanes] == [("cuda", -1), ("cuda", 0)]
 
 
 # --- what is refused ---

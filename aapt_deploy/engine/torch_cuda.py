@@ -51,6 +51,7 @@ class GpuGenerator:
         self.clean = torch.zeros(self.inputs.tensors["noisy"].shape, device=lane.device)
         self.shown = torch.zeros(self.clean.shape, pin_memory=lane.stream is not None)
         self.names = [layer_names(f"text_{kind}", profile) for kind in ("k", "v")]
+        lane.settle()  # the zeros above were queued elsewhere: they would land on what is uploaded
         self.reset()
         with lane.mine():
             self.inputs.upload({"time": 1.0, "slot": NOWHERE})
@@ -191,7 +192,9 @@ class GpuEngines:
         settle(generator, dtype)
         vae.requires_grad_(False)
         vae.encoder.float()
-        main, beside = Lane(device), Lane(device)
+        # A thread block of attention takes a whole multiprocessor, so it would wait for those that
+        # the decoder keeps busy with its smaller ones.
+        main, beside = Lane(device, priority=-1), Lane(device)
         cache: Cache
         if scales is None:
             layers, cache = wide_layers(generator, dtype), Tokens(profile, options.kernels, dtype, device)
