@@ -182,8 +182,19 @@ class GpuEngines:
 
     backend = BACKEND
 
-    def __init__(self, generator: Generator, vae: Vae, scales: Scales | None, options: Options) -> None:
-        """The networks lie on the device, in any floating-point type; they are taken over and changed. `fp8` needs `scales`."""
+    def __init__(
+        self,
+        generator: Generator,
+        vae: Vae,
+        scales: Scales | None,
+        options: Options,
+        decoder: bool = True,
+    ) -> None:
+        """The networks lie on the device, in any floating-point type; they are taken over and changed.
+
+        `fp8` needs `scales`. Without `decoder` there are no frames, and nothing waits until the
+        forms of its convolutions are timed.
+        """
         profile, device, dtype = generator.profile, generator.step_spread.device, PRECISIONS[options.precision]
         assert (options.precision == "fp8") == (scales is not None), f"{options.precision=}"
         self.precision = options.precision
@@ -209,8 +220,10 @@ class GpuEngines:
             "encoder": GpuEncoder(vae, main),
             "prompt": GpuPrompt(generator, dtype, main),
             "generator": GpuGenerator(Step(generator, layers, cache, options.kernels, dtype), profile, main),
-            "decoder": GpuDecoder(StreamDecoder(vae.decoder, *latent, dtype), profile, beside),
         }
+        if decoder:
+            streaming = StreamDecoder(vae.decoder, *latent, dtype)
+            self.engines["decoder"] = GpuDecoder(streaming, profile, beside)
         if not profile.text.tokens:
             del self.engines["prompt"]
         if device.type == "cuda":
@@ -288,12 +301,19 @@ def check_fp8(profile: Profile, capability: tuple[int, int]) -> None:
         raise UsageError(f"profile {profile.name} has heads of {profile.head_dim}; the FP8 kernels want {dims}", "take --precision bf16")
 
 
-def random_engines(profile: Profile, precision: str, seed: int, device: torch.device, by_row: bool = True) -> GpuEngines:
+def random_engines(
+    profile: Profile,
+    precision: str,
+    seed: int,
+    device: torch.device,
+    by_row: bool = True,
+    decoder: bool = True,
+) -> GpuEngines:
     """Engines of random weights of realistic scale, drawn on `device` in seconds: an 8B profile can be timed without a file."""
     options, dtype = Options.of(precision, device, by_row), PRECISIONS[precision]
     generator, vae = random_networks(profile, dtype, seed, device)
     scales = noise_scales(generator, options, seed) if precision == "fp8" else None
-    return GpuEngines(generator, vae, scales, options)
+    return GpuEngines(generator, vae, scales, options, decoder)
 
 
 def random_networks(profile: Profile, dtype: torch.dtype, seed: int, device: torch.device) -> tuple[Generator, Vae]:
