@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 AGAIN = 75  # exit code of a stage that wants to begin again behind its last part
 NO_GPU = 5  # exit code of a stage on a machine that it is not for
@@ -56,8 +56,12 @@ class Parts:
     """What a stage has done. `skip`: parts of an earlier try; `seconds`: until the stage is ended."""
 
     def __init__(self, skip: Iterable[str] = (), seconds: float = 3600.0, printed: bool = False) -> None:
-        self.skip, self.printed, self.end = set(skip), printed, time.monotonic() + seconds
+        self.skip, self.end = set(skip), time.monotonic() + seconds
         self.found: dict[str, Any] = {}
+        self.out: TextIO | None = None
+        if printed:  # stdout is for parts alone: whatever else is written there goes to stderr
+            self.out = os.fdopen(os.dup(1), "w")
+            os.dup2(2, 1)
 
     def run(self, name: str, call: Callable[[], Any], seconds: float | None = None) -> Any:
         """The result of `call`, or None where it failed or was skipped.
@@ -88,8 +92,8 @@ class Parts:
         return self.end - time.monotonic()
 
     def _print(self, line: dict[str, Any]) -> None:
-        if self.printed:
-            print(json.dumps(line), flush=True)
+        if self.out:
+            print(json.dumps(line), file=self.out, flush=True)
 
 
 def first_line(error: BaseException) -> str:
@@ -145,15 +149,18 @@ def run_stage(
         before = len(had)
         ended = _run_once([*command, *arguments], left, hear, told)
         code, why = ended.exit_code, ended.why
-        if ended.lost is not None and (code is not None or ended.of_part):
+        died = code not in (None, NO_GPU) or ended.of_part
+        if ended.lost is not None and died:
             hear(ended.lost, {"error": why})
         left = seconds - (time.monotonic() - begin)
         moved = len(had) > before
-        if code in (0, NO_GPU) or not moved or left < START_S or attempt == RESTARTS:
+        whole = code == 0 and ended.lost is None
+        if whole or code == NO_GPU or not moved or left < START_S or attempt == RESTARTS:
             break
         told(f"begins again: {why}")
-    found = {"finished": code == 0, "exit_code": code, "seconds": round(time.monotonic() - begin, 1)}
-    return found if code == 0 else {**found, "error": why}
+    spent = round(time.monotonic() - begin, 1)
+    found = {"finished": whole, "exit_code": code, "seconds": spent}
+    return found if whole else {**found, "error": why}
 
 
 def _run_once(
@@ -174,14 +181,16 @@ def _run_once(
 
     def listen() -> None:
         assert process.stderr
-        for line in process.stderr:
-            last_words[:] = [*last_words[-7:], line.rstrip()]
-            told(line.rstrip())
+        with process.stderr:
+            for line in process.stderr:
+                last_words[:] = [*last_words[-7:], line.rstrip()]
+                told(line.rstrip())
 
     def read() -> None:
         assert process.stdout
-        for line in process.stdout:
-            lines.put(line)
+        with process.stdout:
+            for line in process.stdout:
+                lines.put(line)
 
     threads = [threading.Thread(target=work, daemon=True) for work in (listen, read)]
     for thread in threads:
@@ -224,7 +233,8 @@ def _run_once(
     if why:
         return Ended(None, why, part, of_part)
     code = process.returncode
-    why = f"exit code {code}: {' | '.join(last_words)[-600:]}" if code else ""
+    clean = code == 0 and part is None
+    why = "" if clean else f"exit code {code}: {' | '.join(last_words)[-600:]}"
     return Ended(code, why, part, False)
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Exported, frames_of
+from driven import Driven
 from test_fp8_to_stream import decibels
 from test_fp8_to_stream import wanted as wanted
 
-from aapt_deploy import assets, scales
+from aapt_deploy import scales
 from aapt_deploy.bundle import Bundle
 from aapt_deploy.camera import CRUISE
 from aapt_deploy.engine import Engines, torch_cuda, torch_lane
@@ -25,7 +26,7 @@ from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
-from aapt_deploy.profiles import Profile, load
+from aapt_deploy.profiles import load
 from aapt_deploy.rollout import Steering, rollout
 from aapt_deploy.scales import LinearScales, Scales
 from aapt_deploy.signature import signatures
@@ -68,19 +69,6 @@ def test_in_float32_it_says_what_the_reference_says(loaded: Checkpoint, bundle: 
     frames = [frames_of(engines, opened, 5) for engines in (over(loaded), EagerEngines(loaded, 1, "fp32"))]
     assert max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(*frames, strict=True)) <= 1  # a value between two levels may round either way
     assert len({frame.tobytes() for frame in frames[0]}) == 6
-
-
-class Driven:
-    """The generator of `engines`, given numbers of its own: what a pass says, block after block."""
-
-    def __init__(self, engines: torch_cuda.GpuEngines, profile: Profile) -> None:
-        self.generator, self.profile = engines["generator"], profile
-        self.generator.reset()
-        self.generator.reset(**engines["prompt"].run(text=np.array([[4, 1, 2, 3]])))
-
-    def said(self, block: int, seed: int) -> np.ndarray:
-        inputs = {name: x.numpy() for name, x in noise_inputs(self.profile, seed, CPU).items() if name not in ("slot", "cache_len")}
-        return self.generator.run(**inputs, block=block)["clean"].copy()
 
 
 def test_only_a_committed_pass_leaves_a_trace(loaded: Checkpoint) -> None:
@@ -289,39 +277,3 @@ def test_machines_and_shapes_that_it_is_not_for(exported: Exported, bundle: Path
         torch_cuda.memory_for(big),
     ):
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB. GPU 0 has a total of 1 GiB")
-
-
-# --- on a GPU ---
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_a_graph_says_what_its_step_says_and_nothing_is_allocated() -> None:
-    profile = load("demo-cpu")
-    engines = torch_cuda.random_engines(profile, "bf16", 0, torch.device("cuda"))
-    driven = Driven(engines, profile)
-    said = []
-    for block in range(3):
-        said.append(driven.said(block, block))
-        driven.generator.commit(block)
-    allocated = torch.cuda.memory_allocated()
-    for block in range(3, 40):
-        driven.said(block, block)
-        driven.generator.commit(block)
-    assert torch.cuda.memory_allocated() == allocated
-    again = Driven(torch_cuda.random_engines(profile, "bf16", 0, torch.device("cuda")), profile)
-    for block in range(3):
-        assert np.array_equal(again.said(block, block), said[block])
-        again.generator.commit(block)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_the_demo_looks_as_on_a_cpu() -> None:
-    held = checkpoint.load(assets.CHECKPOINT, assets.checkpoint_sha256())
-    begin, cuda = next(iter(held.start_frames.values())).image.numpy(), torch.device("cuda")
-    options = torch_cuda.Options.of("bf16", cuda)
-    gpu = torch_cuda.GpuEngines(copy.deepcopy(held.generator).to(cuda), copy.deepcopy(held.vae).to(cuda), None, options)
-    steer = lambda block: Steering(CRUISE, np.zeros((1, held.profile.text.tokens), np.int64))
-    made = [list(itertools.islice(rollout(e, held.profile, begin, steer, 0), 7)) for e in (gpu, EagerEngines(held, 4, "fp32"))]
-    assert decibels(*made) > 40
