@@ -18,12 +18,8 @@ that this can run on.
 """
 
 import functools
-import os
-import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,23 +32,18 @@ import attention_model as model  # noqa: E402
 import gpu  # noqa: E402
 from attention_checks import RINGS, Case, Run, Stream, on_gpu, replayed  # noqa: E402
 from attention_diagnosis import diagnose  # noqa: E402
+from attention_machine import machine, sanitizer  # noqa: E402
 from attention_products import RATES, SIZES, accumulator, exact_product, rate  # noqa: E402
 from attention_rivals import Meter, rivals, timed  # noqa: E402
 from attention_small import in_numpy  # noqa: E402
-from stages import HOW, NO_GPU, Parts, context_is_broken, first_line, say  # noqa: E402
+from stages import HOW, Parts, context_is_broken, first_line, say  # noqa: E402
 
-from aapt_deploy.machine import machine as host  # noqa: E402
 from aapt_deploy.ops.block_causal_attention import Ring, kernels  # noqa: E402
 
-SANITIZER_S = 50  # of each check
 TURN_S = 1.0  # that each variant is timed for, twice
 RIVAL_S = 20  # that a rival may take with what it prepares
 PART_S = 15  # that one launch and its check may take
 SEED = 0
-PACKAGES = (
-    "torch", "triton", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13",
-    "nvidia-cudnn-frontend", "flash-attn-3", "sageattention",
-)  # fmt: skip
 
 
 def device() -> str:
@@ -62,59 +53,6 @@ def device() -> str:
 def run_of(dim: int, variant: str | None = None) -> Run:
     """Launches of the kernels, of a variant or of the chosen one."""
     return in_numpy if HOW.small else on_gpu(dim, variant)
-
-
-# --- machine ---
-
-
-def machine(parts: Parts) -> None:
-    if not HOW.small:
-        parts.run("gpu", the_gpu)
-        parts.run("code", code)
-    parts.run("host", host)
-    parts.run("packages", packages)
-
-
-def the_gpu() -> dict[str, Any]:
-    """Ends the stage where there is no Hopper GPU."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        raise SystemExit(NO_GPU)
-    p = torch.cuda.get_device_properties(0)
-    return {
-        "name": p.name, "multiprocessors": p.multi_processor_count,
-        "memory_gib": round(p.total_memory / 2**30, 1), "driver": driver(),
-    }  # fmt: skip
-
-
-def driver() -> str | None:
-    """The driver's release, if it can be asked for."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def code() -> dict[str, Any]:
-    start = time.perf_counter()
-    made = {dim: kernels.compiled(dim) for dim in (128, 64)}
-    seconds = round(time.perf_counter() - start, 2)
-    used = {d: [x for x in c.report.splitlines() if "Used" in x] for d, c in made.items()}
-    hashed = kernels.source_hash()
-    return {"nvrtc": made[128].nvrtc, "compile_s": seconds, "assembler": used, "sha256": hashed}
-
-
-def packages() -> dict[str, str | None]:
-    from importlib import metadata
-
-    found: dict[str, str | None] = {"cuda of torch": torch.version.cuda}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 # --- smoke ---
@@ -342,36 +280,6 @@ def torch_op() -> dict[str, Any]:
     out, *images = cuda_op.attend(*block, *case.cache, length, s.q, s.k, s.v, s.k_mean)
     same = torch.equal(out[0], case.attend(on_gpu(model.DIM)))
     return {"ok": same and all(torch.equal(*pair) for pair in zip(images, case.block, strict=True))}
-
-
-# --- sanitizer ---
-
-
-def sanitizer(parts: Parts) -> None:
-    for check in ("memcheck", "racecheck"):
-        parts.run(check, functools.partial(sanitized, check))
-
-
-def sanitized(check: str) -> dict[str, Any]:
-    """One of NVIDIA's checks over a few launches. A GPU that it does not know proves nothing."""
-    places = (None, "/usr/local/cuda/bin")
-    tool = next(filter(None, (shutil.which("compute-sanitizer", path=p) for p in places)), None)
-    if not tool:
-        return {"ran": False, "why": "compute-sanitizer is not installed"}
-    ours_alone = ["--error-exitcode", "77", "--kernel-regex", "kns=aapt_"]
-    command = [tool, "--tool", check, *ours_alone, sys.executable, __file__, "--stage", "few"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SANITIZER_S, check=False, env=environment,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"ran": False, "why": f"took longer than {SANITIZER_S} s"}
-    text = done.stdout + done.stderr
-    known = "not supported" not in text and "Unable to" not in text
-    told = [line for line in text.splitlines() if line.startswith("=========")]
-    ok = not (done.returncode == 77 and known)
-    return {"ran": known, "exit_code": done.returncode, "said": told[:40] or text[-800:], "ok": ok}
 
 
 RUNNABLE: dict[str, Callable[[Parts], None]] = {

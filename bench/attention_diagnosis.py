@@ -47,9 +47,11 @@ def by_group(case: Case, found: Tensor, model: Tensor) -> dict[str, dict[str, fl
     }
     errors: dict[str, dict[str, float]] = {}
     for name, group in row_groups.items():
-        errors[name] = {str(int(g)): rmse(found[group == g], model[group == g]) for g in group.unique()[:8]}
-    columns = channel // 16
-    errors["channels from"] = {str(16 * int(c)): rmse(found[..., columns == c], model[..., columns == c]) for c in columns.unique()}
+        of_group = {int(g): group == g for g in group.unique()[:8]}
+        errors[name] = {str(g): rmse(found[at], model[at]) for g, at in of_group.items()}
+    sixteens = {first: (channel // 16 == first // 16) for first in range(0, dim, 16)}
+    pairs = {first: (found[..., at], model[..., at]) for first, at in sixteens.items()}
+    errors["channels from"] = {str(first): rmse(*pair) for first, pair in pairs.items()}
     errors["head"] = {str(h): rmse(found[:, h], model[:, h]) for h in range(heads)}
     return {name: {g: round(e, 4) for g, e in group.items()} for name, group in errors.items()}
 
@@ -67,7 +69,8 @@ class Operands:
         q, k, v = (x.double().transpose(0, 1) for x in case.codes)
         self.q, self.k, self.v = q[:, case.rows], k, v
         self.block_first = case.cached
-        self.factor = (case.scales.q * case.scales.k * softmax_scale(case.dim)).double()[:, None, None]
+        by_head = case.scales.q * case.scales.k * softmax_scale(case.dim)
+        self.factor = by_head.double()[:, None, None]
         self.scale = case.scales.v.double()[:, None]
         self.visible = torch.ones(k.shape[1], dtype=torch.bool, device=k.device)
 
@@ -88,7 +91,7 @@ def attention(case: Case, o: Operands) -> Tensor:
     return ((p @ o.v) * o.scale).transpose(0, 1)
 
 
-# Mistakes, each a change of the operands. An index of 64 keys says which key is read in whose place.
+# Mistakes, each a change of the operands. An index of 64 keys says which is read in whose place.
 
 
 def keys_in_order_of_columns(case: Case, o: Operands) -> Operands:
@@ -116,14 +119,17 @@ def k_unswizzled(case: Case, o: Operands) -> Operands:
 
 def v_unswizzled(case: Case, o: Operands) -> Operands:
     straight = unswizzled(TILE_KEYS, case.dim, TILE_KEYS // 16)
-    columns = torch.tensor([c & 48 | (c & 12) >> 1 | (c & 2) << 2 | c & 1 for c in range(TILE_KEYS)])
+    key = lambda c: c & 48 | (c & 12) >> 1 | (c & 2) << 2 | c & 1
+    columns = torch.tensor([key(column) for column in range(TILE_KEYS)])
     back = torch.empty_like(columns)
     back[columns] = torch.arange(TILE_KEYS)
     columns, back = columns.to(o.v.device), back.to(o.v.device)
-    o.v = o.tiled(
-        o.v,
-        lambda tile: straight(tile[:, columns].transpose(1, 2).contiguous()).transpose(1, 2)[:, back],
-    )
+
+    def change(tile: Tensor) -> Tensor:
+        by_channel = tile[:, columns].transpose(1, 2).contiguous()  # [H, D, 64 columns]
+        return straight(by_channel).transpose(1, 2)[:, back]
+
+    o.v = o.tiled(o.v, change)
     return o
 
 

@@ -10,8 +10,11 @@ K runs one visit ahead of V, so two tiles of V hide one visit of latency, and fi
 `python bench/attention_model.py` prints the table of docs/log.md.
 """
 
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from headline_model import EFFICIENCY, GPU
 
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import tiles
@@ -111,14 +114,18 @@ def goals(record: dict[str, Any]) -> dict[str, bool]:
 
 
 def table() -> str:
-    lines = ["| shape | blocks | rounds | filled | useful rows | stream-K |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| shape | blocks | rounds | filled | useful rows | stream-K |",
+        "|---|---|---|---|---|---|",
+    ]
     for title, shape in SHAPES.items():
         w, bound = waves(shape), stream_k_tflops(shape, VARIANTS["K6V5"])
-        lines.append(f"| {title} | {w.blocks} | {w.rounds} | {w.filled:.2f} | {w.useful:.2f} | {bound:.0f} |")
+        cells = [w.blocks, w.rounds, f"{w.filled:.2f}", f"{w.useful:.2f}", f"{bound:.0f}"]
+        lines.append(f"| {title} | " + " | ".join(map(str, cells)) + " |")
     lines += ["", "| variant | " + " | ".join(SHAPES) + " |", "|---|" + "---|" * len(SHAPES)]
     for name, variant in VARIANTS.items():
-        cells = [f"{tflops(s, variant, True):.0f} to {tflops(s, variant):.0f}" for s in SHAPES.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        pairs = [(tflops(s, variant, True), tflops(s, variant)) for s in SHAPES.values()]
+        lines.append(f"| {name} | " + " | ".join(f"{a:.0f} to {b:.0f}" for a, b in pairs) + " |")
     return "\n".join(lines)
 
 

@@ -34,13 +34,18 @@ def probes() -> dict[str, Callable[..., None]]:
     assert status == driver.CUresult.CUDA_SUCCESS, status
 
     def launcher(name: str) -> Callable[..., None]:
-        function = driver.cuKernelGetFunction(driver.cuLibraryGetKernel(library, name.encode())[1])[1]
+        kernel = driver.cuLibraryGetKernel(library, name.encode())[1]
+        function = driver.cuKernelGetFunction(kernel)[1]
 
         def launch(grid: int, block: int, *arguments: torch.Tensor | int) -> None:
-            values = [ctypes.c_int32(a) if isinstance(a, int) else ctypes.c_uint64(a.data_ptr()) for a in arguments]
-            pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+            values = [
+                ctypes.c_int32(a) if isinstance(a, int) else ctypes.c_uint64(a.data_ptr())
+                for a in arguments
+            ]  # fmt: skip
+            pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
             stream = torch.cuda.current_stream().cuda_stream
-            (status,) = driver.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
+            at = ctypes.addressof(pointers)
+            (status,) = driver.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, 0, stream, at, 0)
             assert status == driver.CUresult.CUDA_SUCCESS, status
 
         return launch
@@ -57,12 +62,16 @@ def multiply(probe: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if not torch.cuda.is_available():
         return a.float() @ b.float().T  # `--small`
     c = torch.full((64, len(b)), float("nan"), device="cuda")
-    probes()[probe](1, 128, *(x.to(torch.float8_e4m3fn).view(torch.uint8).contiguous() for x in (a, b)), c)
+    codes = [x.to(torch.float8_e4m3fn).view(torch.uint8).contiguous() for x in (a, b)]
+    probes()[probe](1, 128, *codes, c)
     return c
 
 
 def accumulator() -> dict[str, Any]:
-    """What is kept of a small summand beside 2^16: row r of A adds 2^(8 - r), times `factor`, to 256 x 256."""
+    """What is kept of a small summand beside 2^16.
+
+    Row r of A adds 2^(8 - r), times `factor`, to 256 x 256.
+    """
     kept: dict[str, Any] = {}
     exponents = [8 - r for r in range(15)]  # 2^8 .. 2^-6, all normal e4m3 numbers
     for step, column in (("same step of 32", 1), ("the step after", 32)):
@@ -72,7 +81,8 @@ def accumulator() -> dict[str, Any]:
             for row, exponent in enumerate(exponents):
                 a[row, column] = factor * 2.0**exponent
             gained = (multiply("probe_scores_64", a, b)[:15, 0] - 65536).tolist()
-            kept[f"{step}, {factor} x 2^e"] = {e: g / (factor * 2.0**e) for e, g in zip(exponents, gained, strict=True)}
+            shares = {e: g / (factor * 2.0**e) for e, g in zip(exponents, gained, strict=True)}
+            kept[f"{step}, {factor} x 2^e"] = shares
     a, b = torch.zeros(2, 64, 64, device=device())
     a[:, 0], b[:, 0], b[:, 1:32] = 256, 256, 1
     for row, exponent in enumerate(exponents):
@@ -81,7 +91,10 @@ def accumulator() -> dict[str, Any]:
     alike = {e: g / (31 * 2.0**e) for e, g in zip(exponents, gained, strict=True)}
     kept["31 alike in the same step"] = alike
     whole = [e for e, share in kept["same step of 32, 1.0 x 2^e"].items() if share == 1.0]
-    return {"bits_behind_the_largest_summand": 16 - min(whole) if whole else 0, "share_kept_beside_2^16": kept}
+    return {
+        "bits_behind_the_largest_summand": 16 - min(whole) if whole else 0,
+        "share_kept_beside_2^16": kept,
+    }
 
 
 def rate(name: str) -> float:
@@ -100,7 +113,8 @@ def rate(name: str) -> float:
 def exact_product(probe: str) -> dict[str, Any]:
     """Whether a probe gives exact sums of small integers, and where it does not."""
     (n, k), generator = SIZES[probe], torch.Generator(device()).manual_seed(SEED)
-    a, b = (torch.randint(-3, 4, (rows, k), generator=generator, device=device()).float() for rows in (64, n))
+    draw = lambda rows: torch.randint(-3, 4, (rows, k), generator=generator, device=device())
+    a, b = draw(64).float(), draw(n).float()
     wrong = multiply(probe, a, b) != a @ b.T
     found: dict[str, Any] = {"exact": not bool(wrong.any())}
     if not found["exact"]:

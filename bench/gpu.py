@@ -82,9 +82,11 @@ def decided(record: dict[str, Any]) -> dict[str, str]:
 
 
 def fastest_variant(record: dict[str, Any]) -> str | None:
-    """Of those that gave the right bits, the one that takes least for the shapes it was timed on."""
+    """Of those that gave the right bits and were timed on all shapes, the one that takes least."""
     times: dict[str, list[float]] = {}
-    right = {name.removeprefix("variant ") for name, found in record.get("smoke", {}).items() if name.startswith("variant ") and found.get("ok")}
+    smoke = record.get("smoke", {}).items()
+    passed = [name for name, found in smoke if name.startswith("variant ") and found.get("ok")]
+    right = {name.removeprefix("variant ") for name in passed}
     for name, found in record.get("speed", {}).items():
         variant = name.rpartition(": ")[2].removesuffix(", again")
         if variant in right and isinstance(found, dict) and "ms" in found:
@@ -116,7 +118,8 @@ def run(names: list[str], out: Path, budget: float) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        say(f"error: cannot make the folder {out}: {error.strerror}\nhint: name another one: --out DIR")
+        say(f"error: cannot make the folder {out}: {error.strerror}")
+        say("hint: name another one: --out DIR")
         return 2
     what = "kernels and engine on one Hopper GPU; weights are random"
     today = datetime.date.today().isoformat()
@@ -162,7 +165,8 @@ def run_one(name: str, limit: float, record: Record) -> int | None:
     for key in META:
         had.pop(key, None)
     heard = lambda part, result: record.note(name, part, result)
-    ended = run_stage(command(name, record.found), limit, heard, lambda line: record.say(f"{name}: {line}"), skip)
+    told = lambda line: record.say(f"{name}: {line}")
+    ended = run_stage(command(name, record.found), limit, heard, told, skip)
     if ended["exit_code"] == NO_GPU:
         return NO_GPU
     record.found.setdefault(name, {}).update(ended | {"allowed_s": round(limit, 1)})
@@ -208,7 +212,8 @@ def table(names: list[str], record: dict[str, Any]) -> list[str]:
         state = "finished" if found.get("finished") else "cut short" if found else "not begun"
         seconds, share = found.get("seconds", 0), found.get("allowed_s", 0)
         lines.append(f"{name:<10} {state:<12} {seconds:>6} {share:>6} {len(parts):>5} {bad:>5}")
-    return lines + [f"{'yes' if held else 'NO ':<4} {goal}" for goal, held in record["goals"].items()]
+    held = [f"{'yes' if holds else 'NO ':<4} {goal}" for goal, holds in record["goals"].items()]
+    return lines + held
 
 
 # --- the engine's tests ---
@@ -242,7 +247,8 @@ def tests(parts: Parts) -> None:
 
 def main(runnable: dict[str, Callable[[Parts], None]], script: str) -> None:
     """A bench: one of its stages in this process, or all of them, each in its own."""
-    parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").splitlines()[0])
+    about = (sys.modules["__main__"].__doc__ or script).splitlines()[0]
+    parser = argparse.ArgumentParser(description=about)
     own = [n for n, stage in STAGES.items() if script in ("gpu.py", stage.script) or n in FIRST]
     parser.add_argument("--out", type=Path, help="folder of the record and the log")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for this command")

@@ -36,9 +36,9 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 import gpu  # noqa: E402
 import headline_rivals  # noqa: E402
+import headline_shapes as shapes  # noqa: E402
 from attention_rivals import Meter  # noqa: E402
 from headline_model import predicted, share_of_floor  # noqa: E402
-from headline_shapes import allocated, device, passes, percentiles, precision, shape, synchronise, uncaptured, wide_shape  # noqa: E402
 from stages import HOW, Parts, say  # noqa: E402
 
 from aapt_deploy import assets  # noqa: E402
@@ -71,7 +71,7 @@ def overlapped(engines: Any, profile: Profile, steps: int, left: float) -> dict[
     frames = stream(engines, profile)
     for _ in range(1 + profile.window.sink_frames + profile.window.frames):
         next(frames)
-    held = allocated()
+    held = shapes.allocated()
     with Meter() as meter:
         for step in range(steps):
             before = time.perf_counter()
@@ -86,10 +86,10 @@ def overlapped(engines: Any, profile: Profile, steps: int, left: float) -> dict[
     tenths = np.array_split(np.array(seconds), min(10, len(seconds)))
     parts = [float(np.median(part)) for part in tenths]
     return {
-        "steps": len(seconds), "asked": steps, "ms": percentiles(seconds),
+        "steps": len(seconds), "asked": steps, "ms": shapes.percentiles(seconds),
         "clocks": meter.summary(),
         "fps": round(profile.video.temporal_stride * len(seconds) / sum(seconds), 1),
-        "allocated_bytes_more": allocated() - held,
+        "allocated_bytes_more": shapes.allocated() - held,
         "median_ms_by_tenth": [round(1000 * p, 3) for p in parts],
         "last_tenth_over_first": round(parts[-1] / parts[0], 4),
     }  # fmt: skip
@@ -115,7 +115,7 @@ def one_by_one(engines: Any, profile: Profile, steps: int) -> dict[str, Any]:
         for name, seconds in zip(spent, np.diff(marks), strict=False):
             spent[name].append(float(seconds))
         spent["serial step"].append(marks[-1] - marks[0])
-    return {name: percentiles(seconds) for name, seconds in spent.items()}
+    return {name: shapes.percentiles(seconds) for name, seconds in spent.items()}
 
 
 def noise(profile: Profile, seed: int) -> dict[str, np.ndarray]:
@@ -126,12 +126,12 @@ def noise(profile: Profile, seed: int) -> dict[str, np.ndarray]:
 
 def streamed(parts: Parts, profile: Profile, steps: int, serial: int) -> None:
     before = time.perf_counter()
-    engines = torch_cuda.random_engines(profile, precision(), 0, device())
-    synchronise()
+    engines = torch_cuda.random_engines(profile, shapes.precision(), 0, shapes.device())
+    shapes.synchronise()
     opened = {
-        "profile": profile.name, "window": profile.window.frames, "precision": precision(),
+        "profile": profile.name, "window": profile.window.frames, "precision": shapes.precision(),
         "opened_s": round(time.perf_counter() - before, 1),
-        "predicted_ms": predicted(profile, precision()),
+        "predicted_ms": predicted(profile, shapes.precision()),
     }  # fmt: skip
     parts.note("opened", opened)
     left = parts.left() - RESERVE_S
@@ -142,15 +142,16 @@ def streamed(parts: Parts, profile: Profile, steps: int, serial: int) -> None:
         parts.run("attained", lambda: share_of_floor(plan(profile), times))
     if not HOW.small:
         reserved = round(torch.cuda.max_memory_reserved() / 1e9, 2)
-        parts.note("memory_gb", {"allocated": round(allocated() / 1e9, 2), "most_reserved": reserved})
+        now = round(shapes.allocated() / 1e9, 2)
+        parts.note("memory_gb", {"allocated": now, "most_reserved": reserved})
 
 
 def wide(parts: Parts) -> None:
-    streamed(parts, wide_shape(), 8 if HOW.small else 1000, 4 if HOW.small else 100)
+    streamed(parts, shapes.wide_shape(), 8 if HOW.small else 1000, 4 if HOW.small else 100)
 
 
 def hd(window: int, parts: Parts) -> None:
-    profile = shape("aapt-8b-1280x720-h100", window)
+    profile = shapes.shape("aapt-8b-1280x720-h100", window)
     streamed(parts, profile, 4 if HOW.small else 100, 2 if HOW.small else 20)
 
 
@@ -167,8 +168,8 @@ def psnr_by_block() -> list[float]:
     held = checkpoint.load(assets.CHECKPOINT, assets.checkpoint_sha256())
     profile, blocks = held.profile, 2 if HOW.small else 30
     kind = "fp32" if HOW.small else "bf16"
-    networks = copy.deepcopy(held.generator).to(device()), copy.deepcopy(held.vae).to(device())
-    options = torch_cuda.Options.of(kind, device())
+    networks = [copy.deepcopy(part).to(shapes.device()) for part in (held.generator, held.vae)]
+    options = torch_cuda.Options.of(kind, shapes.device())
     ours = torch_cuda.GpuEngines(*networks, None, options)
     pair = ours, EagerEngines(held, torch.get_num_threads(), "fp32")
     image = next(iter(held.start_frames.values())).image.numpy()
@@ -185,12 +186,12 @@ def psnr_by_block() -> list[float]:
 def captured_is_launched() -> bool:
     """Whether a replayed pass says to the bit what its kernels say when they are launched."""
     said = []
-    profile = wide_shape()
+    profile = shapes.wide_shape()
     profile = profile.replace(model=dataclasses.replace(profile.model, depth=3))
     for launched in (False, True):
-        with uncaptured() if launched else contextlib.nullcontext():
+        with shapes.uncaptured() if launched else contextlib.nullcontext():
             engines: Any = torch_cuda.random_engines(
-                profile, precision(), 0, device(), decoder=False
+                profile, shapes.precision(), 0, shapes.device(), decoder=False
             )  # fmt: skip
         generator, text = engines["generator"], torch_cuda.random_text(profile, 0)
         generator.reset(**engines["prompt"].run(text=text))
@@ -212,12 +213,13 @@ def kernels(parts: Parts) -> None:
 def longest_kernels() -> list[dict[str, Any]]:
     from torch.profiler import ProfilerActivity, profile
 
-    profile_ = wide_shape()
-    engines = torch_cuda.random_engines(profile_, precision(), 0, device(), decoder=False)
-    passes(engines, profile_, 3)
+    profile_ = shapes.wide_shape()
+    how = (shapes.precision(), 0, shapes.device())
+    engines = torch_cuda.random_engines(profile_, *how, decoder=False)
+    shapes.passes(engines, profile_, 3)
     activity = ProfilerActivity.CPU if HOW.small else ProfilerActivity.CUDA
     with profile(activities=[activity]) as seen:
-        passes(engines, profile_, 3)
+        shapes.passes(engines, profile_, 3)
     taken = lambda e: e.self_cpu_time_total if HOW.small else e.self_device_time_total
     events = sorted(seen.key_averages(), key=taken, reverse=True)
     whole = sum(map(taken, events))

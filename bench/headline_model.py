@@ -37,12 +37,13 @@ def predicted(profile: Profile, precision: str, variant: str = "as it is") -> di
     rate = GPU.flops["bf16" if wide else "fp8_e4m3"]
     numbers = profile.frame_tokens * profile.model.dim * profile.model.depth
     fused = "unfused" if variant in ("small operations unfused", RIVAL) else "fused"
+    launch = "launched" if variant in ("no captured graph", RIVAL) else "captured"
     attention = "attention of PyTorch" if variant == RIVAL else f"attention {kind}"
     parts = {
         "products": work.products_gflop * 1e12 / (rate * EFFICIENCY[f"{kind} products"]) / (ONE_SCALE if "one FP8" in variant else 1),
         "attention": work.attention_gflop * 1e12 / (rate * EFFICIENCY[attention]),
         "small operations": 1000 * FUSED_BYTES * numbers / (GPU.bandwidth * EFFICIENCY["bandwidth"]) * (UNFUSED if fused == "unfused" else 1),
-        "gaps": KERNELS[fused] * profile.model.depth * LAUNCH_MS["launched" if variant in ("no captured graph", RIVAL) else "captured"],
+        "gaps": KERNELS[fused] * profile.model.depth * LAUNCH_MS[launch],
     }
     generator, decoder = sum(parts.values()), stages["decoder"].products_gflop * 1e12 / (GPU.flops["bf16"] * EFFICIENCY["decoder"])
     video = profile.video

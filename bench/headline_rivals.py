@@ -1,4 +1,4 @@
-"""What bench/headline.py holds its engine against: plain PyTorch, and itself with a choice undone."""
+"""What bench/headline.py holds its engine against: plain PyTorch, and itself with less."""
 
 import contextlib
 import dataclasses

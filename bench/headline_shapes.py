@@ -1,4 +1,4 @@
-"""What the stages of bench/headline.py share: shapes, devices, times, passes of a generator alone."""
+"""What the stages of bench/headline.py share: shapes, devices, times, passes of a generator."""
 
 import contextlib
 import dataclasses

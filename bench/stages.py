@@ -27,7 +27,13 @@ AGAIN = 75  # exit code of a stage that wants to begin again behind its last par
 NO_GPU = 5  # exit code of a stage on a machine that it is not for
 RESTARTS = 4  # at most, of one stage
 START_S = 10  # what a stage needs to begin again; with less left it ends
-META = ("error", "exit_code", "seconds", "allowed_s", "finished")  # keys of a stage beside its parts
+META = (
+    "error",
+    "exit_code",
+    "seconds",
+    "allowed_s",
+    "finished",
+)  # keys of a stage beside its parts
 
 
 class How:
@@ -53,9 +59,14 @@ def say(text: str) -> None:
 
 
 class Parts:
-    """What a stage has done. `skip`: parts of an earlier try; `seconds`: until the stage is ended."""
+    """What a stage has done. `skip`: parts of an earlier try; `seconds`: until it is ended."""
 
-    def __init__(self, skip: Iterable[str] = (), seconds: float = 3600.0, printed: bool = False) -> None:
+    def __init__(
+        self,
+        skip: Iterable[str] = (),
+        seconds: float = 3600.0,
+        printed: bool = False,
+    ) -> None:
         self.skip, self.end = set(skip), time.monotonic() + seconds
         self.found: dict[str, Any] = {}
         self.out: TextIO | None = None
@@ -220,7 +231,8 @@ def _run_once(
             now = time.monotonic()
             if now > end or now > part_end:
                 of_part = now <= end
-                why = f"took longer than {seconds:.0f} s" if not of_part else f"{part} took too long"
+                whole = f"took longer than {seconds:.0f} s"
+                why = f"{part} took too long" if of_part else whole
                 break
     finally:  # also when this process is asked to end
         kill(process.pid)

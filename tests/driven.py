@@ -19,5 +19,6 @@ class Driven:
         self.generator.reset(**engines["prompt"].run(text=np.array([[4, 1, 2, 3]])))
 
     def said(self, block: int, seed: int) -> np.ndarray:
-        inputs = {name: x.numpy() for name, x in noise_inputs(self.profile, seed, CPU).items() if name not in ("slot", "cache_len")}
+        made = noise_inputs(self.profile, seed, CPU).items()
+        inputs = {name: x.numpy() for name, x in made if name not in ("slot", "cache_len")}
         return self.generator.run(**inputs, block=block)["clean"].copy()

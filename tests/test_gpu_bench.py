@@ -1,4 +1,4 @@
-"""bench/gpu.py rehearsed on a CPU: hangs, crashes, wrong results, a full disk, no git, no packages."""
+"""bench/gpu.py rehearsed on a CPU: hangs, crashes, wrong results, a full disk, no git."""
 
 import json
 import sys
@@ -30,7 +30,8 @@ parts.run("given", lambda: [x for x in given if x.startswith(("--precision", "--
 """
 RIGHT = {"ok": True}
 SMOKE = {"fp8 attention, D = 128": RIGHT, "fp8 attention, D = 64": RIGHT, "fp8 product": RIGHT}
-VARIANTS = {"variant prefetch 8": RIGHT, "variant K6V5": RIGHT, "variant loads first": {"ok": False}}
+WRONG = {"ok": False}
+VARIANTS = {"variant prefetch 8": RIGHT, "variant K6V5": RIGHT, "variant loads first": WRONG}
 SPEED = {"a: prefetch 8": {"ms": 2.0}, "a: K6V5": {"ms": 1.9}, "a: loads first": {"ms": 1.0}}
 
 
@@ -78,7 +79,9 @@ def test_shares_fit_the_time_and_the_first_command_has_what_is_worth_most(gpu: M
     assert shares["smoke"] == gpu.allowed("smoke", 1000, 1000) == 25
 
 
-def test_a_stage_may_use_what_others_left_but_not_more_than_twice_its_share(gpu: ModuleType) -> None:
+def test_a_stage_may_use_what_others_left_but_not_more_than_twice_its_share(
+    gpu: ModuleType,
+) -> None:
     share = gpu.STAGES["wide"].seconds
     assert gpu.allowed("wide", 0, 1000) == gpu.allowed("wide", -50, 1000) == share
     assert gpu.allowed("wide", 30, 1000) == share + 30
@@ -213,7 +216,7 @@ FAULTS = {  # stage: part: what is planted
     "ablations": {"unfused": "crash"},
     "compile": {"one layer": "refuse"},
 }
-BRIEF = {"wide": 25, "smoke": 60}  # seconds; a CPU that others use needs longer for the smoke run
+BRIEF = {"wide": 40, "smoke": 60}  # seconds; a CPU that others use needs longer for the smoke run
 
 
 @pytest.fixture
@@ -261,9 +264,11 @@ def test_a_rehearsal_with_a_fault_in_nearly_every_stage(
     monkeypatch.setattr(gpu, "run_one", run_one)
     names = [name for name in gpu.STAGES if name not in gpu.ASKED_FOR]
     found = planted(FAULTS, names)
-    lost = {(stage, part) for stage in names for part, result in found[stage].items() if part not in gpu.META and gpu.failed(result)}
+    parts = [(stage, part) for stage in names for part in found[stage] if part not in gpu.META]
+    lost = {(stage, part) for stage, part in parts if gpu.failed(found[stage][part])}
     pairs = {(stage, key) for stage, keys in FAULTS.items() for key in keys}
-    assert all(any(key in part for s, part in lost if s == stage) for stage, key in pairs if stage != "wide")
+    missed = [key for stage, key in pairs if not [p for s, p in lost if s == stage and key in p]]
+    assert missed == ["stages"]  # whose time was up with the stage's
     assert all(any(key in part for s, key in pairs if s == stage) for stage, part in lost)
     unfinished = [stage for stage in names if not found[stage]["finished"]]
     assert unfinished == ["wide"] and found["wide"]["overlapped"]["fps"] > 0
@@ -272,13 +277,16 @@ def test_a_rehearsal_with_a_fault_in_nearly_every_stage(
     assert "begins again" in log and "wide       cut short" in log
 
     monkeypatch.setattr(gpu, "run_one", true)
+    patient = gpu.STAGES | {"wide": gpu.STAGES["wide"]._replace(seconds=300)}
+    monkeypatch.setattr(gpu, "STAGES", patient)
     again = planted({}, names)
     assert again["wide"]["finished"] and again["wide"]["overlapped"] == found["wide"]["overlapped"]
     assert [stage for stage in names if not again[stage]["finished"]] == []
 
 
 @pytest.mark.slow
-def test_a_rehearsal_with_a_wrong_kernel_names_the_mistake_and_goes_on_in_bf16(planted: Any) -> None:
+def test_a_rehearsal_with_a_wrong_kernel_names_its_mistake(planted: Any) -> None:
+    """And goes on in bf16."""
     found = planted({"smoke": {"kernel": "wrong"}}, ["machine", "smoke", "wide"])
     diagnosis = found["smoke"]["fp8 attention, D = 128"]["diagnosis"]
     assert diagnosis["explained_by"] == "only the block is seen"

@@ -152,7 +152,13 @@ def test_goals_are_within_what_the_model_says(model: ModuleType) -> None:
 GOOD = {
     "parity": {"psnr_db_by_block": [44.0, 41.0], "captured": True},
     "wide": {
-        "overlapped": {"steps": 1000, "asked": 1000, "fps": 75.0, "last_tenth_over_first": 1.01, "allocated_bytes_more": 0},
+        "overlapped": {
+            "steps": 1000,
+            "asked": 1000,
+            "fps": 75.0,
+            "last_tenth_over_first": 1.01,
+            "allocated_bytes_more": 0,
+        },
         "stages": {"generator": {"p50": 42.0}},
     },
     "rivals": {"a": {"ms": {"p50": 130.0}}, "b": {"not_run": "why"}, "seconds": 3.0},

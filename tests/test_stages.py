@@ -1,7 +1,6 @@
 """bench/stages.py: whatever ends a stage, the parts that it had finished are kept."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -43,7 +42,7 @@ def second():
     return {{"value": 2}}
 
 parts.run("first", lambda: {{"value": 1}})
-parts.run("second", second, 1.0 if fault == "hang" and "--patient" not in given else None)
+parts.run("second", second, 1.0 if fault == "hang" else None)
 parts.run("third", lambda: [3, parts.left() > 0])
 """
 
@@ -59,7 +58,14 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 class Ran:
     """One stage as its bench sees it."""
 
-    def __init__(self, stages: ModuleType, folder: Path, fault: str, seconds: float, skip: Any = ()) -> None:
+    def __init__(
+        self,
+        stages: ModuleType,
+        folder: Path,
+        fault: str,
+        seconds: float,
+        skip: Any = (),
+    ) -> None:
         script = folder / "stage.py"
         script.write_text(STAGE.format(bench=str(BENCH)))
         self.parts: dict[str, Any] = {}
@@ -108,7 +114,8 @@ def test_a_stage_whose_time_is_up_keeps_what_it_had(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "STAGE", STAGE.replace("1.0 if fault", "None if fault"))
+    patient = STAGE.replace("1.0 if fault", "None if fault")
+    monkeypatch.setattr(sys.modules[__name__], "STAGE", patient)
     ran = Ran(stages, tmp_path, "hang", 2)
     assert ran.parts == {"first": FIRST} and not ran.ended["finished"]
     assert ran.ended["error"] == "took longer than 2 s" and ran.took < 10
@@ -174,9 +181,10 @@ def test_a_damaged_record_is_set_aside(stages: ModuleType, tmp_path: Path) -> No
 
 
 def test_a_closed_stdout_is_no_reason_to_stop(tmp_path: Path) -> None:
-    lines = f"import sys; sys.path.insert(0, {str(BENCH)!r}); import stages; from pathlib import Path\n"
+    lines = f"import sys; sys.path.insert(0, {str(BENCH)!r})\n"
+    lines += "import stages; from pathlib import Path\n"
     lines += f"r = stages.Record(Path({str(tmp_path)!r}), {{}}); r.note('a', 'b', 1)"
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-c", lines], stdout=full, check=False, env=os.environ)
+        done = subprocess.run([sys.executable, "-c", lines], stdout=full, check=False)
     assert json.loads((tmp_path / "record.json").read_text()) == {"a": {"b": 1}}
     assert done.returncode in (0, 120)  # 120: Python could not write at its end

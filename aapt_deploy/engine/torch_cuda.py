@@ -190,7 +190,7 @@ class GpuEngines:
         options: Options,
         decoder: bool = True,
     ) -> None:
-        """The networks lie on the device, in any floating-point type; they are taken over and changed.
+        """Take over the networks, which lie on the device in any floating-point type.
 
         `fp8` needs `scales`. Without `decoder` there are no frames, and nothing waits until the
         forms of its convolutions are timed.
