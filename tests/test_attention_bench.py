@@ -37,7 +37,7 @@ def test_every_stage_runs_and_nothing_is_wrong(attention: ModuleType, stage: str
         assert len(ours) == 2 and all(told[name]["predicted_tflops"] for name in ours)
 
 
-def test_fp8_that_is_wrong_is_not_timed(
+def test_fp8_that_is_wrong_is_not_run_again(
     attention: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -45,6 +45,9 @@ def test_fp8_that_is_wrong_is_not_timed(
     parts = sys.modules["stages"].Parts()
     attention.speed(parts)
     assert parts.found and not [n for n in parts.found if n.rpartition(": ")[2] in kernels.VARIANTS]
+    parts = sys.modules["stages"].Parts()
+    attention.correct(parts)
+    assert parts.found.keys() == {"bf16 attention"} and parts.found["bf16 attention"]["ok"]
 
 
 # --- the model ---

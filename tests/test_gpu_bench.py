@@ -196,6 +196,22 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_runs(
     assert error.startswith("error: cannot make the folder") and hint.startswith("hint: ")
 
 
+def test_figures_of_a_rehearsal_and_of_a_gpu_do_not_mix(
+    faked: Any,
+    gpu: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    faked({"smoke": SMOKE}, ["smoke"])
+    before = (tmp_path / "out" / "record.json").read_bytes()
+    monkeypatch.setattr(gpu.HOW, "small", False)
+    capsys.readouterr()
+    assert gpu.run(["smoke"], tmp_path / "out", 100) == 2
+    assert capsys.readouterr().err.splitlines()[0].endswith("has figures of --small")
+    assert (tmp_path / "out" / "record.json").read_bytes() == before
+
+
 def test_without_git_there_is_a_record_without_a_revision(
     faked: Any,
     tmp_path: Path,
