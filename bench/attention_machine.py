@@ -94,7 +94,8 @@ def sanitized(check: str) -> dict[str, Any]:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SANITIZER_S, check=False, env=environment,
+            command, capture_output=True, text=True, timeout=SANITIZER_S, check=False,
+            env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"ran": False, "why": f"took longer than {SANITIZER_S} s"}

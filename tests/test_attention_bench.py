@@ -1,4 +1,4 @@
-"""bench/attention.py without a GPU: its stages over NumPy, its model, and what it says of a fault."""
+"""bench/attention.py without a GPU: stages over NumPy, the model, what is said of a fault."""
 
 import sys
 from pathlib import Path
@@ -108,7 +108,8 @@ def with_images(case: Case, index: int, offsets: Any) -> None:
     """Lay K (0) or V (1) of `case` out as a kernel with a mistake would read them."""
     codes = case.codes[1 + index]
     case.block[index] = image(codes[case.cached :], offsets)
-    case.cache[index] = image(codes[: case.cached], offsets, case.cached + 70, case.cache[index] * 0)
+    clean, capacity = torch.zeros_like(case.cache[index]), case.cached + 70
+    case.cache[index] = image(codes[: case.cached], offsets, capacity, clean)
 
 
 FAULTS = [
