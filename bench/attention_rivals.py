@@ -10,12 +10,18 @@ import time
 from collections.abc import Callable
 
 import torch
+from stages import HOW
 
 from aapt_deploy.ops.block_causal_attention import softmax_scale
+from tests.support.attention_checks import Case
 
 
 def timed(call: Callable[[], object], seconds: float) -> list[float]:
     """Seconds per call, in batches of about 50 ms, for `seconds` after a warm-up."""
+    if HOW.small:
+        start = time.perf_counter()
+        call()
+        return [time.perf_counter() - start]
     call()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -39,6 +45,8 @@ def timed(call: Callable[[], object], seconds: float) -> list[float]:
 class Meter:
     """SM clock (MHz), power (W) and temperature (C), twenty times a second while it is entered; with nvidia-ml-py, else nothing."""
 
+    told = False  # that there are none
+
     def __init__(self) -> None:
         self.samples: list[tuple[int, float, int]] = []
         self.stop = threading.Event()
@@ -50,7 +58,9 @@ class Meter:
             self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         except Exception as error:
             self.nvml = None
-            print(f"no clocks and power: {error}", file=sys.stderr)
+            if not HOW.small and not Meter.told:
+                print(f"no clocks and power: {error}", file=sys.stderr)
+                Meter.told = True
 
     def watch(self) -> None:
         while not self.stop.wait(0.05):
@@ -81,12 +91,19 @@ class Meter:
         return {"sm_mhz": clock, "sm_mhz_min": min(c for c, _, _ in late), "watts": round(watts, 1), "celsius": celsius}
 
 
-def rivals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cached: int) -> dict[str, Callable[[], Callable[[], object]]]:
-    """Other kernels on the same numbers: q [T, H, D], k and v [S + T, H, D] bf16. Each maker prepares what is not timed; it may fail."""
+def rivals(drawn: Callable[[], Case]) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Other kernels on the same numbers. Each maker prepares what is not timed; it may fail."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    scale = softmax_scale(q.shape[-1])
-    heads_first = lambda: [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]  # [1, H, n, D]
+    def inputs_of() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """q [T, H, D], k and v [S + T, H, D] in bf16, and S."""
+        case = drawn()
+        return case.q, case.k, case.v, case.cached
+
+    def heads_first() -> list[torch.Tensor]:  # [1, H, n, D]
+        return [x.transpose(0, 1)[None].contiguous() for x in inputs_of()[:3]]
+
+    scale = softmax_scale(128)
     fp8 = lambda x: x.to(torch.float8_e4m3fn)
 
     def sdpa(backend: SDPBackend) -> Callable[[], object]:
@@ -99,16 +116,19 @@ def rivals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cached: int) -> di
         return call
 
     def ours_bf16() -> Callable[[], object]:
-        from aapt_deploy.ops.block_causal_attention import torch_op, triton_op  # noqa: F401
+        from aapt_deploy.ops.block_causal_attention import torch_op
 
+        if not HOW.small:
+            from aapt_deploy.ops.block_causal_attention import triton_op  # noqa: F401
+        q, k, v, cached = inputs_of()
         own, past = [x[None, cached:].contiguous() for x in (k, v)], [x[None, :cached].contiguous() for x in (k, v)]
-        length = torch.tensor([cached], dtype=torch.int32, device="cuda")
+        length = torch.tensor([cached], dtype=torch.int32, device=q.device)
         return lambda: torch_op.operator(q[None], *own, *past, length)
 
     def flash3(convert: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         import flash_attn_interface
 
-        inputs = [convert(x)[None].contiguous() for x in (q, k, v)]
+        inputs = [convert(x)[None].contiguous() for x in inputs_of()[:3]]
         return lambda: flash_attn_interface.flash_attn_func(*inputs, softmax_scale=scale)
 
     def sage() -> Callable[[], object]:
@@ -139,7 +159,6 @@ def rivals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cached: int) -> di
         pack = {**dict(zip(nodes, inputs, strict=True)), **dict.fromkeys(scales, one), out: made, amax_s: one.clone(), amax_o: one.clone()}
         return lambda: graph.execute(pack, workspace, handle=handle)
 
-    assert len(q) + cached == len(k)
     return {
         "PyTorch flash bf16": lambda: sdpa(SDPBackend.FLASH_ATTENTION), "PyTorch cuDNN bf16": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
         "Triton bf16 (ours)": ours_bf16, "FlashAttention-3 bf16": lambda: flash3(lambda x: x), "FlashAttention-3 FP8": lambda: flash3(fp8),

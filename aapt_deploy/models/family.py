@@ -71,6 +71,7 @@ class Family(Protocol):
 
     stacks: tuple[str, ...]  # the generator's stacks of blocks: `<stack>.<block>.<layer>`
     write_time: float | None  # time of one more pass that only fills the cache; None: no such pass
+    draws: bool  # `sample` draws noise of its own, so a block's noise cannot be drawn ahead
     cruise: Any  # frozen dataclass of floats: what steers a stream until it is told otherwise
     limits: Any  # the same class: largest magnitudes
     flights: Sequence[Any]  # the same class: motion in all directions, for calibration

@@ -1,7 +1,7 @@
 """The autoregressive loop: one block after the other, for ever. NumPy in, frames out; it knows engines and a family."""
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -36,13 +36,14 @@ class Rollout:
     def __init__(self, engines: Engines, profile: Profile, image: np.ndarray, seed: int) -> None:
         """image uint8 [H, W, 3]. The same arguments and steering give the same frames."""
         self.engines, self.profile, self.family = engines, profile, family_of(profile)
-        self.rng, self.block = np.random.default_rng(seed), 0
+        self.block = 0
         self.text: np.ndarray | None = None  # in the cache
         engines.generator.reset()
         engines["decoder"].reset()
         self.feed = self.family.feed(profile)
         self.first = engines["encoder"].run(image=image)["latent"].copy()  # [1, C, h, w]
         self.feed.start(self.first)
+        self.noise = Noise(seed, self.first.shape, profile.sampler.temperature, ahead=not self.family.draws)
 
     def start(self) -> np.ndarray:
         """The start image as it decodes, uint8 [1, H, W, 3]. Call it once, before the first step."""
@@ -57,12 +58,12 @@ class Rollout:
         generator, block = self.engines.generator, self.block
         self._read(steering.text)
         fixed = self.feed.inputs(block, steering.controls)
-        x = np.float32(self.profile.sampler.temperature) * self.rng.standard_normal(self.first.shape, np.float32)
+        x = self.noise.next()
 
         def clean(noisy: np.ndarray, t: float) -> np.ndarray:
             return generator.run(noisy=noisy, time=np.array([t], np.float32), block=block, **fixed)["clean"]
 
-        made: np.ndarray = self.family.sample(clean, x, self.profile, self.rng)
+        made: np.ndarray = self.family.sample(clean, x, self.profile, self.noise.rng)
         if self.family.write_time is not None:  # the cache holds what a pass over the clean latent leaves
             made = made.copy()
             clean(made, self.family.write_time)
@@ -87,16 +88,45 @@ class Rollout:
         Raises MachineError if the engines cannot hand it out.
         """
         return {
-            "block": self.block, "rng": self.rng.bit_generator.state, "text": None if self.text is None else self.text.copy(),
+            "block": self.block, "noise": self.noise.state(), "text": None if self.text is None else self.text.copy(),
             "feed": {name: array.copy() for name, array in self.feed.state().items()}, "engines": self.engines.state(),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, with engines of the same bundle, precision and threads."""
         self.block, self.text = state["block"], state["text"]
-        self.rng.bit_generator.state = state["rng"]
+        self.noise.restore(state["noise"])
         self.feed.restore(state["feed"])
         self.engines.restore(state["engines"])
+
+
+class Noise:
+    """Gaussian noise, block by block. The next block's is drawn in a thread while this one runs."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...], scale: float, ahead: bool) -> None:
+        """`ahead` must be False if somebody else draws from `rng` in between."""
+        self.rng, self.shape, self.scale, self.ahead = np.random.default_rng(seed), shape, np.float32(scale), ahead
+        self.thread = ThreadPoolExecutor(1, "noise")
+        self.coming: Future[np.ndarray] | None = None
+
+    def next(self) -> np.ndarray:
+        """float32 of the given shape and standard deviation."""
+        made = self._draw() if self.coming is None else self.coming.result()
+        self.before = self.rng.bit_generator.state
+        self.coming = self.thread.submit(self._draw) if self.ahead else None
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """The random state from which the noise is drawn that `next` will return."""
+        return dict(self.before if self.coming else self.rng.bit_generator.state)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if self.coming:
+            self.coming.result()
+        self.coming, self.rng.bit_generator.state = None, state
+
+    def _draw(self) -> np.ndarray:
+        return self.scale * self.rng.standard_normal(self.shape, np.float32)
 
 
 def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int) -> Iterator[np.ndarray]:

@@ -1,7 +1,8 @@
 // FP8 block-causal attention over a KV cache, for Hopper (sm_90a): aapt_pack, aapt_attend, aapt_commit.
 //
 // README.md beside this file draws the layout and the order of things; aapt_deploy/ops/block_causal_attention/hopper_fp8.py defines both in NumPy.
-// One source for NVRTC, nvcc, PyTorch and TensorRT: no includes, static shared memory within 48 KB, plain launches, flat parameters.
+// One source for NVRTC, nvcc, PyTorch and TensorRT: no includes, plain launches, flat parameters.
+// Static shared memory stays within 48 KB, unless AAPT_DYNAMIC asks for dynamic.
 // Compile once per head dimension: -DAAPT_HEAD_DIM=128 | 64, for sm_90a.
 //
 // Everything that only the hardware can do is in the first part, as one function per instruction. Outside a CUDA compiler that part is left to the
@@ -20,6 +21,22 @@
 #define AAPT_RING_V (AAPT_HEAD_DIM == 128 ? 2 : 4)
 #endif
 
+// 1: the ring lies in dynamic shared memory, which may be larger than 48 KB; the launch says how
+// much. 0: static, as an ahead-of-time plugin needs it.
+#ifndef AAPT_DYNAMIC
+#define AAPT_DYNAMIC 0
+#endif
+
+// The visits by which the copy of a tile into L2 runs ahead of its use; 0: no such copies.
+#ifndef AAPT_PREFETCH
+#define AAPT_PREFETCH 8
+#endif
+
+// 1: the prologue loads all of a thread's queries, then divides. 0: value by value.
+#ifndef AAPT_LOADS_FIRST
+#define AAPT_LOADS_FIRST 1
+#endif
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -32,6 +49,8 @@ constexpr int QUERY_ROWS = 128;       // of one thread block: 64 per consumer wa
 constexpr int CONSUMER_WARPS = 8;     // in two warpgroups, behind the producer's
 constexpr int RING_K = AAPT_RING_K;
 constexpr int RING_V = AAPT_RING_V;
+constexpr int PREFETCH = AAPT_PREFETCH;
+constexpr int SWIZZLE_ATOM = 1024;    // bytes to which a ring is aligned
 
 #ifdef __CUDACC__
 
@@ -81,6 +100,18 @@ __device__ __forceinline__ void bulk_load(u32 target, const u8* source, u32 byte
                  "r"(barrier)
                  : "memory");
 }
+
+// The same run of bytes on its way into L2; a hint that nothing waits for.
+__device__ __forceinline__ void prefetch_l2(const u8* source, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
+// Shared memory of a thread block, static or as the launch gives it.
+#if AAPT_DYNAMIC
+#define AAPT_SHARED(name, bytes) extern __shared__ __align__(1024) u8 name[]
+#else
+#define AAPT_SHARED(name, bytes) __shared__ __align__(1024) u8 name[bytes]
+#endif
 
 // A warpgroup gives registers back, or takes them. All of its threads must come here.
 template <int N> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
@@ -321,6 +352,7 @@ struct Ring {
     __device__ __forceinline__ u32 v_empty(u32 slot) const { return barrier(2 * RING_K + RING_V + slot); }
 };
 constexpr int RING_BYTES = (RING_K + RING_V) * (TILE_BYTES + 16);
+static_assert(RING_BYTES + SWIZZLE_ATOM <= 227 * 1024, "more than a thread block may have");
 
 // The tiles that one thread block visits, in order: the block's from the last to the first, then the cache's from the last valid one to the first.
 struct Visits {
@@ -339,6 +371,12 @@ __device__ __forceinline__ void produce(const Ring ring, const Visits visits, co
     const int count = visits.count();
 #pragma unroll 1
     for (int visit = 0; visit <= count; ++visit) {
+        // The thread blocks of a head visit the same tiles: each prefetches its share of them.
+        const int ahead = visit + PREFETCH;
+        if (PREFETCH && ahead < count && ahead % (int)gridDim.x == (int)blockIdx.x) {
+            prefetch_l2(visits.tile(ahead, k_block, k_cache), TILE_BYTES);
+            prefetch_l2(visits.tile(ahead, v_block, v_cache), TILE_BYTES);
+        }
         if (visit < count) {
             barrier_wait(ring.k_empty(k.slot), k.parity ^ 1);
             barrier_expect(ring.k_full(k.slot), TILE_BYTES);
@@ -405,13 +443,27 @@ __device__ __forceinline__ void to_operand(const float (&p)[32], u32 (&a)[8]) {
 // are zero.
 __device__ __forceinline__ void load_queries(u32 (&a)[D / 8], const u16* q, int first, int T, int H, int head, float scale, int thread) {
     const int row = first + 16 * (thread >> 5) + ((thread & 31) >> 2);
-#pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
+    const auto loaded = [&](int i) {  // four channels of one row
         const int token = row + 8 * (i & 1), d = 32 * (i >> 2) + 16 * (i >> 1 & 1) + 4 * (thread & 3);
         uint2 x = {0u, 0u};
         if (token < T) x = *(const uint2*)(q + ((u64)token * (u64)H + (u64)head) * (u64)D + (u64)d);
-        a[i] = e4m3x4(divide(bf16_low(x.x), scale), divide(bf16_high(x.x), scale), divide(bf16_low(x.y), scale), divide(bf16_high(x.y), scale));
-    }
+        return x;
+    };
+    const auto divided = [&](uint2 x) {
+        return e4m3x4(divide(bf16_low(x.x), scale), divide(bf16_high(x.x), scale),  //
+                      divide(bf16_low(x.y), scale), divide(bf16_high(x.y), scale));
+    };
+#if AAPT_LOADS_FIRST
+    // A division may call a function, and the compiler moves no load across a call.
+    uint2 x[D / 8];
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) x[i] = loaded(i);
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) a[i] = divided(x[i]);
+#else
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) a[i] = divided(loaded(i));
+#endif
 }
 
 // acc v_scale / sum -> bf16. Register i is column 8 (i / 4) + 2 (lane % 4) + i % 2 of row (i / 2) % 2.
@@ -499,19 +551,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 aapt_attend(const u16* __restrict__ q, const u8* __restrict__ k_block, const u8* __restrict__ v_block, const u8* __restrict__ k_cache,
             const u8* __restrict__ v_cache, const int* __restrict__ cache_len, const float* __restrict__ q_scale, const float* __restrict__ k_scale,
             const float* __restrict__ v_scale, int T, int H, int cache_tiles, u16* __restrict__ out) {
-    __shared__ __align__(1024) u8 shared[RING_BYTES];  // the swizzle acts on absolute addresses
-    const Ring ring = {shared_address(shared)};
+    // The swizzle acts on absolute addresses. Where dynamic shared memory begins is the driver's
+    // choice, so a launch asks for SWIZZLE_ATOM bytes more.
+    AAPT_SHARED(shared, RING_BYTES);
+    const u32 place = shared_address(shared);
+    const Ring ring = {AAPT_DYNAMIC ? (place + SWIZZLE_ATOM - 1) & ~(SWIZZLE_ATOM - 1u) : place};
     const int head = blockIdx.y, cached = clamped(cache_len[0], 0, cache_tiles * TILE_KEYS);
     const Visits visits = {tiles_of(T), tiles_of(cached), head, cache_tiles};
 
     if (threadIdx.x == 0) {
+        // Behind the last query row the second consumer has nothing to do, and does not arrive.
+        const u32 warps = blockIdx.x * QUERY_ROWS + 64 < T ? CONSUMER_WARPS : CONSUMER_WARPS / 2;
         for (u32 slot = 0; slot < RING_K; ++slot) {
             barrier_init(ring.k_full(slot), 1);
-            barrier_init(ring.k_empty(slot), CONSUMER_WARPS);
+            barrier_init(ring.k_empty(slot), warps);
         }
         for (u32 slot = 0; slot < RING_V; ++slot) {
             barrier_init(ring.v_full(slot), 1);
-            barrier_init(ring.v_empty(slot), CONSUMER_WARPS);
+            barrier_init(ring.v_empty(slot), warps);
         }
         barrier_init_done();
     }
@@ -522,8 +579,9 @@ aapt_attend(const u16* __restrict__ q, const u8* __restrict__ k_block, const u8*
         registers_down<24>();
         if (thread == 0) produce(ring, visits, k_block, v_block, k_cache, v_cache);
     } else {
-        registers_up<240>();
         const int first = blockIdx.x * QUERY_ROWS + (warpgroup - 1) * 64;
+        if (first >= T) return;
+        registers_up<240>();
         u32 a[D / 8];
         float acc[D / 2];
         Rows rows = {{as_float(0xff800000u), as_float(0xff800000u)}, {0.0f, 0.0f}};

@@ -1,6 +1,7 @@
 """The loop: what it asks of its engines, in which order, and the sampler's arithmetic against a closed form."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -193,6 +194,44 @@ def test_a_backend_with_a_stream_of_its_own_for_the_decoder_gives_the_same_frame
     assert asked == [0, 1, 2, 3]
     _, wanted = run(tiny, 3, lambda block: Steering(LEFT, DAY), seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(made, wanted, strict=True))
+
+
+def test_noise_is_drawn_in_the_order_of_blocks_while_the_block_before_runs(
+    tiny: Profile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    true, drawn = np.random.default_rng, threading.Semaphore(0)
+
+    class Drawn:
+        def __init__(self, seed: int) -> None:
+            self.rng = true(seed)
+
+        def standard_normal(self, *given: object) -> np.ndarray:
+            found = self.rng.standard_normal(*given)  # type: ignore[call-overload]
+            drawn.release()
+            return found
+
+    class Waiting(FakeEngines):
+        def __getitem__(self, graph: str) -> "Waiting":
+            return Waiting(self.profile, graph, self.calls)
+
+        def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
+            if self.graph == "generator":  # goes on when the noise of the block behind is there
+                for _ in range(2 if inputs["block"] == 0 else 1):
+                    assert drawn.acquire(timeout=20), "no noise is drawn while a block runs"
+            return super().run(**inputs)
+
+    monkeypatch.setattr(np.random, "default_rng", Drawn)
+    profile, rng = with_steps(tiny, 1.0), true(7)
+    fake, size = Waiting(profile), (profile.video.height, profile.video.width, 3)
+    image = np.zeros(size, np.uint8)
+    frames = rollout(fake, profile, image, lambda block: Steering(CRUISE, DAY), 7)
+    next(frames)
+    for block in range(4):
+        next(frames)
+        noisy = np.asarray(inputs(fake, "generator")[block]["noisy"])
+        wanted = rng.standard_normal(noisy.shape, np.float32)
+        np.testing.assert_array_equal(noisy, np.float32(profile.sampler.temperature) * wanted)
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_where_the_item_is_asked_for() -> None:

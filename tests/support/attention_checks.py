@@ -22,9 +22,9 @@ Run = Callable[[str, Sequence[Tensor], Sequence[int], Sequence[Tensor]], None]  
 ROWS = 256  # query rows at most that are computed in float64
 
 
-def on_gpu(dim: int, defines: tuple[str, ...] = ()) -> Run:
-    """Launches on torch's current stream."""
-    loaded = kernels.load(dim, defines)
+def on_gpu(dim: int, variant: str | None = None) -> Run:
+    """Launches on torch's current stream, of one of kernels.VARIANTS or of the chosen one."""
+    loaded = kernels.load(dim, kernels.VARIANTS[variant or kernels.CHOSEN])
 
     def run(kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]) -> None:
         assert all(x.is_contiguous() for x in (*inputs, *outputs))

@@ -8,6 +8,10 @@
 
 #include <ucontext.h>
 
+#ifndef AAPT_DYNAMIC
+#define AAPT_DYNAMIC 0
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -43,7 +47,7 @@ struct Fiber {
 static ucontext_t scheduler;
 static std::vector<Fiber> fibers;
 static Fiber* running = nullptr;
-static Index block_index, block_size;
+static Index block_index, block_size, grid_size;
 static unsigned progress = 0;  // counts everything that can wake somebody
 static std::function<void()> body;
 static bool late = true;
@@ -88,9 +92,10 @@ static void meet(unsigned kind, unsigned size, const std::function<void(unsigned
 
 // ---------------------------------------------------------------- shared memory, barriers, copies
 
-static constexpr unsigned SHARED_AT = 1024;  // where a kernel's shared memory begins
+// Where a kernel's shared memory begins. A driver promises 16 bytes for dynamic memory, no more.
+static constexpr unsigned SHARED_AT = AAPT_DYNAMIC ? 1024 + 272 : 1024;
 static unsigned char* shared_base = nullptr;
-static unsigned shared_size = 0;
+static unsigned shared_size = 0, dynamic_bytes = 0;  // the latter as a launch asks for it
 
 static unsigned char* at(unsigned address, unsigned bytes) {
     if (address < SHARED_AT || address - SHARED_AT + bytes > shared_size) throw std::runtime_error("shared memory out of bounds");
@@ -142,6 +147,7 @@ static void land() {
 #define threadIdx (running->index)
 #define blockIdx block_index
 #define blockDim block_size
+#define gridDim grid_size
 
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
@@ -152,7 +158,8 @@ static void __syncthreads() { meet(1, block_size.x, [](unsigned) {}); }
 
 static unsigned shared_address(const void* p) {
     shared_base = (unsigned char*)p;
-    if ((uintptr_t)p % 1024) throw std::runtime_error("shared memory is not aligned");
+    const bool aligned = (uintptr_t)p % 1024 == 0;
+    if (!AAPT_DYNAMIC && !aligned) throw std::runtime_error("shared memory is not aligned");
     return SHARED_AT;
 }
 
@@ -182,6 +189,19 @@ static void bulk_load(unsigned target, const unsigned char* source, unsigned byt
     copies.push_back({target, source, bytes, barrier});
     ++progress;
 }
+
+// What was asked to be in L2, in the order of asking.
+static std::vector<const unsigned char*> prefetches;
+static void prefetch_l2(const unsigned char* source, unsigned bytes) {
+    if ((uintptr_t)source % 16 || bytes % 16) throw std::runtime_error("a prefetch is not aligned");
+    prefetches.push_back(source);
+}
+
+#if AAPT_DYNAMIC
+#define AAPT_SHARED(name, bytes) static unsigned char name[256 * 1024]
+#else
+#define AAPT_SHARED(name, bytes) static unsigned char name[bytes] __attribute__((aligned(1024)))
+#endif
 
 template <int N> void registers_down() { meet(2, 128, [](unsigned) {}); }
 template <int N> void registers_up() { meet(2, 128, [](unsigned) {}); }
@@ -303,7 +323,7 @@ static void run_block(unsigned threads) {
     barriers.clear();
     copies.clear();
     meetings.clear();
-    shared_size = RING_BYTES;
+    shared_size = AAPT_DYNAMIC ? dynamic_bytes : RING_BYTES;
     if (shared_base) std::memset(shared_base, 0x7f, shared_size);  // NaN
     fibers.resize(threads);
     for (unsigned i = 0; i < threads; ++i) {
@@ -349,6 +369,7 @@ template <class Call> static const char* launch(unsigned grid_x, unsigned grid_y
     chance.seed(seed);
     resting = 0;
     block_size.x = threads;
+    grid_size = {grid_x, grid_y, 1};
     late = seed % 2 == 0;
     body = call;
     failure = nullptr;
@@ -363,6 +384,13 @@ template <class Call> static const char* launch(unsigned grid_x, unsigned grid_y
 }
 
 extern "C" {
+void ask_for_dynamic(unsigned bytes) { dynamic_bytes = bytes; }
+long prefetched(const unsigned char** sources, long most) {  // how many; and forgets them
+    const long count = (long)prefetches.size();
+    std::copy_n(prefetches.begin(), std::min(count, most), sources);
+    prefetches.clear();
+    return count;
+}
 const char* run_pack(unsigned x, unsigned y, unsigned threads, unsigned seed, const u16* k, const u16* v, const float* k_scale, const float* k_mean,
                      const float* v_scale, int T, int H, u8* k_block, u8* v_block) {
     return launch(x, y, threads, seed, [=] { aapt_pack(k, v, k_scale, k_mean, v_scale, T, H, k_block, v_block); });

@@ -61,7 +61,7 @@ class Conv:
         return made[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
     def choose(self, frames: int, timer: Timer) -> None:
-        """Take the faster form for `frames` new frames; the other's weights go."""
+        """Take the faster form for `frames` new frames; the weights of both stay."""
         if self.frames > 1:
             height, width = self.shape
             seen = torch.randn((self.frames - 1 + frames, self.inputs, height, width), dtype=self.flat.dtype, device=self.flat.device)

@@ -53,6 +53,7 @@ class GpuGenerator:
         self.clean = torch.zeros(self.inputs.tensors["noisy"].shape, device=lane.device)
         self.shown = torch.zeros(self.clean.shape, pin_memory=lane.stream is not None)
         self.names = [layer_names(f"text_{kind}", profile) for kind in ("k", "v")]
+        lane.settle()  # the zeros above were queued elsewhere: they would land on what is uploaded
         self.reset()
         with lane.mine():
             self.inputs.upload({"time": 1.0, "slot": NOWHERE})
@@ -175,8 +176,19 @@ class GpuEngines(OneState):
     backend = BACKEND
     overlapped = True
 
-    def __init__(self, generator: Generator, vae: Vae, scales: Scales | None, options: Options) -> None:
-        """The networks lie on the device, in any floating-point type; they are taken over and changed. `fp8` needs `scales`."""
+    def __init__(
+        self,
+        generator: Generator,
+        vae: Vae,
+        scales: Scales | None,
+        options: Options,
+        decoder: bool = True,
+    ) -> None:
+        """Take over the networks, which lie on the device in any floating-point type.
+
+        `fp8` needs `scales`. Without `decoder` there are no frames, and nothing waits until the
+        forms of its convolutions are timed.
+        """
         profile, device, dtype = generator.profile, generator.step_spread.device, PRECISIONS[options.precision]
         assert (options.precision == "fp8") == (scales is not None), f"{options.precision=}"
         self.precision = options.precision
@@ -185,7 +197,9 @@ class GpuEngines(OneState):
         settle(generator, dtype)
         vae.requires_grad_(False)
         vae.encoder.float()
-        main, beside = Lane(device), Lane(device)
+        # A thread block of attention takes a whole multiprocessor, so it would wait for those that
+        # the decoder keeps busy with its smaller ones.
+        main, beside = Lane(device, priority=-1), Lane(device)
         cache: Cache
         if scales is None:
             layers, cache = wide_layers(generator, dtype), Tokens(profile, options.kernels, dtype, device)
@@ -200,8 +214,10 @@ class GpuEngines(OneState):
             "encoder": GpuEncoder(vae, main),
             "prompt": GpuPrompt(generator, dtype, main),
             "generator": GpuGenerator(Step(generator, layers, cache, options.kernels, dtype), profile, main),
-            "decoder": GpuDecoder(StreamDecoder(vae.decoder, *latent, dtype), profile, beside),
         }
+        if decoder:
+            streaming = StreamDecoder(vae.decoder, *latent, dtype)
+            self.engines["decoder"] = GpuDecoder(streaming, profile, beside)
         if not profile.text.tokens:
             del self.engines["prompt"]
         if device.type == "cuda":
@@ -286,12 +302,19 @@ def check_fp8(profile: Profile, capability: tuple[int, int]) -> None:
         raise UsageError(f"profile {profile.name} has heads of {profile.head_dim}; the FP8 kernels want {dims}", "take --precision bf16")
 
 
-def random_engines(profile: Profile, precision: str, seed: int, device: torch.device, by_row: bool = True) -> GpuEngines:
+def random_engines(
+    profile: Profile,
+    precision: str,
+    seed: int,
+    device: torch.device,
+    by_row: bool = True,
+    decoder: bool = True,
+) -> GpuEngines:
     """Engines of random weights of realistic scale, drawn on `device` in seconds: an 8B profile can be timed without a file."""
     options, dtype = Options.of(precision, device, by_row), PRECISIONS[precision]
     generator, vae = random_networks(profile, dtype, seed, device)
     scales = noise_scales(generator, options, seed) if precision == "fp8" else None
-    return GpuEngines(generator, vae, scales, options)
+    return GpuEngines(generator, vae, scales, options, decoder)
 
 
 def random_networks(profile: Profile, dtype: torch.dtype, seed: int, device: torch.device) -> tuple[Generator, Vae]:

@@ -15,9 +15,11 @@ ALIGNMENT = 64  # of a tensor inside a packed buffer, in numbers of four bytes
 class Lane:
     """A stream of the device: calls made ready to be replayed, copies, waiting. On a CPU everything happens at once."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        """`priority`: whose thread blocks go first where lanes compete; lower is earlier."""
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device, priority=priority) if cuda else None
 
     @contextlib.contextmanager
     def mine(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ class Aapt:
 
     stacks = ("text", "visual")
     write_time = None
+    draws = False
     cruise, limits = CRUISE, LIMITS
     flights = (
         CRUISE,

@@ -76,7 +76,8 @@ def commit_into(k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor,
 
 def _launch(kernel: str, head_dim: int, inputs: tuple[Tensor, ...], numbers: tuple[int, ...], outputs: tuple[Tensor, ...]) -> None:
     stream = torch.cuda.current_stream(outputs[0].device).cuda_stream
-    kernels.load(head_dim)(kernel, _at(*inputs), numbers, _at(*outputs), stream)
+    loaded = kernels.load(head_dim, kernels.VARIANTS[kernels.CHOSEN])
+    loaded(kernel, _at(*inputs), numbers, _at(*outputs), stream)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:

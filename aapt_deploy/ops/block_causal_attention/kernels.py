@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aapt_deploy.errors import MachineError
-from aapt_deploy.ops.block_causal_attention.hopper_fp8 import HEAD_DIMS, NAME, tiles
+from aapt_deploy.ops.block_causal_attention.hopper_fp8 import HEAD_DIMS, NAME, TILE_KEYS, tiles
 
 SM = 90  # Hopper; the instructions exist nowhere else, so nothing newer can run them either
 PTX_VERSION = "8.6"
@@ -51,8 +51,50 @@ ABI = {
 }
 
 
+class Variant(NamedTuple):
+    """A form of aapt_attend. All forms compute the same bits; what differs is how tiles arrive."""
+
+    deep: bool = False  # a ring of 90 KB, in place of one within 48
+    dynamic: bool = False  # the ring in dynamic shared memory, which the launch asks for
+    prefetch: int = 8  # visits by which tiles are copied to L2 ahead of their use; 0: never
+    loads_first: bool = True  # all queries are loaded before the first is divided
+
+    def ring(self, head_dim: int) -> tuple[int, int]:
+        """Tiles of K and of V that shared memory holds."""
+        k, v = (6, 5) if self.deep else (3, 2)
+        return (k, v) if head_dim == 128 else (2 * k, 2 * v)
+
+    def defines(self, head_dim: int) -> tuple[str, ...]:
+        """Macros of the source, as NAME=VALUE; none for the form that the source has by itself."""
+        if self == Variant():
+            return ()
+        k, v = self.ring(head_dim)
+        return (
+            f"AAPT_RING_K={k}", f"AAPT_RING_V={v}", f"AAPT_DYNAMIC={self.dynamic:d}",
+            f"AAPT_PREFETCH={self.prefetch}", f"AAPT_LOADS_FIRST={self.loads_first:d}",
+        )  # fmt: skip
+
+    def dynamic_bytes(self, head_dim: int) -> int:
+        """Dynamic shared memory of a launch: tiles, their barriers, and room to align them."""
+        return sum(self.ring(head_dim)) * (TILE_KEYS * head_dim + 16) + 1024 if self.dynamic else 0
+
+
+# By name, for comparison in one run (bench/attention.py); the first is the plainest.
+VARIANTS = {
+    "as first written": Variant(prefetch=0, loads_first=False),
+    "loads first": Variant(prefetch=0),
+    "prefetch 8": Variant(),
+    "K6V5": Variant(deep=True, dynamic=True, prefetch=0),
+    "K6V5, prefetch 8": Variant(deep=True, dynamic=True),
+    "K6V5 static": Variant(deep=True, prefetch=0),
+}
+# What `attend` of the torch op launches. No GPU has timed any of them yet, so it is the default
+# form of the source, which fits every launch.
+CHOSEN = "prefetch 8"
+
+
 class Shape(NamedTuple):
-    """How a kernel is launched: thread blocks along x and y, threads of each. Shared memory is static."""
+    """How a kernel is launched: thread blocks along x and y, threads of each."""
 
     x: int
     y: int
@@ -116,7 +158,7 @@ def cache_folder() -> Path:
 def compiled(head_dim: int, folder: Path | None = None, defines: tuple[str, ...] = ()) -> Compiled:
     """The kernels for `head_dim` (128 or 64), from `folder` (cache_folder() by default) or freshly compiled into it.
 
-    `defines`, as NAME=VALUE, make a variant of the source: AAPT_RING_K and AAPT_RING_V, the tiles that shared memory holds.
+    `defines`, as NAME=VALUE, make a variant of the source; see `Variant`.
     A damaged file in the cache is compiled again; a cache that cannot be written is done without. Raises MachineError when NVRTC is missing or too
     old, or refuses the source.
     """
@@ -228,8 +270,16 @@ def check_device(sm: int, name: str, driver: int) -> None:
 class Kernels:
     """The kernels of one head dimension, loaded into the current CUDA context. Stays loaded as long as this object lives."""
 
-    def __init__(self, driver: Any, library: Any, functions: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        driver: Any,
+        library: Any,
+        functions: dict[str, Any],
+        attend_bytes: int = 0,
+    ) -> None:
+        """`attend_bytes`: dynamic shared memory of aapt_attend's launches."""
         self._driver, self._library, self._functions = driver, library, functions
+        self._dynamic_bytes = {"aapt_attend": attend_bytes}
 
     def __call__(self, kernel: str, inputs: Sequence[int], numbers: Sequence[int], outputs: Sequence[int], stream: int) -> None:
         """Queue `kernel` on `stream`: device addresses and numbers in the order of its ABI; T and H are the first numbers of each.
@@ -242,7 +292,8 @@ class Kernels:
         values = [*map(ctypes.c_uint64, inputs), *map(ctypes.c_int32, numbers), *map(ctypes.c_uint64, outputs)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         _call(
-            self._driver, self._driver.cuLaunchKernel, self._functions[kernel], shape.x, shape.y, 1, shape.threads, 1, 1, 0, stream,
+            self._driver, self._driver.cuLaunchKernel, self._functions[kernel],
+            shape.x, shape.y, 1, shape.threads, 1, 1, self._dynamic_bytes.get(kernel, 0), stream,
             ctypes.addressof(pointers), 0,
         )  # fmt: skip
 
@@ -251,7 +302,7 @@ class Kernels:
 
 
 @functools.cache
-def load(head_dim: int, defines: tuple[str, ...] = ()) -> Kernels:
+def load(head_dim: int, variant: Variant = Variant()) -> Kernels:  # noqa: B008 (immutable)
     """The kernels for `head_dim` on the current device; see `compiled`. Needs a current CUDA context, which torch and TensorRT both make.
 
     Raises MachineError for a GPU that is no Hopper, a driver that is too old, and what `compiled` raises.
@@ -272,11 +323,16 @@ def load(head_dim: int, defines: tuple[str, ...] = ()) -> Kernels:
         for key in (attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
     )
     check_device(10 * int(major) + int(minor), call(driver.cuDeviceGetName, 128, device).rstrip(b"\0").decode(), newest)
-    code = compiled(head_dim, None, defines)
+    code = compiled(head_dim, None, variant.defines(head_dim))
     image = code.cubin if newest >= 1000 * code.nvrtc[0] + 10 * code.nvrtc[1] else code.ptx + b"\0"
     library = call(driver.cuLibraryLoadData, image, [], [], 0, [], [], 0)
-    functions = {name: call(driver.cuKernelGetFunction, call(driver.cuLibraryGetKernel, library, name.encode())) for name in ABI}
-    return Kernels(driver, library, functions)
+    found = {name: call(driver.cuLibraryGetKernel, library, name.encode()) for name in ABI}
+    dynamic_bytes = variant.dynamic_bytes(head_dim)
+    if dynamic_bytes:  # above 48 KB a kernel has to be allowed
+        allowed = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        call(driver.cuKernelSetAttribute, allowed, dynamic_bytes, found["aapt_attend"], device)
+    functions = {name: call(driver.cuKernelGetFunction, kernel) for name, kernel in found.items()}
+    return Kernels(driver, library, functions, dynamic_bytes)
 
 
 def launcher(layout: str, head_dim: int) -> Kernels:

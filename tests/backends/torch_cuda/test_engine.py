@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from aapt_deploy import assets
-from aapt_deploy.backends.torch_cuda import engine
+from aapt_deploy.backends.torch_cuda import engine as torch_cuda
+from aapt_deploy.backends.torch_cuda import lane as torch_lane
 from aapt_deploy.backends.torch_cuda.calibrate import noise_inputs
 from aapt_deploy.backends.torch_cuda.kernels import AttentionScales, Kernels, plain
 from aapt_deploy.backends.torch_cuda.step import Step, Tiles, Tokens, fp8_layers, wide_layers
@@ -25,10 +25,11 @@ from aapt_deploy.models.aapt.camera import CRUISE
 from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
-from aapt_deploy.profiles import Profile, load
+from aapt_deploy.profiles import load
 from aapt_deploy.rollout.engine import Engines
 from aapt_deploy.rollout.loop import Steering, rollout
 from aapt_deploy.rollout.starts import start
+from tests.support.driven import Driven
 from tests.support.tiny import Exported, frames_of
 from tests.support.trt_plans import decibels
 
@@ -36,10 +37,10 @@ CPU = torch.device("cpu")
 BLOCKS = 9  # the ring of `tiny` wraps at 4
 
 
-def over(loaded: Checkpoint, precision: str = "fp32", found: Scales | None = None, by_row: bool = True) -> engine.GpuEngines:
+def over(loaded: Checkpoint, precision: str = "fp32", found: Scales | None = None, by_row: bool = True) -> torch_cuda.GpuEngines:
     """The engines of `loaded`, which keeps its weights."""
-    options = engine.Options.of(precision, CPU, by_row)
-    return engine.GpuEngines(copy.deepcopy(loaded.generator), copy.deepcopy(loaded.vae), found, options)
+    options = torch_cuda.Options.of(precision, CPU, by_row)
+    return torch_cuda.GpuEngines(copy.deepcopy(loaded.generator), copy.deepcopy(loaded.vae), found, options)
 
 
 def latents(engines: Engines, opened: Bundle, prompts: Callable[[int], np.ndarray | None]) -> list[np.ndarray]:
@@ -69,19 +70,6 @@ def test_in_float32_it_says_what_the_reference_says(loaded: Checkpoint, bundle: 
     frames = [frames_of(engines, opened, 5) for engines in (over(loaded), EagerEngines(loaded, 1, "fp32"))]
     assert max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(*frames, strict=True)) <= 1  # a value between two levels may round either way
     assert len({frame.tobytes() for frame in frames[0]}) == 6
-
-
-class Driven:
-    """The generator of `engines`, given numbers of its own: what a pass says, block after block."""
-
-    def __init__(self, engines: engine.GpuEngines, profile: Profile) -> None:
-        self.generator, self.profile = engines["generator"], profile
-        self.generator.reset()
-        self.generator.reset(**engines["prompt"].run(text=np.array([[4, 1, 2, 3]])))
-
-    def said(self, block: int, seed: int) -> np.ndarray:
-        inputs = {name: x.numpy() for name, x in noise_inputs(self.profile, seed, CPU).items() if name not in ("slot", "cache_len")}
-        return self.generator.run(**inputs, block=block)["clean"].copy()
 
 
 def test_only_a_committed_pass_leaves_a_trace(loaded: Checkpoint) -> None:
@@ -129,7 +117,7 @@ def test_a_step_of_codes_is_the_product_of_what_they_stand_for(exported: Exporte
     """One pass with nothing cached: FP8 layers against the same layers in float32 on rounded weights and inputs."""
     opened = Bundle.open(exported.path)
     found, generator = scales.load(opened.checked(scales.FILE), opened.profile), copy.deepcopy(three.generator)
-    engine.settle(generator, torch.float32)
+    torch_cuda.settle(generator, torch.float32)
     layers = fp8_layers(generator, found, plain(), torch.float32, CPU, True)
     narrow = {name for layer in layers for name, linear in layer.linears.items() if linear.step is not None}
     assert narrow == {"qkv", "out", "w1", "w2"}
@@ -150,7 +138,7 @@ def test_random_engines_are_tame_and_drawn_from_the_seed(precision: str) -> None
     profile = load("tiny-cpu")
     profile = profile.replace(model=dataclasses.replace(profile.model, dim=128, depth=3))  # heads of 64
     for seed, same in ((0, True), (1, False)):
-        one, two = (Driven(engine.random_engines(profile, precision, s, CPU), profile) for s in (0, seed))
+        one, two = (Driven(torch_cuda.random_engines(profile, precision, s, CPU), profile) for s in (0, seed))
         said = []
         for block in range(12):
             a, b = (driven.said(block, block) for driven in (one, two))
@@ -183,7 +171,7 @@ def test_a_step_of_8b_reads_no_number_on_the_host(name: str, precision: str) -> 
     profile, kernels, meta = load(name), shapes_alone(), torch.device("meta")
     with meta:
         generator, _ = checkpoint.build(profile)
-    engine.settle(generator, torch.bfloat16)
+    torch_cuda.settle(generator, torch.bfloat16)
     heads, dim = profile.model.heads, profile.head_dim
     cache: Tokens | Tiles
     if precision == "fp8":
@@ -208,7 +196,7 @@ def test_a_step_of_8b_reads_no_number_on_the_host(name: str, precision: str) -> 
 def test_the_length_and_the_slot_are_read_where_they_lie(loaded: Checkpoint) -> None:
     """One step object, the same tensors, other numbers in them: another past."""
     generator, profile, kernels = copy.deepcopy(loaded.generator), loaded.profile, plain()
-    engine.settle(generator, torch.float32)
+    torch_cuda.settle(generator, torch.float32)
     cache = Tokens(profile, kernels, torch.float32, CPU)
     step, inputs = Step(generator, wide_layers(generator, torch.float32), cache, kernels, torch.float32), noise_inputs(profile, 0, CPU)
     text, frame = profile.text.tokens, profile.frame_tokens
@@ -228,62 +216,65 @@ def test_the_length_and_the_slot_are_read_where_they_lie(loaded: Checkpoint) -> 
         assert all(torch.equal(a[:, :, :-frame], b[:, :, :-frame]) for a, b in zip(held, cache.caches, strict=True))
 
 
+def test_attention_goes_before_the_decoder_and_nothing_is_uploaded_below_a_zero_fill(
+    loaded: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+
+    class Told(torch_lane.Lane):
+        def __init__(self, device: torch.device, priority: int = 0) -> None:
+            super().__init__(device, priority)
+            told.append(f"lane {priority}")
+
+        def settle(self) -> None:
+            told.append("settle")
+
+    true_packed, true_upload = torch_lane.Packed.__init__, torch_lane.Packed.upload
+
+    def packed(self: torch_lane.Packed, *given: object) -> None:
+        told.append("zeros")
+        true_packed(self, *given)  # type: ignore[arg-type]
+
+    def upload(self: torch_lane.Packed, values: dict[str, object]) -> None:
+        told.append("upload")
+        true_upload(self, values)
+
+    monkeypatch.setattr(torch_cuda, "Lane", Told)
+    monkeypatch.setattr(torch_lane.Packed, "__init__", packed)
+    monkeypatch.setattr(torch_lane.Packed, "upload", upload)
+    over(loaded)
+    assert told[:2] == ["lane -1", "lane 0"]
+    assert "settle" in told[told.index("zeros") : told.index("upload")]
+
+
+def test_a_lanes_priority_is_that_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (str(device), priority))
+    cuda = torch.device("cuda")
+    lanes = [torch_lane.Lane(cuda, priority=-1), torch_lane.Lane(cuda)]
+    assert [lane.stream for lane in lanes] == [("cuda", -1), ("cuda", 0)]
+
+
 # --- what is refused ---
 
 
 def test_machines_and_shapes_that_it_is_not_for(exported: Exported, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Bundle.open(bundle)
     with pytest.raises(UsageError, match="has no FP8 scales"):
-        engine.open_bundle(opened, "fp8")
+        torch_cuda.open_bundle(opened, "fp8")
     with pytest.raises(UsageError, match="precision 'fp32' does not exist for torch on a GPU"):
-        engine.open_bundle(opened, "fp32")
+        torch_cuda.open_bundle(opened, "fp32")
     big = load("aapt-8b-736x416-h100")
-    engine.check_fp8(big, (9, 0))
+    torch_cuda.check_fp8(big, (9, 0))
     for capability, named in (((8, 9), "8.9"), ((10, 0), "10.0")):
         with pytest.raises(MachineError, match=f"compute capability {named}") as caught:
-            engine.check_fp8(big, capability)
+            torch_cuda.check_fp8(big, capability)
         assert "--precision bf16" in caught.value.hint
     with pytest.raises(UsageError, match="heads of 16; the FP8 kernels want 64 or 128"):
-        engine.check_fp8(load("tiny-cpu"), (9, 0))
+        torch_cuda.check_fp8(load("tiny-cpu"), (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     with (
         pytest.raises(MachineError, match="aapt-8b-736x416-h100 does not fit into the memory of a GPU: Tried to allocate 9 GiB"),
-        engine.memory_for(big),
+        torch_cuda.memory_for(big),
     ):
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB. GPU 0 has a total of 1 GiB")
-
-
-# --- on a GPU ---
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_a_graph_says_what_its_step_says_and_nothing_is_allocated() -> None:
-    profile = load("demo-cpu")
-    engines = engine.random_engines(profile, "bf16", 0, torch.device("cuda"))
-    driven = Driven(engines, profile)
-    said = []
-    for block in range(3):
-        said.append(driven.said(block, block))
-        driven.generator.commit(block)
-    allocated = torch.cuda.memory_allocated()
-    for block in range(3, 40):
-        driven.said(block, block)
-        driven.generator.commit(block)
-    assert torch.cuda.memory_allocated() == allocated
-    again = Driven(engine.random_engines(profile, "bf16", 0, torch.device("cuda")), profile)
-    for block in range(3):
-        assert np.array_equal(again.said(block, block), said[block])
-        again.generator.commit(block)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_the_demo_looks_as_on_a_cpu() -> None:
-    held = checkpoint.load(assets.CHECKPOINT, assets.checkpoint_sha256())
-    begin, cuda = next(iter(held.start_frames.values())).image.numpy(), torch.device("cuda")
-    options = engine.Options.of("bf16", cuda)
-    gpu = engine.GpuEngines(copy.deepcopy(held.generator).to(cuda), copy.deepcopy(held.vae).to(cuda), None, options)
-    steer = lambda block: Steering(CRUISE, np.zeros((1, held.profile.text.tokens), np.int64))
-    made = [list(itertools.islice(rollout(e, held.profile, begin, steer, 0), 7)) for e in (gpu, EagerEngines(held, 4, "fp32"))]
-    assert decibels(*made) > 40

@@ -33,6 +33,46 @@ def test_the_assembler_reports_no_spill_no_stack_and_no_warning(code: Compiled) 
     assert not [line for line in code.report.splitlines() if any(word.lower() in line.lower() for word in words)], code.report
 
 
+OTHERS = [(name, 128) for name, made in kernels.VARIANTS.items() if made != kernels.Variant()]
+
+
+@pytest.mark.parametrize(("name", "dim"), [*OTHERS, ("K6V5, prefetch 8", 64)])
+def test_every_variant_assembles_well(name: str, dim: int, folder: Path, tmp_path: Path) -> None:
+    """Registers, spills, serialised products, shared memory, and the order of its loop."""
+    variant = kernels.VARIANTS[name]
+    made = kernels.compiled(dim, folder, variant.defines(dim))
+    test_the_assembler_reports_no_spill_no_stack_and_no_warning(made)
+    used = dict(re.findall(r"entry function '(\w+)'(?:.|\n)*?Used (\d+) registers", made.report))
+    assert int(used["aapt_attend"]) <= REGISTERS["aapt_attend"]
+    static = [int(size) for size in re.findall(r"(\d+) bytes smem", made.report)]
+    if variant.dynamic:
+        assert static == [] and SHARED_LIMIT < variant.dynamic_bytes(dim) <= 227 * 1024
+    else:
+        tiles, size = sum(variant.ring(dim)), 64 * dim
+        assert static == [tiles * (size + 16)] and (static[0] > SHARED_LIMIT) == variant.deep
+    test_the_loops_exponentials_run_while_products_do(made, tmp_path)
+    found = [i.split()[0] for i in instructions(made, tmp_path)]
+    prefetches = sum(kind.startswith("UBLKPF") for kind in found)
+    assert prefetches == (2 if variant.prefetch else 0)
+
+
+def test_queries_are_loaded_before_the_first_is_divided(folder: Path, tmp_path: Path) -> None:
+    """A division's reciprocal stands behind all loads of a thread's queries, or among them."""
+    early = {}
+    for name in ("as first written", "loads first"):
+        made = kernels.compiled(128, folder, kernels.VARIANTS[name].defines(128))
+        kinds = [i.split()[0] for i in instructions(made, tmp_path)]
+        loads = [at for at, kind in enumerate(kinds) if kind.startswith("LDG.E.64")]
+        assert len(loads) == 16
+        early[name] = sum("MUFU.RCP" in kind for kind in kinds[loads[0] : loads[-1]])
+    assert early["loads first"] == 0 < early["as first written"]
+
+
+def test_a_name_that_is_chosen_is_a_variant_that_fits_every_launch() -> None:
+    variant = kernels.VARIANTS[kernels.CHOSEN]
+    assert not variant.deep and variant.dynamic_bytes(128) == variant.dynamic_bytes(64) == 0
+
+
 def test_registers_and_shared_memory_are_within_budget(code: Compiled) -> None:
     used = dict(re.findall(r"entry function '(\w+)'(?:.|\n)*?Used (\d+) registers", code.report))
     assert used.keys() == ABI.keys()
@@ -221,6 +261,47 @@ def test_launch_shapes(kernel: str, tokens: int, shape: Shape) -> None:
     assert kernels.launch_shape(kernel, tokens, 24) == shape
 
 
+def test_a_large_ring_is_allowed_first(code: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamic shared memory above 48 KB is refused at the launch otherwise."""
+    from cuda.bindings import driver as true
+
+    calls: list[tuple[object, ...]] = []
+    done = true.CUresult.CUDA_SUCCESS
+    answers = {
+        "cuCtxGetDevice": (3,),
+        "cuDriverGetVersion": (13000,),
+        "cuDeviceGetName": (b"H200",),
+        "cuLibraryLoadData": ("library",),
+    }
+
+    class Fake:
+        CUresult, CUdevice_attribute = true.CUresult, true.CUdevice_attribute
+        CUfunction_attribute = true.CUfunction_attribute
+
+        def __getattr__(self, name: str) -> object:
+            def call(*given: object) -> tuple[object, ...]:
+                calls.append((name, *given))
+                if name == "cuDeviceGetAttribute":
+                    return done, 9 if "MAJOR" in str(given[0]) else 0
+                if name in ("cuLibraryGetKernel", "cuKernelGetFunction"):
+                    return done, f"{name} {given[-1]}"
+                return done, *answers.get(name, ())
+
+            call.__name__ = name
+            return call
+
+    monkeypatch.setattr("cuda.bindings.driver", Fake())
+    monkeypatch.setattr(kernels, "compiled", lambda *_: code)
+    kernels.load.__wrapped__(128)
+    assert not [call for call in calls if call[0] == "cuKernelSetAttribute"]
+    kernels.load.__wrapped__(128, kernels.VARIANTS["K6V5"])
+    (allowed,) = (call for call in calls if call[0] == "cuKernelSetAttribute")
+    what = true.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert allowed[1:] == (what, 11 * (8192 + 16) + 1024, "cuLibraryGetKernel b'aapt_attend'", 3)
+    after = calls[calls.index(allowed) :]
+    assert ("cuKernelGetFunction", "cuLibraryGetKernel b'aapt_attend'") in after
+
+
 class Driver:
     """Stands where the driver does and reads the parameters of a launch as the driver would."""
 
@@ -250,6 +331,9 @@ def test_a_launch_passes_addresses_and_numbers_in_the_order_of_the_abi() -> None
     assert driver.seen == [("F", (10, 24, 1, 384, 1, 1, 0), 77, [*addresses, 1196, 24, 600, 0x7E00_0000_0000])]
     with pytest.raises(AssertionError, match="aapt_attend takes"):
         run("aapt_attend", addresses[:-1], (1196, 24, 600), [0], 77)
+    deep = kernels.Kernels(driver, None, {"aapt_attend": "F"}, 91_312)
+    deep("aapt_attend", addresses, (1196, 24, 600), [0x7E00_0000_0000], 77)
+    assert driver.seen[-1][1] == (10, 24, 1, 384, 1, 1, 91_312)
     refused = kernels.Kernels(Driver("CUDA_ERROR_INVALID_VALUE"), None, {"aapt_attend": "F"})
     with pytest.raises(MachineError, match="cuLaunchKernel answers CUDA_ERROR_INVALID_VALUE"):
         refused("aapt_attend", addresses, (1196, 24, 600), [0], 77)

@@ -1,10 +1,12 @@
-"""The kernels' own source, run on a CPU thread by thread: every index, every barrier and every register map, against the layout and the emulator.
+"""The kernels' own source on a CPU, thread by thread, against the layout and the emulator.
 
-tests/kernels_on_cpu.cpp gives the instructions that a CPU lacks their specified meaning, with asynchronous work done as late or as early as it may
-be. It does not know a GPU's speed, its accumulator's width or the memory model's finer print.
+tests/support/kernels_on_cpu.cpp gives the instructions that a CPU lacks their specified meaning,
+with asynchronous work done as late or as early as it may be. It does not know a GPU's speed, its
+accumulator's width or the memory model's finer print.
 """
 
 import ctypes
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from aapt_deploy.ops.block_causal_attention import hopper_fp8 as layout
 from tests.support.kernels_on_cpu import COMPILER, EARLY, LATE, build
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
+PLAINEST = kernels.VARIANTS["as first written"]
+Plainest = Callable[[int, tuple[int, ...]], np.ndarray]
 
 # T, cache capacity, cache_len, heads: one token; nothing cached; an own tile boundary; a ragged tail of both; a full cache; many tiles of both.
 CASES = [(1, 64, 0, 2), (64, 64, 64, 2), (63, 70, 1, 1), (65, 200, 130, 1), (150, 320, 320, 1), (300, 640, 600, 1)]
@@ -75,15 +79,86 @@ def test_attend_computes_what_the_emulator_does(
 ) -> None:
     """Both accumulate exactly here, so they differ by the roundings of P's last float32 bits alone."""
     dim, code = library
-    data = Data(dim, tokens, capacity, heads)
-    out = np.full(data.q.shape, np.nan, ml_dtypes.bfloat16)
-    s = data.scales
-    inputs = [data.q, *data.block, *data.cache, np.array([cached], np.int32), s.q_scale, s.k_scale, s.v_scale]
-    run(code, "aapt_attend", inputs, (tokens, heads, data.cache[0].shape[1]), [out], seed)
-    expected = emulator.attend(data.q.astype(np.float32), *data.block, tokens, *data.cache, cached, s, emulator.EXACT)
+    out, expected = attended(code, Data(dim, tokens, capacity, heads), cached, seed)
     error = np.sqrt(np.square(out.astype(np.float32) - expected).mean() / np.square(expected).mean())
     assert error < 1e-3
     assert (out.astype(np.float32) == expected).mean() > 0.97
+
+
+def attended(
+    library: ctypes.CDLL,
+    data: Data,
+    cached: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What aapt_attend makes of `data`, and what the emulator does."""
+    (tokens, heads, _), s = data.q.shape, data.scales
+    out = np.full(data.q.shape, np.nan, ml_dtypes.bfloat16)
+    length = np.array([cached], np.int32)
+    inputs = [data.q, *data.block, *data.cache, length, s.q_scale, s.k_scale, s.v_scale]
+    run(library, "aapt_attend", inputs, (tokens, heads, data.cache[0].shape[1]), [out], seed)
+    q = data.q.astype(np.float32)
+    return out, emulator.attend(q, *data.block, tokens, *data.cache, cached, s, emulator.EXACT)
+
+
+@pytest.fixture(scope="module")
+def plainest(tmp_path_factory: pytest.TempPathFactory) -> Plainest:
+    """What the plainest variant makes of a case, which the emulator agrees with."""
+    folder, built = tmp_path_factory.mktemp("plainest"), {}
+
+    @functools.cache
+    def made(dim: int, case: tuple[int, int, int, int]) -> np.ndarray:
+        if dim not in built:
+            built[dim] = build(kernels.source_file(), dim, folder / f"{dim}.so", PLAINEST)
+        tokens, capacity, cached, heads = case
+        out, emulated = attended(built[dim], Data(dim, tokens, capacity, heads), cached, LATE)
+        error = np.square(out.astype(np.float32) - emulated).mean()
+        assert error < 1e-6 * np.square(emulated).mean()
+        return out
+
+    return made
+
+
+OTHERS = [(name, 128) for name in list(kernels.VARIANTS)[1:]] + [("K6V5, prefetch 8", 64)]
+
+
+@pytest.mark.parametrize(("name", "dim"), OTHERS)
+def test_every_variant_gives_the_same_bits(
+    name: str,
+    dim: int,
+    plainest: Plainest,
+    tmp_path: Path,
+) -> None:
+    """And prefetches each tile that lies far enough ahead once, by one of its head's blocks."""
+    variant = kernels.VARIANTS[name]
+    code = build(kernels.source_file(), dim, tmp_path / "variant.so", variant)
+    for case, seeds in ((CASES[3], [LATE]), (CASES[5], [LATE, EARLY])):
+        tokens, capacity, cached, heads = case
+        data = Data(dim, tokens, capacity, heads)
+        for seed in seeds:
+            out, _ = attended(code, data, cached, seed)
+            np.testing.assert_array_equal(out.view(np.uint16), plainest(dim, case).view(np.uint16))
+            assert prefetched(code) == tiles_ahead(data, cached, variant.prefetch)
+
+
+def prefetched(library: ctypes.CDLL) -> list[int]:
+    """Addresses of all prefetches since the last look, sorted."""
+    room = (ctypes.c_uint64 * 1000)()
+    count = library.prefetched(room, ctypes.c_long(len(room)))
+    assert count <= len(room)
+    return sorted(room[:count])
+
+
+def tiles_ahead(data: Data, cached: int, ahead: int) -> list[int]:
+    """Addresses of the tiles that all thread blocks of a launch together prefetch, sorted."""
+    found, valid = [], layout.tiles(cached)
+    for images in zip(data.block, data.cache, strict=True):
+        for head in range(images[0].shape[0]):
+            visits: list[int] = []
+            for image, used in zip(images, (images[0].shape[1], valid), strict=True):
+                visits += [image[head, tile].ctypes.data for tile in reversed(range(used))]
+            found += visits[ahead:] if ahead else []
+    return sorted(found)
 
 
 @pytest.mark.parametrize(("tokens", "capacity", "cached", "heads"), CASES)
@@ -127,28 +202,62 @@ MISTAKES = {
         "acc[i] += t[i];\n        to_operand",
     ),
     "a slot is never given back": ("        if (lane == 0) barrier_arrive(ring.v_empty(v.slot));\n        v.next();", "        v.next();"),
+    "a consumer without rows is waited for": (
+        "blockIdx.x * QUERY_ROWS + 64 < T ? CONSUMER_WARPS : CONSUMER_WARPS / 2",
+        "CONSUMER_WARPS",
+    ),
+    "a consumer with one row leaves": ("if (first >= T) return;", "if (first + 1 >= T) return;"),
 }
+DEEP_MISTAKES = {
+    "the ring is not aligned": ("(place + SWIZZLE_ATOM - 1) & ~(SWIZZLE_ATOM - 1u)", "place"),
+    "the ring is larger than asked for": (
+        "return base + (RING_K + RING_V) * TILE_BYTES + 8 * index;",
+        "return base + (RING_K + RING_V) * TILE_BYTES + 1024 + 8 * index;",
+    ),
+    "every block prefetches every tile": (" && ahead % (int)gridDim.x == (int)blockIdx.x", ""),
+    "a prefetch goes past the last tile": ("if (PREFETCH && ahead < count", "if (PREFETCH"),
+    "V is not prefetched": ("            prefetch_l2(visits.tile(ahead, v_block, v_cache)", "//"),
+}
+DEEP = "K6V5, prefetch 8"
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_found(mistake: str, tmp_path: Path) -> None:
-    """What would corrupt a result on a GPU now and then has to do so here every time."""
-    before, after = MISTAKES[mistake]
+def planted(before: str, after: str, variant: kernels.Variant, folder: Path) -> ctypes.CDLL:
+    """The kernels with a mistake in their source."""
     source = kernels.source_file().read_text()
     assert source.count(before) == 1, "the source has moved on; plant the mistake anew"
-    (tmp_path / kernels.source_file().name).write_text(source.replace(before, after))
-    code = build(tmp_path / kernels.source_file().name, 128, tmp_path / "wrong.so")
-    data = Data(128, 300, 640, 1)
-    s, found = data.scales, []
+    (folder / kernels.source_file().name).write_text(source.replace(before, after))
+    return build(folder / kernels.source_file().name, 128, folder / "wrong.so", variant)
+
+
+@pytest.mark.parametrize("name", ["as first written", DEEP])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_found(mistake: str, name: str, tmp_path: Path) -> None:
+    """What would corrupt a result on a GPU now and then has to do so here every time."""
+    code = planted(*MISTAKES[mistake], kernels.VARIANTS[name], tmp_path)
+    assert any(noticed(code, tokens, 0) for tokens in (257, 300))
+
+
+@pytest.mark.parametrize("mistake", DEEP_MISTAKES)
+def test_mistakes_in_what_a_variant_adds_are_found(mistake: str, tmp_path: Path) -> None:
+    code = planted(*DEEP_MISTAKES[mistake], kernels.VARIANTS[DEEP], tmp_path)
+    assert noticed(code, 300, kernels.VARIANTS[DEEP].prefetch)
+
+
+def test_without_a_mistake_nothing_is_noticed(tmp_path: Path) -> None:
+    variant = kernels.VARIANTS[DEEP]
+    code = build(kernels.source_file(), 128, tmp_path / "right.so", variant)
+    assert not noticed(code, 257, variant.prefetch) and not noticed(code, 300, variant.prefetch)
+
+
+def noticed(code: ctypes.CDLL, tokens: int, prefetch: int) -> bool:
+    """Whether a launch is refused, is wrong, or does not prefetch what `prefetch` asks for."""
+    data = Data(128, tokens, 640, 1)
     for seed in (LATE, EARLY, LATE + 2, EARLY + 2):
-        out = np.zeros(data.q.shape, ml_dtypes.bfloat16)
-        inputs = [data.q, *data.block, *data.cache, np.array([600], np.int32), s.q_scale, s.k_scale, s.v_scale]
         try:
-            run(code, "aapt_attend", inputs, (300, 1, data.cache[0].shape[1]), [out], seed)
+            out, expected = attended(code, data, 600, seed)
         except AssertionError:
-            found.append(True)
-            continue
-        expected = emulator.attend(data.q.astype(np.float32), *data.block, 300, *data.cache, 600, s, emulator.EXACT)
-        error = np.sqrt(np.square(out.astype(np.float32) - expected).mean() / np.square(expected).mean())
-        found.append(not error < 1e-3)
-    assert any(found)
+            return True
+        error = np.square(out.astype(np.float32) - expected).mean() / np.square(expected).mean()
+        if not error < 1e-6 or (prefetch and prefetched(code) != tiles_ahead(data, 600, prefetch)):
+            return True
+    return False
