@@ -1,6 +1,7 @@
 # make demo    install what is needed and run the whole path on the embedded checkpoint: export, build, profile, stream
 # make test    install the development tools and run the tests, in JOBS=2 processes
 # make check   lint and types
+# make mutants plant mistakes in MODULE=aapt_deploy/x.py, or on the lines that differ from BASE=main, and see which the tests find
 # make bench   measure speed and memory, one JSON record in docs/measurements/
 # make plugins compile the CUDA kernels with nvcc, where there is one, into build/plugins; not needed: they are compiled at first use
 # make wheel   build the wheel into dist/
@@ -10,7 +11,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench plugins wheel clean
+.PHONY: demo test check mutants bench plugins wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/aapt demo --out demo
@@ -20,6 +21,11 @@ test: $(VENV)/dev.stamp
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+BASE ?= main
+
+mutants: $(VENV)/mutants.stamp
+	$(BIN)/python bench/mutants.py $(if $(MODULE),--module $(MODULE),--changed $(BASE))
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python bench/cpu.py
@@ -50,6 +56,10 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(INSTALL) -e '.[export,fp8,train,cuda,dev]'
+	@touch $@
+
+$(VENV)/mutants.stamp: $(VENV)/dev.stamp
+	$(INSTALL) -e '.[mutants]'
 	@touch $@
 
 clean:
