@@ -31,13 +31,13 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from attention_checks import RINGS, Case, Run, Stream, on_gpu, replayed  # noqa: E402
+sys.path.insert(0, str(ROOT))
 from attention_rivals import Meter, rivals, timed  # noqa: E402
 
 from aapt_deploy.machine import machine  # noqa: E402
 from aapt_deploy.ops.block_causal_attention import Ring, kernels  # noqa: E402
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import tiles  # noqa: E402
+from tests.support.attention_checks import RINGS, Case, Run, Stream, on_gpu, replayed  # noqa: E402
 
 STAGES = {"products": 80, "correct": 170, "sanitizer": 110, "speed": 200}  # seconds at most
 BUDGET_S = 530

@@ -1,7 +1,8 @@
 """Accuracy of the FP8 attention kernel before it has seen a GPU, as one command. Writes docs/measurements/emulator-accuracy-<date>.json.
 
-The emulator (aapt_deploy/ops/block_causal_attention/emulator.py) runs the kernel's arithmetic on the bytes of its own cache layout, over the data
-of tests/attention_data.py, and with one thing changed at a time. Prints the two tables of plugins/block_causal_attention/README.md. No speed: this
+The emulator (aapt_deploy/ops/block_causal_attention/emulator.py) runs the kernel's arithmetic on the
+bytes of its own cache layout, over the data of tests/support/attention_data.py, and with one thing
+changed at a time. Prints the two tables of plugins/block_causal_attention/README.md. No speed: this
 is NumPy. Takes some minutes on one core, and needs no package that the tests do not.
 """
 
@@ -21,8 +22,8 @@ from aapt_deploy.ops.block_causal_attention.emulator import EXACT, HOPPER_BITS, 
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import TILE_KEYS
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))  # the data is the tests', so that both speak of the same numbers
-from attention_data import LONG, SEED, SHORT, Case, case  # noqa: E402
+sys.path.insert(0, str(ROOT))  # the data is the tests', so that both speak of the same numbers
+from tests.support.attention_data import LONG, SEED, SHORT, Case, case  # noqa: E402
 
 KINDS = (("plain", 0), ("sharp", 0), ("outlier", 0), ("sink", 6), ("sink", 9), ("sink", 12))
 HEADS = 2
