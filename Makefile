@@ -2,6 +2,7 @@
 # make test    install the development tools and run the tests, in JOBS=2 processes
 # make check   lint and types
 # make docs    write docs/commands.md and docs/messages.md again from the program
+# make mutants plant mistakes in MODULE=aapt_deploy/x.py, or on the lines that differ from BASE=main, and see which the tests find
 # make bench   measure speed and memory, one JSON record in docs/measurements/
 # make plugins compile the CUDA kernels with nvcc, where there is one, into build/plugins; not needed: they are compiled at first use
 # make wheel   build the wheel into dist/
@@ -11,7 +12,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs bench plugins wheel clean
+.PHONY: demo test check docs mutants bench plugins wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/aapt demo --out demo
@@ -24,6 +25,11 @@ check: $(VENV)/dev.stamp
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.support.pages
+
+BASE ?= main
+
+mutants: $(VENV)/mutants.stamp
+	$(BIN)/python bench/mutants.py $(if $(MODULE),--module $(MODULE),--changed $(BASE))
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python bench/cpu.py
@@ -54,6 +60,10 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(INSTALL) -e '.[export,fp8,train,cuda,dev]'
+	@touch $@
+
+$(VENV)/mutants.stamp: $(VENV)/dev.stamp
+	$(INSTALL) -e '.[mutants]'
 	@touch $@
 
 clean:

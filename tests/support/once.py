@@ -16,9 +16,12 @@ def made(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Thin
     """Return what `make` returned for the folder `name`, in this worker or in the first that asked.
 
     The others wait for it. A worker's own folder lies in the one that all workers of a run share.
+    TESTS_ONCE names a folder of an earlier run, for bench/mutants.py.
     """
     base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = Path(os.environ.get("TESTS_ONCE", base)) / f"once-{name}"
     result = folder / "result.pickle"
     with FileLock(f"{folder}.lock"):
         if not result.exists():
