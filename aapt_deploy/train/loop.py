@@ -7,7 +7,6 @@ every few minutes and at the end.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aapt_deploy.bundle import files
+from aapt_deploy.bundle.files import whole
 from aapt_deploy.errors import CheckpointError, TrainingError, UsageError
 from aapt_deploy.train.draws import numbers
-from aapt_deploy.train.processes import ALONE, Setup, fill, own, whole
+from aapt_deploy.train.processes import ALONE, Setup, fill, own, unsharded
 from aapt_deploy.train.recipe import Optimiser
 from aapt_deploy.train.scalars import Events
 
@@ -52,7 +51,7 @@ class Learner:
 
     def clip(self) -> float:
         """Clip the gradients. Returns their norm before that, 0 where there are none."""
-        return float(whole(nn.utils.clip_grad_norm_(self.weights.values(), self.optimiser.clip_norm)))
+        return float(unsharded(nn.utils.clip_grad_norm_(self.weights.values(), self.optimiser.clip_norm)))
 
     def update(self, step: int) -> None:
         """Use up the gradients, if there are any."""
@@ -72,11 +71,11 @@ class Learner:
         for name, p in self.weights.items():
             if p in self.adam.state:
                 kept |= {f"{key}.{name}": self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
-        return {self.prefix + name: whole(tensor).contiguous() for name, tensor in kept.items()}
+        return {self.prefix + name: unsharded(tensor).contiguous() for name, tensor in kept.items()}
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights, whole."""
-        return {name: whole(tensor) for name, tensor in self.average.items()}
+        return {name: unsharded(tensor) for name, tensor in self.average.items()}
 
     def restore(self, names: set[str], shape: Callable[[str], list[int]], read: Callable[[str], Tensor], updates: int) -> None:
         """Take back what `tensors` gave. Raises ValueError where it is another network's."""
@@ -162,7 +161,7 @@ def _forget(log: Path, step: int) -> None:
     """Drop the lines of updates after `step`, which are done again."""
     if log.exists():
         kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with files.whole(log) as temporary:
+        with whole(log) as temporary:
             temporary.write_text("".join(kept))
 
 
@@ -190,9 +189,9 @@ def _save(path: Path, step: int, learners: list[Learner], setup: Setup) -> None:
         tensors |= learner.tensors()
     if not setup.writes:
         return
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"step": str(step), "updates": " ".join(str(learner.updates) for learner in learners)})
-    os.replace(temporary, path)
+    updates = " ".join(str(learner.updates) for learner in learners)
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"step": str(step), "updates": updates})
 
 
 def _restore(path: Path, learners: list[Learner]) -> int:

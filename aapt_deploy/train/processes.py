@@ -118,7 +118,7 @@ def joined(device: str, bf16: bool, checkpointing: bool, context: int) -> Setup:
     return Setup(device, bf16, checkpointing, init_device_mesh(device, (world // context, context), mesh_dim_names=("data", "context")))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every process must ask."""
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full

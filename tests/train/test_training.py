@@ -24,6 +24,7 @@ from aapt_deploy.models.aapt.vae import Vae
 from aapt_deploy.profiles import Text, load
 from aapt_deploy.train import loop, run
 from aapt_deploy.train import recipe as recipes
+from aapt_deploy.train.latents import cached_latents
 from aapt_deploy.train.loop import fit, learning_rate
 from aapt_deploy.train.losses.flow import flow_loss
 from aapt_deploy.train.losses.vae_stage import Snippets, fit_linear, vae_loss
@@ -337,7 +338,7 @@ def test_latents_are_made_again_when_a_clip_changes(tmp_path: Path) -> None:
     vae, cache = Vae(TINY), tmp_path / "latents.safetensors"
 
     def encoded() -> Tensor:
-        return run.cached_latents(cache, vae, clip_files(data, lambda path, reason: None), TINY, told.append).z
+        return cached_latents(cache, vae, clip_files(data, lambda path, reason: None), TINY, told.append).z
 
     first = encoded()
     told.clear()
