@@ -10,7 +10,6 @@ A damaged or mis-sized clip is skipped, counted and named; training never stops 
 import dataclasses
 import hashlib
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from aapt_deploy.bundle.files import whole
 from aapt_deploy.errors import InputError
 from aapt_deploy.models.aapt.camera import Pose, condition_map
 from aapt_deploy.models.aapt.prompts import PROMPT_TOKENS, Look, token_ids
@@ -73,10 +73,9 @@ def conditions(profile: Profile, poses: np.ndarray) -> np.ndarray:
 
 
 def write_clip(path: Path, frames: np.ndarray, poses: np.ndarray, tokens: np.ndarray) -> None:
-    """Write one clip atomically, so that a killed run leaves no half clip."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"frames": frames, "poses": poses, "tokens": tokens}, temporary)
-    temporary.rename(path)
+    """Write one clip, whole or not at all: a killed run leaves no half clip."""
+    with whole(path) as temporary:
+        save_file({"frames": frames, "poses": poses, "tokens": tokens}, temporary)
 
 
 def refuse_other_clips(folder: Path, profile: Profile, blocks: int) -> None:

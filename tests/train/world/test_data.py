@@ -17,6 +17,7 @@ from aapt_deploy.errors import InputError, OutputError
 from aapt_deploy.models.aapt.camera import Pose, condition_map
 from aapt_deploy.models.aapt.prompts import PROMPT_TOKENS, Look, token_ids
 from aapt_deploy.profiles import load
+from aapt_deploy.train.world import data as clip_data
 from aapt_deploy.train.world.data import FLIGHTS, ClipFile, clip_files, conditions, import_videos, render_world, render_worlds, write_clip
 
 TINY = load("tiny-cpu")
@@ -121,12 +122,12 @@ def test_worlds_are_rendered_by_several_processes(tmp_path: Path) -> None:
 
 
 def test_a_clip_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(self: Path, target: Path) -> None:
+    def killed(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
     path = tmp_path / "clip-00000000-0.safetensors"
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", killed)
+        patched.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write_clip(path, **arrays())
     assert not path.exists()
@@ -299,16 +300,21 @@ def test_videos_cut_to_another_length_replace_their_clips(tmp_path: Path, blocks
     check_clips(folder, *(4 * blocks * piece for piece in range(6 // blocks)), blocks=blocks)
 
 
-def test_a_clip_that_cannot_be_written_is_no_broken_video(tmp_path: Path) -> None:
+def test_a_clip_that_cannot_be_written_is_no_broken_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, folder = tmp_path / "videos", tmp_path / "clips"
     source.mkdir()
     make_video(source / "a.mp4", 9)
     import_videos(source, folder, TINY, unexpected, BLOCKS)
     (clip,) = folder.iterdir()
     clip.unlink()
-    clip.with_suffix(f".{os.getpid()}.tmp").mkdir()  # where the clip is written first
-    with pytest.raises((OSError, SafetensorError)):
+
+    def full(*arguments: object) -> None:
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr(clip_data, "save_file", full)
+    with pytest.raises(SafetensorError, match="no space"):
         import_videos(source, folder, TINY, unexpected, BLOCKS)
+    assert not list(folder.iterdir())  # nothing temporary is left
 
 
 def test_a_video_that_breaks_off_keeps_its_whole_clips(tmp_path: Path) -> None:
