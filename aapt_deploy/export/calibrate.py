@@ -13,8 +13,8 @@ import io
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aapt_deploy.backends.torch_eager import EagerEngines
+from aapt_deploy.backends.trial import Report
 from aapt_deploy.bundle.scales import FORMAT, LinearScales, Scales
 from aapt_deploy.errors import ProfileError
 from aapt_deploy.models import fp8
@@ -31,6 +32,7 @@ from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.loop import Steering, rollout
+from aapt_deploy.rollout.starts import Start, coarse_picture
 
 SPARE_BLOCKS = 2  # that a rollout goes on once its window is full
 PROMPT_BLOCKS = 3  # blocks between two prompts
@@ -41,15 +43,6 @@ FLIGHTS = (  # of a start frame, one after the other, block by block
     Velocity(-CRUISE.forward, strafe=-LIMITS.strafe / 2, pitch=LIMITS.pitch),
     Velocity(yaw=LIMITS.yaw, pitch=-LIMITS.pitch),
 )
-
-Report = Callable[[str], None]
-
-
-class Begin(NamedTuple):
-    """Where a rollout of the calibration starts."""
-
-    image: np.ndarray  # uint8 [H, W, 3]
-    text: np.ndarray | None
 
 
 def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
@@ -84,7 +77,7 @@ def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
             ]
         mtq.quantize(generator, {"quant_cfg": config, "algorithm": "max"}, rollouts)
     linear = {layer.path: _linear_scales(generator.get_submodule(layer.path), profile.fp8.margin) for layer in chosen}
-    calibration = {"tool": "nvidia-modelopt", "algorithm": "max", "seed": seed, "starts": len(_begins(checkpoint, seed)), "passes": passes}
+    calibration = {"tool": "nvidia-modelopt", "algorithm": "max", "seed": seed, "starts": len(_starts(checkpoint, seed)), "passes": passes}
     metadata = {
         "format": FORMAT, "profile": profile.name, "checkpoint_sha256": checkpoint.sha256, "margin": repr(profile.fp8.margin),
         "keep": json.dumps(profile.fp8.keep), "calibration": json.dumps(calibration),
@@ -104,29 +97,28 @@ def _linear_scales(module: Any, margin: float) -> LinearScales:
 
 def _rollouts(checkpoint: Checkpoint, seed: int, report: Report) -> int:
     """Run the generator as a stream does. Returns the number of its passes."""
-    profile, begins = checkpoint.profile, _begins(checkpoint, seed)
+    profile, starts = checkpoint.profile, _starts(checkpoint, seed)
     blocks = profile.window.sink_frames + profile.window.frames + SPARE_BLOCKS
     engines = EagerEngines(checkpoint, torch.get_num_threads(), "fp32")
-    for number, begin in enumerate(begins):
-        report(f"calibrating on rollout {number + 1} of {len(begins)}, {blocks} blocks")
+    for number, start in enumerate(starts):
+        report(f"calibrating on rollout {number + 1} of {len(starts)}, {blocks} blocks")
 
         def steer(block: int, number: int = number) -> Steering:
-            text = begins[(number + block // PROMPT_BLOCKS) % len(begins)].text
+            text = starts[(number + block // PROMPT_BLOCKS) % len(starts)].text
             return Steering(FLIGHTS[(number + block // 2) % len(FLIGHTS)], text)
 
-        for _ in itertools.islice(rollout(engines, profile, begin.image, steer, seed + number), 1 + blocks):
+        for _ in itertools.islice(rollout(engines, profile, start.image, steer, seed + number), 1 + blocks):
             pass
-    return len(begins) * blocks * len(profile.sampler.timesteps)
+    return len(starts) * blocks * len(profile.sampler.timesteps)
 
 
-def _begins(checkpoint: Checkpoint, seed: int) -> list[Begin]:
+def _starts(checkpoint: Checkpoint, seed: int) -> list[Start]:
     """The checkpoint's start frames; without any, one coarse random picture. Embedded prompts are drawn, for want of a text encoder."""
     profile, rng = checkpoint.profile, np.random.default_rng(seed)
-    video, text = profile.video, profile.text
+    text = profile.text
     frames = [(frame.image.numpy(), parse(frame.prompt)) for frame in checkpoint.start_frames.values() if text.kind == "vocabulary"]
     if not frames:
-        coarse = rng.integers(0, 256, (-(-video.height // 16), -(-video.width // 16), 3), np.uint8)
-        image = np.ascontiguousarray(coarse.repeat(16, axis=0).repeat(16, axis=1)[: video.height, : video.width])
+        image = coarse_picture(profile, rng)
         images = [frame.image.numpy() for frame in checkpoint.start_frames.values()] or [image]
         looks = [Look(**{name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()}) for _ in images]
         frames = list(zip(images, looks, strict=True))
@@ -136,7 +128,7 @@ def _begins(checkpoint: Checkpoint, seed: int) -> list[Begin]:
             return None
         return token_ids(look) if text.kind == "vocabulary" else rng.standard_normal((1, text.tokens, text.dim), np.float32)
 
-    return [Begin(image, prompt(look)) for image, look in frames]
+    return [Start(image, "", prompt(look)) for image, look in frames]
 
 
 class AttentionRanges(TorchDispatchMode):

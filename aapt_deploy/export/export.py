@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,6 +28,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from aapt_deploy import __version__
+from aapt_deploy.backends.trial import Report
 from aapt_deploy.bundle import bundle, graph_file, scales
 from aapt_deploy.bundle.scales import Scales
 from aapt_deploy.bundle.signature import GraphSignature
@@ -43,8 +44,6 @@ from aapt_deploy.profiles import Profile
 from aapt_deploy.video.pictures import write_image
 
 ROOM = 3.5  # bytes of memory that a check takes for each byte of a graph's weights in fp32: PyTorch, ONNX Runtime, its repacked copy
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)

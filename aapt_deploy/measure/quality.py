@@ -22,22 +22,19 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.backends.table import BACKENDS, open_engines, refuse_unknown, to_get
+from aapt_deploy.backends.trial import Report, left_and_right
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.files import refuse_irregular, whole, writing
 from aapt_deploy.errors import UsageError
 from aapt_deploy.measure.machine import machine
-from aapt_deploy.models.aapt.camera import CRUISE, Velocity
-from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines, Tapped
-from aapt_deploy.rollout.loop import Steering, rollout
-from aapt_deploy.rollout.starts import Start, all_starts
+from aapt_deploy.rollout.starts import all_starts
+from aapt_deploy.video.metrics import LUMA, psnr_db
 
 SSIM_WINDOW = 8  # pixels
 FLAT = 1.0  # deviation of luma, in levels, below which a picture shows nothing
 PICTURES = (".png", ".svg", ".pdf")  # suffixes of plots
 STILL = 0.1  # share of the reference's change between blocks below which a block stands still
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -149,11 +146,11 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
     for number, begin in enumerate(starts, start=1):
         reference, candidate = opened
         twins = Twins(candidate)
-        for _ in islice(_frames(Tapped(reference, twins), profile, begin), 1 + blocks):
+        for _ in islice(left_and_right(Tapped(reference, twins), profile, begin), 1 + blocks):
             pass
         forced.append(np.array(twins.errors).reshape(blocks, passes).mean(1))
         decoded.append(np.mean(twins.decoded[1:]))
-        streams = [_frames(engines, profile, begin) for engines in opened]
+        streams = [left_and_right(engines, profile, begin) for engines in opened]
         found = [_figures(*pair) for pair in _pairs(streams[0], streams[1], blocks)]
         free.append(np.array([[*pictures.mean(0), *others] for pictures, others in found]))  # [blocks, 7]
         frames.append(np.concatenate([pictures for pictures, _ in found]))  # [frames, 2]
@@ -167,12 +164,6 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
         int((change < STILL * reference_change).sum()), deviation.size, asdict(profile.quality), machine(),
         [_decibels(float(e)) for e in np.mean(frames, axis=0)[:, 0]], [round(float(x), 4) for x in np.mean(frames, axis=0)[:, 1]],
     )  # fmt: skip
-
-
-def _frames(engines: Engines, profile: Profile, begin: Start) -> Iterator[np.ndarray]:
-    """A rollout that flies and turns, first left, then right."""
-    steer = lambda block: Steering(Velocity(CRUISE.forward, yaw=0.2 * (1 - 2 * (block // 4 % 2))), begin.text)  # noqa: E731
-    return rollout(engines, profile, begin.image, steer, seed=0)
 
 
 def _pairs(reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blocks: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -210,12 +201,12 @@ def _slope(seconds: list[Second]) -> float:
 
 
 def _decibels(square_error: float) -> float:
-    return round(10 * float(np.log10(255**2 / max(square_error, 1e-9))), 2)
+    return round(psnr_db(square_error), 2)
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
     """uint8 [T, H, W, 3] -> float64 [T, H, W], 0..255 (BT.601)."""
-    y: np.ndarray = frames @ np.array([0.299, 0.587, 0.114])
+    y: np.ndarray = frames @ LUMA
     return y
 
 

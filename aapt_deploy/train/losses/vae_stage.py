@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -91,10 +90,3 @@ def vae_loss(vae: Vae, stage: VaeStage, draw: Callable[[torch.Generator], Tensor
     for axis in (-1, -2):
         loss = loss + stage.gradient_weight * error.diff(dim=axis).abs().mean()
     return loss
-
-
-def psnr_db(vae: Vae, frames: Tensor) -> float:
-    """Reconstruction quality of frames [1 + 4n, 3, H, W]."""
-    with torch.no_grad():
-        decoded = vae.decode(vae.encode(frames[None]))[0].clamp(-1, 1)
-    return float(-10 * torch.log10(F.mse_loss(decoded, frames) / 4))
