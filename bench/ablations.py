@@ -32,8 +32,8 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.discriminator import Discriminator
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.train.judge import evaluate
-from aapt_deploy.train.loop import Learner, Progress, fit, fit_together
-from aapt_deploy.train.losses.adversarial import Rollout, adversarial_update
+from aapt_deploy.train.loop import Learner, StepProgress, fit, fit_together
+from aapt_deploy.train.losses.adversarial import ForcedRollout, adversarial_update
 from aapt_deploy.train.losses.flow import Latents
 from aapt_deploy.train.losses.trajectory import rounded
 from aapt_deploy.train.processes import Setup, has_bf16
@@ -91,12 +91,12 @@ def stage_of(variant: Variant, options: argparse.Namespace) -> AdversarialStage:
     return replace(stage, attention=variant.attention, logits=variant.logits, unjudged=variant.horizon, penalty_every=options.penalty_every)
 
 
-def teach(generator: Generator, latents: Latents, stage: AdversarialStage, state: Path, told: Progress, updates: int) -> None:
+def teach(generator: Generator, latents: Latents, stage: AdversarialStage, state: Path, told: StepProgress, updates: int) -> None:
     """Regression of the generator's own rollouts on the true clips, with the gradient through the cache."""
 
     def loss(rng: torch.Generator) -> Tensor:
         real = latents.clips(stage.optimiser.batch, stage.blocks, rng)
-        made = Rollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
+        made = ForcedRollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
         return rounded((made - real.frames[:, 1:]) / generator.step_spread)
 
     optimiser = Optimiser(updates, stage.optimiser.batch, 3e-4, 30, ema=0.99)
@@ -142,7 +142,7 @@ def trained(name: str, variant: Variant, latents: Latents, options: argparse.Nam
     told_how.write_text(json.dumps(wanted, indent=1))
     if path.exists():
         return path
-    told: Callable[[str], Progress] = lambda what: lambda step, loss: say(f"{name}, {what}: {step} updates, loss {loss:.4f}")
+    told: Callable[[str], StepProgress] = lambda what: lambda step, loss: say(f"{name}, {what}: {step} updates, loss {loss:.4f}")
     held, generator, stage = checkpoint.load(options.distilled), generator_of(options.distilled, variant), stage_of(variant, options)
     if variant.taught:
         teach(generator, latents, stage, options.out / f"{name}-taught.state", told("regression"), options.regression)
@@ -151,10 +151,10 @@ def trained(name: str, variant: Variant, latents: Latents, options: argparse.Nam
     return path
 
 
-def entrant(path: Path, variant: Variant) -> evaluate.Entrant:
+def candidate(path: Path, variant: Variant) -> evaluate.Candidate:
     held = checkpoint.load(path)
     held = replace(held, generator=generator_of(path, variant))
-    return evaluate.Entrant(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
+    return evaluate.Candidate(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
 
 
 def curve(path: Path) -> list[dict[str, float]]:
@@ -187,8 +187,8 @@ def main() -> None:
     paths = {name: trained(name, variant, latents, options) for name, variant in chosen.items()}
     if options.train_only:
         return
-    entrants = {"distilled": entrant(options.distilled, Variant())} | {name: entrant(path, VARIANTS[name]) for name, path in paths.items()}
-    judged = evaluate.judge(entrants, options.out / "evaluation", options.flights, options.seconds, say)
+    candidates = {"distilled": candidate(options.distilled, Variant())} | {name: candidate(path, VARIANTS[name]) for name, path in paths.items()}
+    judged = evaluate.judge(candidates, options.out / "evaluation", options.flights, options.seconds, say)
     record = {
         "what": "heads and horizons of the adversarial stage, and input recycling, from one generator", "date": today,
         "versions": {"torch": torch.__version__.split("+")[0]},

@@ -24,7 +24,7 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.discriminator import Discriminator
 from aapt_deploy.train.draws import numbers
 from aapt_deploy.train.loop import Learner, fit_together
-from aapt_deploy.train.losses.adversarial import Rollout, adversarial_update
+from aapt_deploy.train.losses.adversarial import ForcedRollout, adversarial_update
 from aapt_deploy.train.losses.flow import Clips, Latents
 from aapt_deploy.train.processes import Setup, has_bf16
 from aapt_deploy.train.recipe import DEMO, gan
@@ -48,7 +48,7 @@ def judged(discriminator: Discriminator, latents: Latents, generator: Any, stage
     for batch in range(12):
         rng = numbers(77, batch, 0)
         real = latents.clips(8, stage.blocks, rng)
-        made = Rollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
+        made = ForcedRollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
         frames = {"true": real.frames, **kinds(real, torch.cat([real.frames[:, :1], made], dim=1))}
         t = torch.rand(8, generator=rng)
         for name, clip in frames.items():

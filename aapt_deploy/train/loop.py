@@ -26,9 +26,9 @@ from aapt_deploy.train.scalars import Events
 SAVE_EVERY_S = 180.0
 LOG_EVERY = 20  # updates
 
-Loss = Callable[[torch.Generator], Tensor]
+LossFunction = Callable[[torch.Generator], Tensor]
 Update = Callable[[torch.Generator, int, float], dict[str, Tensor]]  # rng, updates so far, scale -> figures ("loss" is one); leaves gradients
-Progress = Callable[[int, float], None]  # update, mean loss
+StepProgress = Callable[[int, float], None]  # update, mean loss
 
 
 def learning_rate(optimiser: Optimiser, step: int) -> float:
@@ -95,7 +95,7 @@ class Learner:
         self.updates = updates
 
 
-def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: int, progress: Progress, setup: Setup = ALONE) -> dict[str, Tensor]:
+def fit(module: nn.Module, loss: LossFunction, optimiser: Optimiser, state: Path, seed: int, progress: StepProgress, setup: Setup = ALONE) -> dict[str, Tensor]:
     """Train `module` on `loss` until `optimiser.steps` updates are done, resuming from `state` if it exists.
 
     Returns the averaged (EMA) weights by name. Raises CheckpointError when `state` is damaged or belongs to another module, and TrainingError
@@ -112,7 +112,7 @@ def fit(module: nn.Module, loss: Loss, optimiser: Optimiser, state: Path, seed: 
     return learner.averaged()
 
 
-def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, state: Path, seed: int, progress: Progress,
+def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, state: Path, seed: int, progress: StepProgress,
                  setup: Setup = ALONE) -> None:  # fmt: skip
     """Train several networks on one `update` for `optimiser.steps` updates of `optimiser.accumulate` batches; otherwise as `fit`.
 

@@ -44,7 +44,7 @@ from aapt_deploy.train.stages import GeneratorStages, Timesteps, part
 from aapt_deploy.train.world.data import VALIDATION_SEED, ClipFile, clip_files
 from aapt_deploy.train.world.worlds import World, fly
 
-# Start frames of a demo checkpoint: name -> (world seed, prompt). No training clip shows the worlds.
+# WarmStart frames of a demo checkpoint: name -> (world seed, prompt). No training clip shows the worlds.
 STARTS = {
     "desert-dusk": (VALIDATION_SEED + 900, "desert in summer at dusk, clear"),
     "mountains-dawn": (VALIDATION_SEED + 911, "mountains in autumn at dawn, clear"),
@@ -55,7 +55,7 @@ STARTS = {
 
 
 @dataclass(frozen=True)
-class Start:
+class WarmStart:
     """Checkpoints to start a run from."""
 
     adapted: Path  # VAE and generator after flow matching: that stage is skipped
@@ -71,7 +71,7 @@ class Run:
     profile: Profile
     recipe: Recipe
     setup: Setup
-    start: Start | None
+    start: WarmStart | None
     report: Report  # gets progress
     warn: Report  # gets one line for each clip that cannot be used
 
@@ -136,7 +136,7 @@ class Run:
 
 
 def train(data: Path, folder: Path, profile: Profile, recipe: Recipe, report: Report,
-          setup: Setup = ALONE, start: Start | None = None,
+          setup: Setup = ALONE, start: WarmStart | None = None,
           warn: Report | None = None) -> Path:  # fmt: skip
     """Train all that `folder` lacks. Return the path of the last stage's checkpoint.
 

@@ -19,7 +19,7 @@ from aapt_deploy.train import loop, recipe, stages
 from aapt_deploy.train.judge import evaluate
 from aapt_deploy.train.processes import ALONE, Setup
 from aapt_deploy.train.recipe import AdversarialStage, AnchoredStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage, gan
-from aapt_deploy.train.run import Start
+from aapt_deploy.train.run import WarmStart
 from aapt_deploy.train.run import train as run_all
 from aapt_deploy.train.stages import GeneratorStages
 from tests.support.toys import RECIPE, TINY, clips, quiet, toy_latents
@@ -180,7 +180,7 @@ def test_a_run_from_checkpoints_skips_what_they_stand_for(clips: Path, tmp_path:
         ["checkpoint.safetensors", *(f"checkpoint-{name}.safetensors" for name in NAMES[:4])]
     )
     told.clear()
-    start = Start(adapted.path, tmp_path / "a" / "checkpoint-trajectory-1.safetensors")
+    start = WarmStart(adapted.path, tmp_path / "a" / "checkpoint-trajectory-1.safetensors")
     again = checkpoint.load(run_all(clips, tmp_path / "b", TINY, short, told.append, start=start))
     assert not any(line.startswith(("fitting", "VAE", "generator", "consistency", "trajectory")) for line in told)
     for a, b in zip(one_step.generator.parameters(), again.generator.parameters(), strict=True):

@@ -310,7 +310,7 @@ def test_a_run_s_folder_is_that_of_one_run(clips: Path, tmp_path: Path) -> None:
     others = [
         ("another recipe", TINY, dataclasses.replace(short, seed=1), None),
         ("another profile", TINY.replace(name="other"), short, None),
-        ("another start", TINY, short, run.Start(path)),
+        ("another start", TINY, short, run.WarmStart(path)),
         ("another profile and another recipe", TINY.replace(name="other"), RECIPE, None),
     ]
     kept = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}

@@ -34,6 +34,7 @@ import torch
 
 from aapt_deploy.backends.table import open_engines
 from aapt_deploy.backends.torch_eager import EagerEngines
+from aapt_deploy.backends.trial import Report
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import UsageError
 from aapt_deploy.measure.machine import machine
@@ -41,8 +42,8 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.prompts import Look
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines
-from aapt_deploy.train.judge.figures import MOVES, Classifier, Crowd, Response, Track, joined, measure
-from aapt_deploy.train.judge.flights import FIRST_WORLD, TRUE_SECONDS, Plan, fly, plans
+from aapt_deploy.train.judge.figures import MOVES, Classifier, Crowd, Response, Track, measure_frames, stacked
+from aapt_deploy.train.judge.flights import FIRST_WORLD, TRUE_SECONDS, FlightPlan, flight_plans, generated_flight
 from aapt_deploy.train.world.worlds import CLEARANCE, World, headroom, start_pose
 from aapt_deploy.video.pictures import write_image
 
@@ -53,8 +54,6 @@ SHEET_COLUMNS = 7
 TEACHING_WORLDS = 160  # training worlds that the prompt classifier is fitted on
 TEACHING_VIEWS = 4  # pictures of each, from where a flight may be
 TEACHING_TRIES = 400
-
-Report = Callable[[str], None]
 
 
 class Flown(NamedTuple):
@@ -69,7 +68,7 @@ class Flown(NamedTuple):
 class Truth(NamedTuple):
     """What the generated flights are held against."""
 
-    plans: list[Plan]
+    plans: list[FlightPlan]
     tracks: list[Track]  # of plan.true
     late: list[Track]  # of plan.late, if it has any
     crowd: Crowd
@@ -78,7 +77,7 @@ class Truth(NamedTuple):
     commands: list[np.ndarray]  # per plan [n, 4]
 
 
-class Entrant(NamedTuple):
+class Candidate(NamedTuple):
     """A generator that is judged."""
 
     profile: Profile
@@ -86,13 +85,13 @@ class Entrant(NamedTuple):
     open: Callable[[], Engines]
 
 
-def _entrant(path: Path, backend: str, precision: str | None, warn: Report) -> Entrant:
+def _entrant(path: Path, backend: str, precision: str | None, warn: Report) -> Candidate:
     """A bundle with the engines asked for, or a checkpoint, which runs as it is: in torch and float32."""
     if path.is_file():
         held = checkpoint.load(path)
-        return Entrant(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
+        return Candidate(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
     bundle = Bundle.open(path)
-    return Entrant(bundle.profile, bundle.manifest["source"]["sha256"], lambda: open_engines(bundle, backend, precision, warn))
+    return Candidate(bundle.profile, bundle.manifest["source"]["sha256"], lambda: open_engines(bundle, backend, precision, warn))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -110,31 +109,31 @@ def evaluate(
 ) -> dict[str, Any]:
     """`judge` bundles and checkpoints. Raises UsageError as it does, and when one path is given twice."""
     names = _names(bundles)
-    entrants = {name: _entrant(path, backend, precision, warn) for name, path in zip(names, bundles, strict=True)}
-    return judge(entrants, out, flights, seconds, report)
+    candidates = {name: _entrant(path, backend, precision, warn) for name, path in zip(names, bundles, strict=True)}
+    return judge(candidates, out, flights, seconds, report)
 
 
-def judge(entrants: Mapping[str, Entrant], out: Path, flights: int, seconds: int, report: Report) -> dict[str, Any]:
-    """Fly all entrants through the same plans; write evaluation.json, curves.png and one sheet each into `out`. Returns the record.
+def judge(candidates: Mapping[str, Candidate], out: Path, flights: int, seconds: int, report: Report) -> dict[str, Any]:
+    """Fly all candidates through the same plans; write evaluation.json, curves.png and one sheet each into `out`. Returns the record.
 
-    Raises UsageError when entrants differ in picture size or frame rate, or when `seconds` is no multiple of the window, and what opening an engine
+    Raises UsageError when candidates differ in picture size or frame rate, or when `seconds` is no multiple of the window, and what opening an engine
     does; all before the first flight.
     """
     refuse_length(seconds)
-    (first, leader), *others = entrants.items()
+    (first, leader), *others = candidates.items()
     profile = leader.profile
     for name, other in others:
         if other.profile.video != profile.video:
             raise UsageError(f"{first} and {name} differ in their video", "evaluate generators of one picture size and rate together")
-    for entrant in entrants.values():
-        entrant.open().close()
+    for candidate in candidates.values():
+        candidate.open().close()
     out.mkdir(parents=True, exist_ok=True)
     per_second = profile.video.fps // profile.video.temporal_stride
     truth = _truth(profile, flights, seconds * per_second, report)
     results = {}
-    for name, entrant in entrants.items():
-        flown = _fly_all(entrant, truth, partial(_under, name, report))
-        made = {"checkpoint": entrant.sha256, "engine": flown[0].engine, "timesteps": entrant.profile.sampler.timesteps}
+    for name, candidate in candidates.items():
+        flown = _fly_all(candidate, truth, partial(_under, name, report))
+        made = {"checkpoint": candidate.sha256, "engine": flown[0].engine, "timesteps": candidate.profile.sampler.timesteps}
         results[name] = made | _judge(flown, truth, profile)
         _sheet(out / f"sheet-{name}.png", flown)
     record = {
@@ -155,15 +154,15 @@ def refuse_length(seconds: int) -> None:
 
 
 def _truth(profile: Profile, flights: int, blocks: int, report: Report) -> Truth:
-    planned: list[Plan] = []
-    for plan in plans(profile, flights, blocks):
+    planned: list[FlightPlan] = []
+    for plan in flight_plans(profile, flights, blocks):
         planned.append(plan)
         report(f"{len(planned)} of {flights} true flights")
-    tracks = [measure(plan.true) for plan in planned]
+    tracks = [measure_frames(plan.true) for plan in planned]
     commands = [plan.commands(profile) for plan in planned]
-    seen = joined([track.rows(slice(1, None)) for track in tracks])
+    seen = stacked([track.rows(slice(1, None)) for track in tracks])
     response = Response.fit(np.concatenate([c[: len(t.motion) - 1] for c, t in zip(commands, tracks, strict=True)]), seen.motion)
-    late = [measure(plan.late).rows(slice(1, None)) for plan in planned if len(plan.late)]
+    late = [measure_frames(plan.late).rows(slice(1, None)) for plan in planned if len(plan.late)]
     return Truth(planned, tracks, late, Crowd(seen.features, flights), response, _classifier(profile, report), commands)
 
 
@@ -174,7 +173,7 @@ def _classifier(profile: Profile, report: Report) -> Classifier:
         world, rng = World(seed, Look(), profile.video.width, profile.video.height), np.random.default_rng((seed, 3))
         poses = (pose for _ in range(TEACHING_TRIES) if headroom(world, [pose := start_pose(world, rng)]) > CLEARANCE)
         if views := [world.render(pose) for pose in islice(poses, TEACHING_VIEWS)]:  # in a few worlds there is no room, for flights neither
-            features.append(measure(np.stack(views)).features)
+            features.append(measure_frames(np.stack(views)).features)
             looks += [world.look] * len(views)
         report(f"{seed + 1} of {TEACHING_WORLDS} worlds to learn prompts from")
     return Classifier(np.concatenate(features), looks)
@@ -184,14 +183,14 @@ def _under(name: str, report: Report, text: str) -> None:
     report(f"{name}: {text}")
 
 
-def _anew(plan: Plan, picture: np.ndarray, blocks: int) -> Plan:
+def _anew(plan: FlightPlan, picture: np.ndarray, blocks: int) -> FlightPlan:
     """The last `blocks` blocks of a plan, from a `picture` [H, W, 3] of which nothing is known."""
     return dataclasses.replace(plan, velocities=plan.velocities[-blocks:], true=picture[None])
 
 
-def _fly_all(entrant: Entrant, truth: Truth, report: Report) -> list[Flown]:
-    engines = entrant.open()
-    blocks, video = len(truth.plans[0].velocities), entrant.profile.video
+def _fly_all(candidate: Candidate, truth: Truth, report: Report) -> list[Flown]:
+    engines = candidate.open()
+    blocks, video = len(truth.plans[0].velocities), candidate.profile.video
     window = WINDOW_S * video.fps // video.temporal_stride
     columns = np.linspace(0, blocks, SHEET_COLUMNS).round().astype(int)
     flown: list[Flown] = []
@@ -201,14 +200,14 @@ def _fly_all(entrant: Entrant, truth: Truth, report: Report) -> list[Flown]:
             held: list[np.ndarray] = []
             shown: list[np.ndarray] = []
             before: np.ndarray | None = None
-            for block, frame in enumerate(fly(engines, entrant.profile, plan)):
+            for block, frame in enumerate(generated_flight(engines, candidate.profile, plan)):
                 held.append(frame)
                 shown += [frame] * int((columns == block).sum())
                 if len(held) == CHUNK or block == blocks:
-                    tracks.append(measure(np.stack(held), before))
+                    tracks.append(measure_frames(np.stack(held), before))
                     held, before = [], frame
-            anew = measure(np.stack(list(fly(engines, entrant.profile, _anew(plan, shown[-1], window))))) if blocks > window else None
-            flown.append(Flown(joined(tracks), np.stack(shown), anew, f"{engines.backend}-{engines.precision}"))
+            anew = measure_frames(np.stack(list(generated_flight(engines, candidate.profile, _anew(plan, shown[-1], window))))) if blocks > window else None
+            flown.append(Flown(stacked(tracks), np.stack(shown), anew, f"{engines.backend}-{engines.precision}"))
             report(f"{len(flown)} of {len(truth.plans)} flights")
     finally:
         engines.close()
@@ -241,8 +240,8 @@ def _judge(flown: list[Flown], truth: Truth, profile: Profile) -> dict[str, Any]
 
 def _window(tracks: list[Track], told: list[np.ndarray], truth: Truth) -> dict[str, Any]:
     """The figures of flights that were `told` [n, 4] each."""
-    made, each = joined(tracks), len(tracks[0].gradient)
-    true = joined([track.rows(slice(1, None)) for track in truth.tracks])
+    made, each = stacked(tracks), len(tracks[0].gradient)
+    true = stacked([track.rows(slice(1, None)) for track in truth.tracks])
     commands = np.concatenate(told)
     drawn = Response.resampled([(c, track.motion) for c, track in zip(told, tracks, strict=True)])
     gains = np.array([list(response.against(truth.response).values()) for response in drawn])

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aapt_deploy.models.aapt.prompts import ATTRIBUTES, Look
+from aapt_deploy.video import metrics
 
-LUMA = torch.tensor([0.299, 0.587, 0.114])
+LUMA = torch.from_numpy(metrics.LUMA).float()
 COARSE = 8  # pixels
 CHANNELS = (3, 24, 32, 48)  # of the feature net, by level
 COMPONENTS = (
@@ -43,12 +44,12 @@ class Track(NamedTuple):
         return Track(*(part[chosen] for part in self))
 
 
-def joined(tracks: list[Track]) -> Track:
+def stacked(tracks: list[Track]) -> Track:
     """The rows of several tracks one below the other."""
     return Track(*(np.concatenate(parts) for parts in zip(*tracks, strict=True)))
 
 
-def measure(shown: np.ndarray, before: np.ndarray | None = None) -> Track:
+def measure_frames(shown: np.ndarray, before: np.ndarray | None = None) -> Track:
     """Measure the last frames of n blocks, uint8 [n, H, W, 3].
 
     before [H, W, 3]: the last frame of the block before them, from which the first one moves; without it the first one does not move.

@@ -27,7 +27,7 @@ TURNS = 40  # ways on to try in every later stretch, before another start is tri
 
 
 @dataclass(frozen=True)
-class Plan:
+class FlightPlan:
     """One flight: the world's seed and prompt, a start, and what the camera is told in every block."""
 
     seed: int
@@ -49,7 +49,7 @@ class Plan:
         return np.array(rows)
 
 
-def plans(profile: Profile, flights: int, blocks: int) -> Iterator[Plan]:
+def flight_plans(profile: Profile, flights: int, blocks: int) -> Iterator[FlightPlan]:
     """`flights` plans of `blocks` blocks, one per world, that stay above the ground. Deterministic."""
     found, seed = 0, FIRST_WORLD
     while found < flights:
@@ -60,7 +60,7 @@ def plans(profile: Profile, flights: int, blocks: int) -> Iterator[Plan]:
             yield plan
 
 
-def _plan(profile: Profile, seed: int, blocks: int) -> Plan | None:
+def _plan(profile: Profile, seed: int, blocks: int) -> FlightPlan | None:
     """The flight over world `seed`, or None where none of PLANS has the room."""
     video, rng = profile.video, np.random.default_rng((seed, 2))
     world = World(seed, Look(), video.width, video.height)
@@ -75,7 +75,7 @@ def _plan(profile: Profile, seed: int, blocks: int) -> Plan | None:
     velocities, poses = flown
     late = poses[blocks - stretch - 1 :] if blocks > stretch else []
     frames = np.stack([world.render(pose) for pose in [start, *poses[:stretch], *late]])  # [1 + m (+ 1 + m), H, W, 3]
-    return Plan(seed, world.look, start, velocities, frames[: 1 + stretch], frames[1 + stretch :])
+    return FlightPlan(seed, world.look, start, velocities, frames[: 1 + stretch], frames[1 + stretch :])
 
 
 def _flight(
@@ -100,7 +100,7 @@ def _flight(
     return tuple(velocities), poses
 
 
-def fly(engines: Engines, profile: Profile, plan: Plan) -> Iterator[np.ndarray]:
+def generated_flight(engines: Engines, profile: Profile, plan: FlightPlan) -> Iterator[np.ndarray]:
     """The generator's flight: the start frame as decoded and the last frame of each block, uint8 [H, W, 3]."""
     text = token_ids(plan.look) if profile.text.tokens else None
 

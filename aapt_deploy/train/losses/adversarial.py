@@ -28,7 +28,7 @@ from aapt_deploy.train.processes import is_sharded
 from aapt_deploy.train.recipe import AdversarialStage
 
 
-class Rollout:
+class ForcedRollout:
     """B streams, from one true frame each, as inference runs them; under autograd, with every recycled frame detached.
 
     first [B, C, h, w]; text as in `Generator.prompt`. Noise and the place of the sink come from `rng`.
@@ -78,7 +78,7 @@ def adversarial_update(
     device = generator.step_spread.device
     real = latents.clips(batch, stage.blocks, rng).to(device)
     with torch.set_grad_enabled(not warming):
-        rollout = Rollout(generator, real.frames[:, 0], real.text, stage, rng)
+        rollout = ForcedRollout(generator, real.frames[:, 0], real.text, stage, rng)
     text, shown, conditions = real.text, real.frames[:, :1], real.condition[:, :0]
     for _ in range(before):
         with torch.no_grad():

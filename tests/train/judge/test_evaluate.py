@@ -16,8 +16,8 @@ from aapt_deploy.models.aapt.prompts import Look
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile, load
 from aapt_deploy.train.judge import evaluate, figures
-from aapt_deploy.train.judge.figures import Classifier, Crowd, Response, Track, frechet, joined, measure
-from aapt_deploy.train.judge.flights import Plan, fly, plans
+from aapt_deploy.train.judge.figures import Classifier, Crowd, Response, Track, frechet, measure_frames, stacked
+from aapt_deploy.train.judge.flights import FlightPlan, flight_plans, generated_flight
 from aapt_deploy.train.world.worlds import CLEARANCE, World, headroom
 from tests.support.commands import Ran
 from tests.support.opening import open_engines
@@ -26,9 +26,9 @@ DEMO = load("demo-cpu")
 
 
 @pytest.fixture(scope="module")
-def planned() -> list[Plan]:
+def planned() -> list[FlightPlan]:
     """Eight true flights of one second at demo size."""
-    return list(plans(DEMO, 8, 6))
+    return list(flight_plans(DEMO, 8, 6))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_turn_moves_the_true_picture_against_it() -> None:
     """One rad is a focal length of pixels, 125 at 192 pixels and 75 degrees, in the middle, and 1.6 times that at the edges."""
     world, pose = World(3, Look(weather="clear")), Pose(z=90.0)
     turned = [world.render(pose), world.render(pose.moved(Velocity(yaw=0.25), 1 / 24))]
-    right, down, zoom = measure(turned[1][None], before=turned[0]).motion[0]
+    right, down, zoom = measure_frames(turned[1][None], before=turned[0]).motion[0]
     assert 1.0 < right / (-0.25 / 24 * 125) < 1.25 and abs(down) < 0.1 and abs(zoom) < 2e-3
 
 
@@ -73,8 +73,8 @@ def test_what_moves_is_measured_from_block_to_block() -> None:
     """Three blocks of a picture that moves by 2 pixels a block."""
     shown = [landscape(1, right, 0)[0].clamp(0, 255).byte().numpy() for right in (0, 2, 4, 6)]
     colour = np.repeat(np.stack(shown)[..., None], 3, axis=-1)  # [4, H, W, 3]
-    np.testing.assert_allclose(measure(colour).motion[:, 0], [0, 2, 2, 2], atol=0.05)
-    track = measure(colour[1:], before=colour[0])
+    np.testing.assert_allclose(measure_frames(colour).motion[:, 0], [0, 2, 2, 2], atol=0.05)
+    track = measure_frames(colour[1:], before=colour[0])
     np.testing.assert_allclose(track.motion[:, 0], [2, 2, 2], atol=0.05)
     np.testing.assert_allclose(track.flow, [2, 2, 2], atol=0.05)
     np.testing.assert_allclose(track.change, np.abs(np.diff(colour[..., 0].astype(float), axis=0)).mean((1, 2)), rtol=1e-5)
@@ -82,7 +82,7 @@ def test_what_moves_is_measured_from_block_to_block() -> None:
 
 def test_the_flow_of_a_zoom_is_the_root_mean_square_over_the_picture() -> None:
     near = [landscape(scale, 0, 0)[0].clamp(0, 255).byte().numpy() for scale in (1, 1.03)]
-    flow = measure(np.repeat(np.stack(near)[..., None], 3, axis=-1)).flow[1:]
+    flow = measure_frames(np.repeat(np.stack(near)[..., None], 3, axis=-1)).flow[1:]
     y, x = np.meshgrid(np.arange(112) - 55.5, np.arange(192) - 95.5, indexing="ij")
     assert flow[0] == pytest.approx(0.03 * np.sqrt((x**2 + y**2).mean()), rel=0.03)
 
@@ -100,18 +100,18 @@ def test_frechet_of_gaussians_in_closed_form() -> None:
     assert abs(frechet(a, a)) < 1e-9
 
 
-def test_the_distance_grows_with_a_blur_and_is_zero_for_the_crowd_itself(planned: list[Plan]) -> None:
+def test_the_distance_grows_with_a_blur_and_is_zero_for_the_crowd_itself(planned: list[FlightPlan]) -> None:
     pictures = np.concatenate([plan.true for plan in planned])
-    crowd = Crowd(measure(pictures).features)
+    crowd = Crowd(measure_frames(pictures).features)
     soft = [torch.nn.functional.avg_pool2d(torch.from_numpy(pictures).float().permute(0, 3, 1, 2), n, 1, n // 2) for n in (3, 7)]
     blurred = [s[..., :112, :192].permute(0, 2, 3, 1).byte().numpy() for s in soft]
-    none, little, much = (crowd.distance(measure(p).features) for p in (pictures, *blurred))
+    none, little, much = (crowd.distance(measure_frames(p).features) for p in (pictures, *blurred))
     assert none < 1e-6 and 10 * 1e-6 < little < much
 
 
-def test_features_and_measures_are_deterministic_and_do_not_depend_on_the_batch(planned: list[Plan]) -> None:
+def test_features_and_measures_are_deterministic_and_do_not_depend_on_the_batch(planned: list[FlightPlan]) -> None:
     shown = planned[0].true
-    once, twice = measure(shown), joined([measure(shown[:2]), measure(shown[2:], before=shown[1])])
+    once, twice = measure_frames(shown), stacked([measure_frames(shown[:2]), measure_frames(shown[2:], before=shown[1])])
     for name, a, b in zip(Track._fields, once, twice, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
         assert len(a) == len(shown) and a.dtype == np.float64
@@ -121,7 +121,7 @@ def test_measures_of_a_picture_by_hand() -> None:
     stripes = np.zeros((2, 32, 64, 3), np.uint8)
     stripes[:, ::2] = 100
     stripes[1] += 7
-    track = measure(stripes)
+    track = measure_frames(stripes)
     assert track.gradient[1] == pytest.approx(100, rel=1e-5) and track.change == pytest.approx([0, 7], rel=1e-5)
     np.testing.assert_allclose(track.colour[1], 57)
 
@@ -175,7 +175,7 @@ def test_a_crowd_has_no_more_components_than_a_third_of_its_flights() -> None:
 def test_the_classifier_reads_the_time_of_day_and_fails_on_noise() -> None:
     worlds = [World(seed, Look(time=time)) for seed in range(14) for time in ("noon", "night")]
     pictures = np.stack([world.render(Pose(x=40.0 * i, z=world.altitude + 30)) for i, world in enumerate(worlds)])
-    seen, looks = measure(pictures).features, [world.look for world in worlds]
+    seen, looks = measure_frames(pictures).features, [world.look for world in worlds]
     classifier = Classifier(seen[:20], looks[:20])
     assert classifier.obedience(seen[20:], looks[20:])["time"] > 0.9
     other = [Look(look.place, look.season, "dawn", look.weather) for look in looks]
@@ -185,8 +185,8 @@ def test_the_classifier_reads_the_time_of_day_and_fails_on_noise() -> None:
 # --- flights ---
 
 
-def test_plans_repeat_and_stay_above_the_ground(planned: list[Plan]) -> None:
-    again = list(plans(DEMO, 2, 6))
+def test_plans_repeat_and_stay_above_the_ground(planned: list[FlightPlan]) -> None:
+    again = list(flight_plans(DEMO, 2, 6))
     for a, b in zip(planned, again, strict=False):
         assert (a.seed, a.start, a.velocities) == (b.seed, b.start, b.velocities)
         np.testing.assert_array_equal(a.true, b.true)
@@ -201,8 +201,8 @@ def test_plans_repeat_and_stay_above_the_ground(planned: list[Plan]) -> None:
 
 
 def test_a_long_plan_stays_above_the_ground_to_its_end_and_shows_it() -> None:
-    (plan,) = plans(DEMO, 1, 100)
-    (short,) = plans(DEMO, 1, 30)
+    (plan,) = flight_plans(DEMO, 1, 100)
+    (short,) = flight_plans(DEMO, 1, 30)
     assert (plan.start, plan.velocities[:30]) == (short.start, short.velocities) and len(plan.velocities) == 100
     np.testing.assert_array_equal(plan.true, short.true)
     world, poses = World(plan.seed, Look()), [plan.start]
@@ -215,7 +215,7 @@ def test_a_long_plan_stays_above_the_ground_to_its_end_and_shows_it() -> None:
     np.testing.assert_array_equal(plan.late[0], world.render(poses[70]))
 
 
-def test_true_and_generated_cameras_are_one(planned: list[Plan]) -> None:
+def test_true_and_generated_cameras_are_one(planned: list[FlightPlan]) -> None:
     """Commands are counted from a level camera, where a stream begins; the true flight meets the stops of pitch at the same moments."""
     for plan in planned:
         poses = [plan.start]
@@ -226,29 +226,29 @@ def test_true_and_generated_cameras_are_one(planned: list[Plan]) -> None:
 
 
 def test_a_flight_begins_anew_where_it_ended() -> None:
-    plan = Plan(0, Look(), Pose(), tuple(Velocity(forward=float(i)) for i in range(60)), np.zeros((7, 4, 8, 3), np.uint8), np.zeros(0))
+    plan = FlightPlan(0, Look(), Pose(), tuple(Velocity(forward=float(i)) for i in range(60)), np.zeros((7, 4, 8, 3), np.uint8), np.zeros(0))
     last = np.full((4, 8, 3), 9, np.uint8)
     anew = evaluate._anew(plan, last, 30)
     assert [v.forward for v in anew.velocities] == list(range(30, 60)) and anew.true.shape == (1, 4, 8, 3) and (anew.true == 9).all()
 
 
 @pytest.mark.parametrize("paths", [("runs/a-0.1", "runs/a-0.2"), ("a/x.safetensors", "b/x.safetensors"), ("a/x", "a/x.safetensors/y")])
-def test_names_tell_entrants_apart(paths: tuple[str, str]) -> None:
+def test_names_tell_candidates_apart(paths: tuple[str, str]) -> None:
     assert len(set(evaluate._names([Path(path) for path in paths]))) == 2
 
 
 def test_a_pitch_at_its_stop_is_no_command() -> None:
-    plan = Plan(0, Look(), Pose(), (Velocity(pitch=0.16),) * 12, np.zeros(0), np.zeros(0))
+    plan = FlightPlan(0, Look(), Pose(), (Velocity(pitch=0.16),) * 12, np.zeros(0), np.zeros(0))
     pitch = plan.commands(DEMO)[:, 2]
     assert pitch[0] == pytest.approx(0.16 / 6) and pitch[-1] == 0
     assert pitch.sum() == pytest.approx(0.22)
 
 
 def test_a_flight_is_the_rollout_under_the_plan(bundle: Path, tiny: Profile) -> None:
-    plan = next(plans(tiny, 1, 4))
+    plan = next(flight_plans(tiny, 1, 4))
     opened = Bundle.open(bundle)
     engines = open_engines(opened, "onnxruntime", "fp32")
-    flown = list(fly(engines, tiny, plan))
+    flown = list(generated_flight(engines, tiny, plan))
     engines.close()
     assert [frame.shape for frame in flown] == [(tiny.video.height, tiny.video.width, 3)] * 5
     assert any((a != b).any() for a, b in pairwise(flown))
@@ -257,10 +257,10 @@ def test_a_flight_is_the_rollout_under_the_plan(bundle: Path, tiny: Profile) -> 
 # --- the whole ---
 
 
-def test_a_perfect_generator_scores_one(planned: list[Plan]) -> None:
+def test_a_perfect_generator_scores_one(planned: list[FlightPlan]) -> None:
     """The true flights, judged as if they had been generated."""
-    tracks = [measure(plan.true) for plan in planned]
-    seen = joined([track.rows(slice(1, None)) for track in tracks])
+    tracks = [measure_frames(plan.true) for plan in planned]
+    seen = stacked([track.rows(slice(1, None)) for track in tracks])
     commands = [plan.commands(DEMO) for plan in planned]
     truth = evaluate.Truth(
         planned, tracks, [], Crowd(seen.features), Response.fit(np.concatenate(commands), seen.motion),

@@ -14,7 +14,7 @@ from aapt_deploy.models.aapt.rope import temporal_rope
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import CONDITION_CHANNELS, load
 from aapt_deploy.train.draws import coin, numbers
-from aapt_deploy.train.losses.adversarial import Rollout, adversarial_update, discriminator_loss, frozen
+from aapt_deploy.train.losses.adversarial import ForcedRollout, adversarial_update, discriminator_loss, frozen
 from aapt_deploy.train.losses.consistency import consistency_loss, times
 from aapt_deploy.train.losses.flow import Clips, flow_loss
 from aapt_deploy.train.losses.student_forcing import Streams
@@ -246,7 +246,7 @@ def test_the_generators_loss_and_where_its_gradient_goes() -> None:
     stage = dataclasses.replace(GAME, extensions=0, penalty=0.0)
     figures = adversarial_update(generator, discriminator, toy_latents(), stage, seeded(), 0, 1.0)
     real = toy_latents().clips(2, 4, rng := seeded())
-    made = Rollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
+    made = ForcedRollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
     t = torch.rand(2, generator=rng)
     made_logits = discriminator(torch.cat([real.frames[:, :1], made], dim=1), real.condition, t, real.text)
     margin = made_logits - discriminator(real.frames, real.condition, t, real.text)
@@ -295,7 +295,7 @@ def test_a_segment_is_the_rollout_of_streams_bit_for_bit() -> None:
             expected.append(previous)
     for checkpointing in (False, True):
         generator.checkpointing = checkpointing
-        rollout = Rollout(generator, clips.frames[:, 0], clips.text, stage, seeded(1))
+        rollout = ForcedRollout(generator, clips.frames[:, 0], clips.text, stage, seeded(1))
         parts = [rollout.extend(clips.condition[:, :3])]
         rollout.detach()
         parts.append(rollout.extend(clips.condition[:, 3:]))
@@ -307,7 +307,7 @@ def test_recomputed_blocks_give_the_same_gradients_where_the_ring_wraps() -> Non
     for checkpointing in (False, True):
         generator, clips = drawn_generator(), clips_of(BLOCKS)
         generator.checkpointing = checkpointing
-        Rollout(generator, clips.frames[:, 0], clips.text, GAME, seeded(1)).extend(clips.condition).square().sum().backward()
+        ForcedRollout(generator, clips.frames[:, 0], clips.text, GAME, seeded(1)).extend(clips.condition).square().sum().backward()
         gradients.append({name: p.grad for name, p in generator.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
@@ -319,7 +319,7 @@ def test_gradients_pass_through_the_cache_and_not_through_the_recycled_frame() -
     for cut in (False, True):
         generator, clips = drawn_generator(), clips_of(3)
         condition = clips.condition.requires_grad_()
-        rollout = Rollout(generator, clips.frames[:, 0], clips.text, GAME, seeded(1))
+        rollout = ForcedRollout(generator, clips.frames[:, 0], clips.text, GAME, seeded(1))
         made = [rollout.extend(condition[:, :1])]
         if cut:
             rollout.detach()
@@ -329,7 +329,7 @@ def test_gradients_pass_through_the_cache_and_not_through_the_recycled_frame() -
         assert condition.grad is not None
         found[cut] = condition.grad[:, 0]
         with torch.no_grad():  # the recycled frame does carry the first block's content
-            other = Rollout(generator, clips.frames[:, 0], clips.text, GAME, seeded(1))
+            other = ForcedRollout(generator, clips.frames[:, 0], clips.text, GAME, seeded(1))
             other.extend(condition[:, :1] + 1)
             other.streams.held = rollout.streams.held
             assert not torch.equal(other.previous, made[0][:, 0])
@@ -381,7 +381,7 @@ def test_some_segments_may_be_streamed_before_the_first_that_is_judged() -> None
         before = int(coin(rng, 3) * 3)
         counts.add(before)
         real = toy_latents().clips(2, 4, rng)
-        rollout, shown = Rollout(generator, real.frames[:, 0], real.text, stage, rng), real.frames[:, :1]
+        rollout, shown = ForcedRollout(generator, real.frames[:, 0], real.text, stage, rng), real.frames[:, :1]
         with torch.no_grad():
             for _ in range(before):
                 shown, real = rollout.extend(real.condition)[:, -1:], toy_latents().clips(2, 4, rng)
@@ -415,7 +415,7 @@ def test_during_the_head_start_the_generator_gets_no_gradient() -> None:
 
 def test_a_far_sink_is_only_further_away() -> None:
     generator, clips = drawn_generator(), clips_of(3)
-    near, far = (Rollout(generator, clips.frames[:, 0], clips.text, dataclasses.replace(GAME, far_sink=share), seeded(1)) for share in (0.0, 1.0))
+    near, far = (ForcedRollout(generator, clips.frames[:, 0], clips.text, dataclasses.replace(GAME, far_sink=share), seeded(1)) for share in (0.0, 1.0))
     assert not near.away.any() and bool((far.away > 0).all())
     with torch.no_grad():
         a, b = near.extend(clips.condition), far.extend(clips.condition)
