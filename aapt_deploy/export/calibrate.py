@@ -76,8 +76,17 @@ def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
                 {"quantizer_name": f"{layer.path}.input_quantizer", "cfg": e4m3 | {"axis": None}},
             ]
         mtq.quantize(generator, {"quant_cfg": config, "algorithm": "max"}, rollouts)
-    linear = {layer.path: _linear_scales(generator.get_submodule(layer.path), profile.fp8.margin) for layer in chosen}
-    calibration = {"tool": "nvidia-modelopt", "algorithm": "max", "seed": seed, "starts": len(_starts(checkpoint, seed)), "passes": passes}
+    linear = {
+        layer.path: _linear_scales(generator.get_submodule(layer.path), profile.fp8.margin)
+        for layer in chosen
+    }
+    calibration = {
+        "tool": "nvidia-modelopt",
+        "algorithm": "max",
+        "seed": seed,
+        "starts": len(_starts(checkpoint, seed)),
+        "passes": passes,
+    }
     metadata = {
         "format": FORMAT, "profile": profile.name, "checkpoint_sha256": checkpoint.sha256, "margin": repr(profile.fp8.margin),
         "keep": json.dumps(profile.fp8.keep), "calibration": json.dumps(calibration),
@@ -90,9 +99,13 @@ def _linear_scales(module: Any, margin: float) -> LinearScales:
 
     def scale(amax: Tensor, margin: float) -> np.ndarray:
         largest = amax.detach().float().reshape(-1).numpy()
-        return np.where(largest > 0, largest * np.float32(margin / fp8.E4M3_MAX), np.float32(1)).astype(np.float32)
+        return np.where(
+            largest > 0, largest * np.float32(margin / fp8.E4M3_MAX), np.float32(1)
+        ).astype(np.float32)
 
-    return LinearScales(scale(module.input_quantizer.amax, margin), scale(module.weight_quantizer.amax, 1.0))  # weights are known
+    return LinearScales(
+        scale(module.input_quantizer.amax, margin), scale(module.weight_quantizer.amax, 1.0)
+    )  # weights are known
 
 
 def _rollouts(checkpoint: Checkpoint, seed: int, report: Report) -> int:
@@ -107,7 +120,9 @@ def _rollouts(checkpoint: Checkpoint, seed: int, report: Report) -> int:
             text = starts[(number + block // PROMPT_BLOCKS) % len(starts)].text
             return Steering(FLIGHTS[(number + block // 2) % len(FLIGHTS)], text)
 
-        for _ in itertools.islice(rollout(engines, profile, start.image, steer, seed + number), 1 + blocks):
+        for _ in itertools.islice(
+            rollout(engines, profile, start.image, steer, seed + number), 1 + blocks
+        ):
             pass
     return len(starts) * blocks * len(profile.sampler.timesteps)
 
@@ -116,17 +131,28 @@ def _starts(checkpoint: Checkpoint, seed: int) -> list[Start]:
     """The checkpoint's start frames; without any, one coarse random picture. Embedded prompts are drawn, for want of a text encoder."""
     profile, rng = checkpoint.profile, np.random.default_rng(seed)
     text = profile.text
-    frames = [(frame.image.numpy(), parse(frame.prompt)) for frame in checkpoint.start_frames.values() if text.kind == "vocabulary"]
+    frames = [
+        (frame.image.numpy(), parse(frame.prompt))
+        for frame in checkpoint.start_frames.values()
+        if text.kind == "vocabulary"
+    ]
     if not frames:
         image = coarse_picture(profile, rng)
         images = [frame.image.numpy() for frame in checkpoint.start_frames.values()] or [image]
-        looks = [Look(**{name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()}) for _ in images]
+        looks = [
+            Look(**{name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()})
+            for _ in images
+        ]
         frames = list(zip(images, looks, strict=True))
 
     def prompt(look: Look) -> np.ndarray | None:
         if not text.tokens:
             return None
-        return token_ids(look) if text.kind == "vocabulary" else rng.standard_normal((1, text.tokens, text.dim), np.float32)
+        return (
+            token_ids(look)
+            if text.kind == "vocabulary"
+            else rng.standard_normal((1, text.tokens, text.dim), np.float32)
+        )
 
     return [Start(image, "", prompt(look)) for image, look in frames]
 
@@ -157,7 +183,9 @@ class AttentionRanges(TorchDispatchMode):
 
     def scales(self, margin: float) -> list[hopper_fp8.Scales]:
         """The scales of every layer's attention; K is not centred."""
-        largest = (self.largest * margin).numpy()[:, :, None]  # [3, layers, 1, H, D]: one sample that holds the largest of each channel
+        largest = (self.largest * margin).numpy()[
+            :, :, None
+        ]  # [3, layers, 1, H, D]: one sample that holds the largest of each channel
         return [hopper_fp8.calibrate(*largest[:, layer]) for layer in range(self.depth)]
 
 

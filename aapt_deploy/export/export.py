@@ -52,17 +52,29 @@ class Weights:
 
     stored: Stored
     scales: Scales | None
-    blocks: dict[int, int] = dataclasses.field(default_factory=dict)  # of a graph with fewer blocks: which blocks they are
+    blocks: dict[int, int] = dataclasses.field(
+        default_factory=dict
+    )  # of a graph with fewer blocks: which blocks they are
 
     def tensor(self, name: str) -> Tensor:
-        source = re.sub(r"^(generator\.(?:text|visual)\.)(\d+)", lambda m: f"{m[1]}{self.blocks.get(int(m[2]), int(m[2]))}", name)
+        source = re.sub(
+            r"^(generator\.(?:text|visual)\.)(\d+)",
+            lambda m: f"{m[1]}{self.blocks.get(int(m[2]), int(m[2]))}",
+            name,
+        )
         value = self.stored.tensor(source)
         path = source.removeprefix("generator.").removesuffix(".weight")
         own = self.scales.linear.get(path) if self.scales and source.endswith(".weight") else None
         return fp8.encode_weight(value, own) if own else value
 
 
-def export_bundle(checkpoint: Stored, folder: Path, overwrite: bool, report: Report, fp8_scales: Scales | None = None) -> list[Parity]:
+def export_bundle(
+    checkpoint: Stored,
+    folder: Path,
+    overwrite: bool,
+    report: Report,
+    fp8_scales: Scales | None = None,
+) -> list[Parity]:
     """Export every graph of `checkpoint` into a new bundle at `folder`. Returns the parity table.
 
     Raises ParityError, and leaves nothing behind, when a graph disagrees with PyTorch; OutputError when `folder` cannot be written; InputError
@@ -82,7 +94,9 @@ def export_bundle(checkpoint: Stored, folder: Path, overwrite: bool, report: Rep
             report(f"checking {name} against PyTorch")
             needed = ROOM * 4 * sum(modules[name].state_dict()[n].numel() for n in used)
             if name in ("prompt", "generator") and needed > _free_bytes():
-                report(f"{name} would take {needed / 1e9:.0f} GB to check; a copy with two of its blocks takes its place")
+                report(
+                    f"{name} would take {needed / 1e9:.0f} GB to check; a copy with two of its blocks takes its place"
+                )
                 table += _check_reduced(draft.path, signature.name, profile, weights)
             else:
                 table += _check_whole(path, modules[name], signature, profile, used, weights)
@@ -90,13 +104,16 @@ def export_bundle(checkpoint: Stored, folder: Path, overwrite: bool, report: Rep
         if bad:
             rows = "; ".join(f"{row.graph} ({row.case}) differs by {row.error:.2e}" for row in bad)
             raise ParityError(
-                f"exported graphs disagree with PyTorch: {rows}", "report this with the checkpoint's profile; the bundle was not written"
+                f"exported graphs disagree with PyTorch: {rows}",
+                "report this with the checkpoint's profile; the bundle was not written",
             )
         _finish(draft, checkpoint, table, fp8_scales)
     return table
 
 
-def _finish(draft: bundle.Draft, checkpoint: Stored, table: list[Parity], fp8_scales: Scales | None) -> None:
+def _finish(
+    draft: bundle.Draft, checkpoint: Stored, table: list[Parity], fp8_scales: Scales | None
+) -> None:
     """What belongs to a bundle beside its graphs."""
     shutil.copyfile(checkpoint.path, draft.path / bundle.Bundle.CHECKPOINT)
     (draft.path / "start").mkdir()
@@ -104,11 +121,17 @@ def _finish(draft: bundle.Draft, checkpoint: Stored, table: list[Parity], fp8_sc
         write_image(draft.path / "start" / f"{name}.png", frame.image.numpy())
     if fp8_scales:
         scales.save(fp8_scales, draft.path / scales.FILE)
-    draft.manifest["start_frames"] = {name: frame.prompt for name, frame in checkpoint.start_frames.items()}
+    draft.manifest["start_frames"] = {
+        name: frame.prompt for name, frame in checkpoint.start_frames.items()
+    }
     draft.manifest["source"] = {"checkpoint": checkpoint.path.name, "sha256": checkpoint.sha256}
     draft.manifest["precision"] = "fp8" if fp8_scales else "fp32"
     draft.manifest["cache_layout"] = "token_major"
-    draft.manifest["versions"] = {"aapt_deploy": __version__, "torch": torch.__version__.split("+")[0], "onnx": onnx.__version__}
+    draft.manifest["versions"] = {
+        "aapt_deploy": __version__,
+        "torch": torch.__version__.split("+")[0],
+        "onnx": onnx.__version__,
+    }
     draft.manifest["parity"] = [row._asdict() for row in table]
 
 
@@ -119,7 +142,10 @@ def hollow_graphs(profile: Profile, fp8_scales: Scales | None) -> dict[str, nn.M
         try:
             fp8.apply(generator, fp8_scales, quantise=False)
         except ValueError as error:
-            raise InputError(f"these scales are not of this checkpoint: {error}", "calibrate again: leave --scales out") from None
+            raise InputError(
+                f"these scales are not of this checkpoint: {error}",
+                "calibrate again: leave --scales out",
+            ) from None
     return graph_modules(profile, generator, vae)
 
 
@@ -134,7 +160,9 @@ def coverage(profile: Profile, fp8_scales: Scales | None) -> list[fp8.Coverage]:
 def to_onnx(module: nn.Module, signature: GraphSignature, profile: Profile) -> onnx.ModelProto:
     """Trace one graph with static shapes, its weights hollow. Inputs are the signature's inputs, then its state; outputs likewise."""
     specs = [*signature.inputs, *signature.state]
-    example = random_inputs([(s.name, s.shape, s.dtype) for s in specs], seed=0, cache_len=profile.cache_tokens)
+    example = random_inputs(
+        [(s.name, s.shape, s.dtype) for s in specs], seed=0, cache_len=profile.cache_tokens
+    )
     recurrent = [s.name + NEXT for s in signature.state] if signature.name == "decoder" else []
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -143,8 +171,14 @@ def to_onnx(module: nn.Module, signature: GraphSignature, profile: Profile) -> o
         )  # fmt: skip
         assert program is not None, "torch.onnx.export returned nothing"
         graph = program.model.graph
-        weights = [graph.initializers.pop(name) for name in module.state_dict() if name in graph.initializers]
-        for weight in weights:  # an input while the graph is simplified: what has no value cannot be folded away
+        weights = [
+            graph.initializers.pop(name)
+            for name in module.state_dict()
+            if name in graph.initializers
+        ]
+        for weight in (
+            weights
+        ):  # an input while the graph is simplified: what has no value cannot be folded away
             weight.const_value = None
             graph.inputs.append(weight)
         optimizer.optimize(program.model)
@@ -162,13 +196,17 @@ def _hollow_out(model: onnx.ModelProto, weights: set[str | None]) -> None:
         graph.input.remove(value)
         if value.name in read:
             kind = value.type.tensor_type
-            graph.initializer.append(graph_file.hollow(value.name, kind.elem_type, [d.dim_value for d in kind.shape.dim]))
+            graph.initializer.append(
+                graph_file.hollow(value.name, kind.elem_type, [d.dim_value for d in kind.shape.dim])
+            )
 
 
 def _write(model: onnx.ModelProto, path: Path, module: nn.Module, weights: Weights) -> list[str]:
     """Write a graph with its weights. Returns their names in the module."""
     names = [tensor.name for tensor in graph_file.hollows(model)]
-    turned = graph_file.turn_weights(model)  # float weights of a MatMul, which engines want as [in, out]
+    turned = graph_file.turn_weights(
+        model
+    )  # float weights of a MatMul, which engines want as [in, out]
 
     def read(name: str) -> graph_file.Bytes:
         value = weights.tensor(name)
@@ -188,7 +226,11 @@ def _quiet() -> Iterator[None]:
     """torch's exporter talks to both streams and warns about its own internals; none of it is about the user's checkpoint."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -205,20 +247,35 @@ def _describe(model: onnx.ModelProto, checkpoint: Stored) -> None:
         values = (*graph.input, *graph.output) if isinstance(graph, onnx.GraphProto) else ()
         for item in (graph, *graph.node, *graph.value_info, *values):
             item.ClearField("metadata_props")
-    facts = {"aapt.version": __version__, "aapt.profile": checkpoint.profile.name, "aapt.checkpoint_sha256": checkpoint.sha256}
+    facts = {
+        "aapt.version": __version__,
+        "aapt.profile": checkpoint.profile.name,
+        "aapt.checkpoint_sha256": checkpoint.sha256,
+    }
     model.producer_name, model.producer_version = "aapt_deploy", __version__
     for key, value in facts.items():
         model.metadata_props.add(key=key, value=value)
 
 
-def _check_whole(path: Path, module: nn.Module, signature: GraphSignature, profile: Profile, used: list[str], weights: Weights) -> list[Parity]:
+def _check_whole(
+    path: Path,
+    module: nn.Module,
+    signature: GraphSignature,
+    profile: Profile,
+    used: list[str],
+    weights: Weights,
+) -> list[Parity]:
     """Fill the module, compare, and empty it again."""
     shapes = {name: module.state_dict()[name] for name in used}
     for name in used:
         checkpoints.put(module, name, weights.tensor(name))
     try:
         rows = check_parity(path, module, signature, profile, weights.scales is not None)
-        return [*rows, check_products(path, module, signature, profile)] if any(isinstance(m, fp8.Linear8) for m in _users(module, used)) else rows
+        return (
+            [*rows, check_products(path, module, signature, profile)]
+            if any(isinstance(m, fp8.Linear8) for m in _users(module, used))
+            else rows
+        )
     finally:
         for name, empty in shapes.items():
             checkpoints.put(module, name, empty)

@@ -40,10 +40,16 @@ def parity_cases(signature: GraphSignature, profile: Profile) -> list[tuple[str,
     """(name, valid cache tokens) of the inputs that a graph is checked on."""
     if signature.name != "generator":
         return [("random", 0)]
-    return [("empty cache", profile.text.tokens), ("half-full cache", profile.cache_tokens // 2), ("full cache", profile.cache_tokens)]
+    return [
+        ("empty cache", profile.text.tokens),
+        ("half-full cache", profile.cache_tokens // 2),
+        ("full cache", profile.cache_tokens),
+    ]
 
 
-def check_parity(path: Path, module: nn.Module, signature: GraphSignature, profile: Profile, in_fp8: bool = False) -> list[Parity]:
+def check_parity(
+    path: Path, module: nn.Module, signature: GraphSignature, profile: Profile, in_fp8: bool = False
+) -> list[Parity]:
     """Run one exported graph in ONNX Runtime and in PyTorch on the same random inputs."""
     session = _session(path)
     specs = [*signature.inputs, *signature.state]
@@ -53,11 +59,21 @@ def check_parity(path: Path, module: nn.Module, signature: GraphSignature, profi
         with torch.no_grad():
             wanted = module(*inputs)
         got = session.run(None, {s.name: x.numpy() for s, x in zip(specs, inputs, strict=True)})
-        rows.append(compare(signature.name, case, list(wanted) if isinstance(wanted, tuple) else [wanted], got, in_fp8))
+        rows.append(
+            compare(
+                signature.name,
+                case,
+                list(wanted) if isinstance(wanted, tuple) else [wanted],
+                got,
+                in_fp8,
+            )
+        )
     return rows
 
 
-def compare(graph: str, case: str, wanted: list[Tensor], got: list[np.ndarray], in_fp8: bool = False) -> Parity:
+def compare(
+    graph: str, case: str, wanted: list[Tensor], got: list[np.ndarray], in_fp8: bool = False
+) -> Parity:
     """Differences between two sets of outputs; uint8 pictures may differ by PIXEL_TOLERANCE, numbers by FP32_TOLERANCE of their range, and those
     of a graph in FP8 by FP8_TOLERANCE of their root mean square."""
     error = relative = 0.0
@@ -80,24 +96,47 @@ def compare(graph: str, case: str, wanted: list[Tensor], got: list[np.ndarray], 
     return Parity(graph, case, error, relative, ok)
 
 
-def check_products(path: Path, module: nn.Module, signature: GraphSignature, profile: Profile) -> Parity:
+def check_products(
+    path: Path, module: nn.Module, signature: GraphSignature, profile: Profile
+) -> Parity:
     """Each FP8 product of a graph against PyTorch, on the input that it has in ONNX Runtime; a full cache where there is one."""
     model = onnx.load(path, load_external_data=False)
     makers = {name: node for node in model.graph.node for name in node.output}
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear8)}
-    products: dict[str, tuple[str, str]] = {}  # layer -> its input before Q, its output before the bias
+    products: dict[
+        str, tuple[str, str]
+    ] = {}  # layer -> its input before Q, its output before the bias
     for node in model.graph.node:
-        if node.op_type == "MatMul" and (name := _weight_of(node, makers).removesuffix(".weight")) in layers:
+        if (
+            node.op_type == "MatMul"
+            and (name := _weight_of(node, makers).removesuffix(".weight")) in layers
+        ):
             products[name] = (makers[makers[node.input[0]].input[0]].input[0], node.output[0])
     inputs = {value.name for value in model.graph.input}
-    watched = sorted({name for pair in products.values() for name in pair} - {value.name for value in model.graph.output} - inputs)
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in watched)
+    watched = sorted(
+        {name for pair in products.values() for name in pair}
+        - {value.name for value in model.graph.output}
+        - inputs
+    )
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in watched
+    )
     specs = [*signature.inputs, *signature.state]
     fed = random_inputs([(s.name, s.shape, s.dtype) for s in specs], 0, profile.cache_tokens)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:  # beside the graph, whose external data it shares
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, suffix=".onnx"
+    ) as file:  # beside the graph, whose external data it shares
         file.write(model.SerializeToString())
         file.flush()
-        found = dict(zip(watched, _session(Path(file.name)).run(watched, {s.name: x.numpy() for s, x in zip(specs, fed, strict=True)}), strict=True))
+        found = dict(
+            zip(
+                watched,
+                _session(Path(file.name)).run(
+                    watched, {s.name: x.numpy() for s, x in zip(specs, fed, strict=True)}
+                ),
+                strict=True,
+            )
+        )
     wanted, got = [], []
     for name, (x, y) in products.items():
         layer = layers[name]
@@ -112,12 +151,20 @@ def check_products(path: Path, module: nn.Module, signature: GraphSignature, pro
 def _weight_of(product: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str:
     """The FP8 constant behind a MatMul: MatMul <- Transpose <- DequantizeLinear <- constant. "" where there is none."""
     turned = makers.get(product.input[1])
-    scaled = makers.get(turned.input[0]) if turned is not None and turned.op_type == "Transpose" else None
-    return str(scaled.input[0]) if scaled is not None and scaled.op_type == "DequantizeLinear" else ""
+    scaled = (
+        makers.get(turned.input[0])
+        if turned is not None and turned.op_type == "Transpose"
+        else None
+    )
+    return (
+        str(scaled.input[0]) if scaled is not None and scaled.op_type == "DequantizeLinear" else ""
+    )
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # or Q/DQ pairs wander through the graph, and round twice
+    options.add_session_config_entry(
+        "session.disable_quant_qdq", "1"
+    )  # or Q/DQ pairs wander through the graph, and round twice
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

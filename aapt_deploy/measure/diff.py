@@ -31,7 +31,11 @@ class Change:
     @property
     def ratio(self) -> float | None:
         """after / before; None where one is missing or nothing."""
-        return round(self.after_ms / self.before_ms, 4) if self.before_ms and self.after_ms is not None else None
+        return (
+            round(self.after_ms / self.before_ms, 4)
+            if self.before_ms and self.after_ms is not None
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -51,22 +55,42 @@ def difference(a: Path, b: Path) -> Difference:
     one, two = _read(a), _read(b)
     flat = [_header(record) for record in (one, two)]
     names = sorted(flat[0].keys() | flat[1].keys())
-    differs = {name: (str(flat[0].get(name, "-")), str(flat[1].get(name, "-"))) for name in names if flat[0].get(name) != flat[1].get(name)}
-    stages = {kind: _changes(*({name: times[kind] for name, times in record["steady"].items()} for record in (one, two))) for kind in PERCENTILES}
+    differs = {
+        name: (str(flat[0].get(name, "-")), str(flat[1].get(name, "-")))
+        for name in names
+        if flat[0].get(name) != flat[1].get(name)
+    }
+    stages = {
+        kind: _changes(
+            *(
+                {name: times[kind] for name, times in record["steady"].items()}
+                for record in (one, two)
+            )
+        )
+        for kind in PERCENTILES
+    }
     layers = {}
     for graph in sorted(one["layers"].keys() | two["layers"].keys()):
-        found = [{row["name"]: row["ms"] for row in record["layers"].get(graph, [])} for record in (one, two)]
+        found = [
+            {row["name"]: row["ms"] for row in record["layers"].get(graph, [])}
+            for record in (one, two)
+        ]
         layers[graph] = sorted(_changes(*found), key=lambda change: -abs(change.delta_ms))
     return Difference(differs, stages, layers)
 
 
 def _header(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in HEADER} | {f"machine.{name}": value for name, value in record["machine"].items()}
+    return {name: record[name] for name in HEADER} | {
+        f"machine.{name}": value for name, value in record["machine"].items()
+    }
 
 
 def _changes(one: dict[str, float], two: dict[str, float]) -> list[Change]:
     """In the order of A, what only B has behind."""
-    return [Change(name, one.get(name), two.get(name)) for name in (*one, *(name for name in two if name not in one))]
+    return [
+        Change(name, one.get(name), two.get(name))
+        for name in (*one, *(name for name in two if name not in one))
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -90,18 +114,25 @@ def _wrong(record: Any) -> str:
     if missing := [name for name in (*HEADER, "machine", "steady") if name not in record]:
         return f"it lacks {', '.join(missing)}"
     steady, layers = record["steady"], record.get("layers", {})
-    if not isinstance(record["machine"], dict) or not isinstance(steady, dict) or not isinstance(layers, dict):
+    if (
+        not isinstance(record["machine"], dict)
+        or not isinstance(steady, dict)
+        or not isinstance(layers, dict)
+    ):
         return "machine, steady or layers is no object"
     for name, times in steady.items():
         if not (isinstance(times, dict) and all(_is_time(times.get(kind)) for kind in PERCENTILES)):
             return f"stage {name} has no times"
     for graph, rows in layers.items():
         if not isinstance(rows, list) or not all(
-            isinstance(row, dict) and isinstance(row.get("name"), str) and _is_time(row.get("ms")) for row in rows
+            isinstance(row, dict) and isinstance(row.get("name"), str) and _is_time(row.get("ms"))
+            for row in rows
         ):
             return f"the layers of {graph} have no names or times"
     return ""
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LONGEST_MS  # a nan is not
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LONGEST_MS
+    )  # a nan is not

@@ -42,12 +42,22 @@ PACKAGES = (  # import name, distribution, what it is for, needed to stream, ext
 
 def examine() -> list[Check]:
     """All checks, in the order of the report."""
-    return [_python(), _cores(), *(_package(*row) for row in PACKAGES), _checkpoint(), _runtime(), _ffmpeg(), _gpu()]
+    return [
+        _python(),
+        _cores(),
+        *(_package(*row) for row in PACKAGES),
+        _checkpoint(),
+        _runtime(),
+        _ffmpeg(),
+        _gpu(),
+    ]
 
 
 def _python() -> Check:
     ok = sys.version_info >= (3, 11)
-    return Check("python", ok, True, platform.python_version(), "" if ok else "install Python 3.11 or newer")
+    return Check(
+        "python", ok, True, platform.python_version(), "" if ok else "install Python 3.11 or newer"
+    )
 
 
 def _cores() -> Check:
@@ -57,14 +67,18 @@ def _cores() -> Check:
         count >= 2,
         False,
         str(count),
-        "" if count >= 2 else "the demo profile is tuned for two cores; aapt profile tells if one is enough",
+        ""
+        if count >= 2
+        else "the demo profile is tuned for two cores; aapt profile tells if one is enough",
     )
 
 
 def _package(module: str, distribution: str, purpose: str, needed: bool, extra: str) -> Check:
     try:
         importlib.import_module(module)
-        return Check(module, True, needed, f"{importlib.metadata.version(distribution)}, for {purpose}")
+        return Check(
+            module, True, needed, f"{importlib.metadata.version(distribution)}, for {purpose}"
+        )
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         wanted = f"'aapt_deploy[{extra}]'" if extra else "aapt_deploy"
         return Check(module, False, needed, f"{error}; for {purpose}", f"pip install {wanted}")
@@ -73,7 +87,9 @@ def _package(module: str, distribution: str, purpose: str, needed: bool, extra: 
 def _attempt(name: str, needed: bool, look: Callable[[], str], fix: str) -> Check:
     try:
         return Check(name, True, needed, look())
-    except Exception as error:  # whatever it is, it is the finding; ONNX Runtime's own exception types are private
+    except (
+        Exception
+    ) as error:  # whatever it is, it is the finding; ONNX Runtime's own exception types are private
         return Check(name, False, needed, str(error), fix)
 
 
@@ -117,11 +133,28 @@ _ADD_GRAPH = b"\x08\x0a" + b"\x42\x04\x0a\x00\x10\x18" + b"\x3a" + bytes([len(_G
 
 def _ffmpeg() -> Check:
     path = shutil.which("ffmpeg")
-    return Check("ffmpeg", path is not None, False, path or "not on PATH; only needed to pipe a stream into it", "" if path else "install ffmpeg")
+    return Check(
+        "ffmpeg",
+        path is not None,
+        False,
+        path or "not on PATH; only needed to pipe a stream into it",
+        "" if path else "install ffmpeg",
+    )
 
 
 def _gpu() -> Check:
     driver = Path("/proc/driver/nvidia/version")
     if not driver.exists():
-        return Check("nvidia driver", False, False, "none; the CPU engine needs none", "an H100 with a current driver is needed for TensorRT plans")
-    return Check("nvidia driver", True, False, driver.read_text().splitlines()[0] + "; TensorRT itself: aapt doctor --tensorrt")
+        return Check(
+            "nvidia driver",
+            False,
+            False,
+            "none; the CPU engine needs none",
+            "an H100 with a current driver is needed for TensorRT plans",
+        )
+    return Check(
+        "nvidia driver",
+        True,
+        False,
+        driver.read_text().splitlines()[0] + "; TensorRT itself: aapt doctor --tensorrt",
+    )

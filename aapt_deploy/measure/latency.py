@@ -56,7 +56,9 @@ class StageTimes:
     @classmethod
     def of(cls, seconds: list[float]) -> "StageTimes":
         ms = np.array(seconds) * 1000
-        return cls(len(ms), *(round(float(v), 3) for v in (*np.percentile(ms, (50, 95, 99)), ms.max())))
+        return cls(
+            len(ms), *(round(float(v), 3) for v in (*np.percentile(ms, (50, 95, 99)), ms.max()))
+        )
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,20 @@ class Latency:
     deadline_misses: int
     machine: dict[str, str | int]
     samples_ms: list[float] = field(repr=False)
-    floor_ms: dict[str, float] = field(default_factory=dict)  # of stages, by arithmetic (models/cost.py); where the target's rates are known
-    layers: dict[str, list[LayerTime]] = field(default_factory=dict, repr=False)  # by graph; of backends that can tell
+    floor_ms: dict[str, float] = field(
+        default_factory=dict
+    )  # of stages, by arithmetic (models/cost.py); where the target's rates are known
+    layers: dict[str, list[LayerTime]] = field(
+        default_factory=dict, repr=False
+    )  # by graph; of backends that can tell
 
     @property
     def within_budget(self) -> bool:
         """p95 of a step inside the budget, and almost no block late."""
-        return self.steady["step"].p95_ms <= self.budget_ms and self.deadline_misses <= MISS_SHARE * self.blocks
+        return (
+            self.steady["step"].p95_ms <= self.budget_ms
+            and self.deadline_misses <= MISS_SHARE * self.blocks
+        )
 
     def json(self) -> str:
         return json.dumps({**asdict(self), "within_budget": self.within_budget})
@@ -97,11 +106,15 @@ class Stopwatch:
         self.made: deque[dict[str, float]] = deque()  # blocks that wait to be decoded
         self.decoding: dict[str, float] = {}
 
-    def __call__(self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def __call__(
+        self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
         start = time.perf_counter()
         answer = call(**arguments)
         spent = self.decoding if graph == "decoder" else self.making
-        stage = {"run": graph, "commit": "commit", "reset": "prompt" if arguments else "reset"}[method]
+        stage = {"run": graph, "commit": "commit", "reset": "prompt" if arguments else "reset"}[
+            method
+        ]
         spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
         if method == "commit":
             self.made.append(self.making)
@@ -115,26 +128,47 @@ class Stopwatch:
 
 
 def measure_bundle(
-    bundle: Bundle, backend: str, precision: str | None, blocks: int, warn: Callable[[str], None], progress: Callable[[str], None]
+    bundle: Bundle,
+    backend: str,
+    precision: str | None,
+    blocks: int,
+    warn: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> Latency:
     """Measure an engine of `bundle` from its first start frame."""
     begin, total = all_starts(bundle)[0], COLD_BLOCKS + blocks
     return measure(
-        lambda: open_engines(bundle, backend, precision, warn), bundle.profile, begin, blocks, lambda done: progress(f"{done} of {total} blocks")
+        lambda: open_engines(bundle, backend, precision, warn),
+        bundle.profile,
+        begin,
+        blocks,
+        lambda done: progress(f"{done} of {total} blocks"),
     )
 
 
-def measure_random(profile: Profile, precision: str | None, blocks: int, progress: Callable[[str], None]) -> Latency:
+def measure_random(
+    profile: Profile, precision: str | None, blocks: int, progress: Callable[[str], None]
+) -> Latency:
     """Measure random weights in the shape of `profile`, drawn on the GPU in seconds: what a size costs, before there is a checkpoint or a file."""
     from aapt_deploy.backends.torch_cuda import engine
 
     total = COLD_BLOCKS + blocks
     return measure(
-        lambda: engine.open_random(profile, precision), profile, coarse_start(profile), blocks, lambda done: progress(f"{done} of {total} blocks")
+        lambda: engine.open_random(profile, precision),
+        profile,
+        coarse_start(profile),
+        blocks,
+        lambda done: progress(f"{done} of {total} blocks"),
     )
 
 
-def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blocks: int, progress: Callable[[int], None]) -> Latency:
+def measure(
+    open_all: Callable[[], Engines],
+    profile: Profile,
+    begin: Start,
+    blocks: int,
+    progress: Callable[[int], None],
+) -> Latency:
     """Run `blocks` steady blocks after COLD_BLOCKS cold ones and report. `progress` hears the number of blocks done."""
     start = time.perf_counter()
     watch, engines = Stopwatch(), open_all()
@@ -145,12 +179,20 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
     kept: list[np.ndarray] = []
     steering = Steering(CRUISE, begin.text)
     try:
-        frames = rollout(Tapped(engines, watch), profile, begin.image, lambda block: steering, seed=0)
+        frames = rollout(
+            Tapped(engines, watch), profile, begin.image, lambda block: steering, seed=0
+        )
         next(frames)
         watch.decoding.clear()
         with (
             TemporaryDirectory() as folder,
-            open_sink(f"{folder}/encode.mp4", None, profile.video.width, profile.video.height, profile.video.fps) as sink,
+            open_sink(
+                f"{folder}/encode.mp4",
+                None,
+                profile.video.width,
+                profile.video.height,
+                profile.video.fps,
+            ) as sink,
         ):
             first = 0.0
             for block in range(COLD_BLOCKS + blocks):
@@ -162,8 +204,12 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
                 if spent.get("prompt"):
                     stages["prompt"].append(spent["prompt"])
                 if steady:
-                    inside = {name: spent.get(name, 0.0) for name in ("generator", "decoder", "commit")}
-                    for name, seconds in (inside | {"step": step, "hand-off": _hand_off(step, spent, beside)}).items():
+                    inside = {
+                        name: spent.get(name, 0.0) for name in ("generator", "decoder", "commit")
+                    }
+                    for name, seconds in (
+                        inside | {"step": step, "hand-off": _hand_off(step, spent, beside)}
+                    ).items():
                         stages[name].append(seconds)
                 else:
                     cold.append(step)

@@ -64,7 +64,9 @@ class Loss:
     blocks: int
     thresholds: dict[str, float]
     machine: dict[str, str | int]
-    frame_psnr_db: list[float] = field(default_factory=list)  # free-running, frame by frame, over all starts
+    frame_psnr_db: list[float] = field(
+        default_factory=list
+    )  # free-running, frame by frame, over all starts
     frame_ssim: list[float] = field(default_factory=list)
 
     @property
@@ -72,11 +74,14 @@ class Loss:
         """Each threshold that is missed, in words."""
         t, first, error = self.thresholds, self.seconds[0], float(np.mean(self.latent_error))
         found = [
-            f"latent error {error:.4f} is above {t['latent_error']}" * (not error <= t["latent_error"]),
-            f"PSNR {first.psnr_db:.1f} dB is below {t['psnr_db']}" * (not first.psnr_db >= t["psnr_db"]),
+            f"latent error {error:.4f} is above {t['latent_error']}"
+            * (not error <= t["latent_error"]),
+            f"PSNR {first.psnr_db:.1f} dB is below {t['psnr_db']}"
+            * (not first.psnr_db >= t["psnr_db"]),
             f"SSIM {first.ssim:.4f} is below {t['ssim']}" * (not first.ssim >= t["ssim"]),
             f"drift {self.drift:.3f} is above {t['drift']}" * (not self.drift <= t["drift"]),
-            f"drift of {self.drift_per_s:.3f} per second is above {t['drift_per_s']}" * (not self.drift_per_s <= t["drift_per_s"]),
+            f"drift of {self.drift_per_s:.3f} per second is above {t['drift_per_s']}"
+            * (not self.drift_per_s <= t["drift_per_s"]),
             f"{self.flat_blocks} of {self.blocks} blocks are flat" * bool(self.flat_blocks),
             f"{self.still_blocks} of {self.blocks} blocks stand still" * bool(self.still_blocks),
         ]
@@ -94,26 +99,48 @@ class Twins:
         self.errors: list[float] = []  # per pass
         self.decoded: list[float] = []  # mean square error of a block's frames
 
-    def __call__(self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def __call__(
+        self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
         expected = call(**arguments)
         found = getattr(self.candidate[graph], method)(**arguments)
         if (graph, method) == ("generator", "run"):
             a, b = expected["clean"].astype(np.float64), found["clean"]
             self.errors.append(float(np.sqrt(np.square(b - a).mean() / np.square(a).mean())))
         elif (graph, method) == ("decoder", "run"):
-            self.decoded.append(float(np.square(expected["frames"].astype(np.float64) - found["frames"]).mean()))
+            self.decoded.append(
+                float(np.square(expected["frames"].astype(np.float64) - found["frames"]).mean())
+            )
         return expected
 
 
-def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, warn: Report, report: Report, elsewhere: Bundle | None = None) -> Loss:
+def compare(
+    bundle: Bundle,
+    reference: str,
+    candidate: str,
+    seconds: int,
+    warn: Report,
+    report: Report,
+    elsewhere: Bundle | None = None,
+) -> Loss:
     """Compare two engines of `bundle`, named "<backend>-<precision>", from every start frame. The reference may be another bundle's, `elsewhere`.
 
     Raises UsageError for a name the bundle has no engine of, for an engine compared with itself, and for bundles of two checkpoints.
     """
-    if reference == candidate and (elsewhere is None or elsewhere.path.resolve() == bundle.path.resolve()):
-        raise UsageError(f"{candidate} is compared with itself", f"engines of {bundle.path}: {', '.join(sorted(bundle.engines))}")
-    if elsewhere is not None and (_source(elsewhere) != _source(bundle) or elsewhere.profile != bundle.profile):
-        raise UsageError(f"{elsewhere.path} and {bundle.path} are not of one checkpoint and profile", "export both from the same checkpoint")
+    if reference == candidate and (
+        elsewhere is None or elsewhere.path.resolve() == bundle.path.resolve()
+    ):
+        raise UsageError(
+            f"{candidate} is compared with itself",
+            f"engines of {bundle.path}: {', '.join(sorted(bundle.engines))}",
+        )
+    if elsewhere is not None and (
+        _source(elsewhere) != _source(bundle) or elsewhere.profile != bundle.profile
+    ):
+        raise UsageError(
+            f"{elsewhere.path} and {bundle.path} are not of one checkpoint and profile",
+            "export both from the same checkpoint",
+        )
     with contextlib.ExitStack() as stack:
         opened = []
         for holder, name in ((elsewhere or bundle, reference), (bundle, candidate)):
@@ -130,17 +157,27 @@ def _source(bundle: Bundle) -> Any:
 def _open(bundle: Bundle, name: str, warn: Report) -> Engines:
     backend, _, precision = name.rpartition("-")
     if not backend:
-        raise UsageError(f"{name!r} names no engine", "engines are named BACKEND-PRECISION, for example onnxruntime-fp32")
+        raise UsageError(
+            f"{name!r} names no engine",
+            "engines are named BACKEND-PRECISION, for example onnxruntime-fp32",
+        )
     refuse_unknown(backend, precision)
     if name not in bundle.engines and BACKENDS[backend].needs_build:
         built = ", ".join(sorted(bundle.engines)) or "none"
-        raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; {to_get(bundle, backend, precision)}")
+        raise UsageError(
+            f"bundle {bundle.path} has no engine {name!r}",
+            f"built: {built}; {to_get(bundle, backend, precision)}",
+        )
     return open_engines(bundle, backend, precision, warn)
 
 
-def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seconds: int, report: Report) -> Loss:
+def _compare(
+    bundle: Bundle, names: tuple[str, str], opened: list[Engines], seconds: int, report: Report
+) -> Loss:
     profile, starts = bundle.profile, all_starts(bundle)
-    per_second = max(1, profile.video.fps // profile.video.temporal_stride)  # blocks; a slower video is judged block by block
+    per_second = max(
+        1, profile.video.fps // profile.video.temporal_stride
+    )  # blocks; a slower video is judged block by block
     blocks, passes = seconds * per_second, len(profile.sampler.timesteps)
     forced, decoded, free, frames = [], [], [], []
     for number, begin in enumerate(starts, start=1):
@@ -152,11 +189,16 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
         decoded.append(np.mean(twins.decoded[1:]))
         streams = [left_and_right(engines, profile, begin) for engines in opened]
         found = [_figures(*pair) for pair in _pairs(streams[0], streams[1], blocks)]
-        free.append(np.array([[*pictures.mean(0), *others] for pictures, others in found]))  # [blocks, 7]
+        free.append(
+            np.array([[*pictures.mean(0), *others] for pictures, others in found])
+        )  # [blocks, 7]
         frames.append(np.concatenate([pictures for pictures, _ in found]))  # [frames, 2]
         report(f"{number} of {len(starts)} starts, {seconds} s each")
     figures = np.stack(free)  # [starts, blocks, 7]
-    by_second = [_second(figures[:, i : i + per_second].reshape(-1, figures.shape[2])) for i in range(0, blocks, per_second)]
+    by_second = [
+        _second(figures[:, i : i + per_second].reshape(-1, figures.shape[2]))
+        for i in range(0, blocks, per_second)
+    ]
     reference_change, change, deviation = figures[..., 4], figures[..., 5], figures[..., 6]
     return Loss(
         profile.name, *names, by_second, [round(float(e), 6) for e in np.mean(forced, axis=0)], _decibels(float(np.mean(decoded))),
@@ -166,7 +208,9 @@ def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seco
     )  # fmt: skip
 
 
-def _pairs(reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blocks: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _pairs(
+    reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blocks: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Blocks of luma [1 + T, H, W] of both, each with the frame before, and the square errors [T] of the frames."""
     before = [luma(next(stream))[-1:] for stream in (reference, candidate)]
     for a, b in islice(zip(reference, candidate, strict=False), blocks):
@@ -176,7 +220,9 @@ def _pairs(reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blo
         before = [pair[0][-1:], pair[1][-1:]]
 
 
-def _figures(a: np.ndarray, b: np.ndarray, square_errors: np.ndarray) -> tuple[np.ndarray, list[float]]:
+def _figures(
+    a: np.ndarray, b: np.ndarray, square_errors: np.ndarray
+) -> tuple[np.ndarray, list[float]]:
     """[square error, SSIM] of every frame, [T, 2], and of the block [sharpness, brightness, change of a, change of b, deviation of b].
 
     a, b: luma [1 + T, H, W] with the frame before; square_errors [T].
@@ -184,11 +230,18 @@ def _figures(a: np.ndarray, b: np.ndarray, square_errors: np.ndarray) -> tuple[n
     similar = [ssim(x, y) for x, y in zip(a[1:], b[1:], strict=True)]
     changes = [float(np.abs(x[-1] - x[0]).mean()) for x in (a, b)]
     sharp = gradient(b[1:]) / max(gradient(a[1:]), 1e-6)
-    return np.stack([square_errors, similar], 1), [sharp, float(b[1:].mean() / max(a[1:].mean(), 1e-6)), *changes, float(b[-1].std())]
+    return np.stack([square_errors, similar], 1), [
+        sharp,
+        float(b[1:].mean() / max(a[1:].mean(), 1e-6)),
+        *changes,
+        float(b[-1].std()),
+    ]
 
 
 def _second(rows: np.ndarray) -> Second:
-    return Second(_decibels(float(rows[:, 0].mean())), *(round(float(x), 4) for x in rows[:, 1:4].mean(0)))
+    return Second(
+        _decibels(float(rows[:, 0].mean())), *(round(float(x), 4) for x in rows[:, 1:4].mean(0))
+    )
 
 
 def _slope(seconds: list[Second]) -> float:
@@ -196,7 +249,8 @@ def _slope(seconds: list[Second]) -> float:
     if len(seconds) < 2:
         return 0.0
     return max(
-        abs(float(np.polyfit(range(len(seconds)), values, 1)[0])) for values in zip(*((s.sharpness, s.brightness) for s in seconds), strict=True)
+        abs(float(np.polyfit(range(len(seconds)), values, 1)[0]))
+        for values in zip(*((s.sharpness, s.brightness) for s in seconds), strict=True)
     )
 
 
@@ -220,7 +274,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     ma, mb, aa, bb, ab = (_box(x) for x in (a, b, a * a, b * b, a * b))
     va, vb, cov = aa - ma * ma, bb - mb * mb, ab - ma * mb
-    return float(((2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean())
+    return float(
+        ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean()
+    )
 
 
 def _box(x: np.ndarray) -> np.ndarray:
@@ -240,12 +296,17 @@ def plotter(path: Path | None) -> Callable[[Loss], None]:
     if path is None:
         return lambda loss: None
     if path.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot {path} has the suffix {path.suffix!r} of no picture", f"suffixes: {', '.join(PICTURES)}")
+        raise UsageError(
+            f"--plot {path} has the suffix {path.suffix!r} of no picture",
+            f"suffixes: {', '.join(PICTURES)}",
+        )
     import matplotlib.backends.backend_agg  # noqa: F401  it is here, or is not
 
     with _writing(path):
         refuse_irregular(path)
-        tempfile.TemporaryFile(dir=path.parent).close()  # only to see whether a file can be written there
+        tempfile.TemporaryFile(
+            dir=path.parent
+        ).close()  # only to see whether a file can be written there
     return lambda loss: _save(plot(loss, path.suffix[1:].lower()), path)
 
 

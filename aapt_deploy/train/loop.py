@@ -27,7 +27,9 @@ SAVE_EVERY_S = 180.0
 LOG_EVERY = 20  # updates
 
 LossFunction = Callable[[torch.Generator], Tensor]
-Update = Callable[[torch.Generator, int, float], dict[str, Tensor]]  # rng, updates so far, scale -> figures ("loss" is one); leaves gradients
+Update = Callable[
+    [torch.Generator, int, float], dict[str, Tensor]
+]  # rng, updates so far, scale -> figures ("loss" is one); leaves gradients
 StepProgress = Callable[[int, float], None]  # update, mean loss
 
 
@@ -36,7 +38,9 @@ def learning_rate(optimiser: Optimiser, step: int) -> float:
     if step < optimiser.warmup:
         return optimiser.learning_rate * (step + 1) / optimiser.warmup
     part = (step - optimiser.warmup) / max(1, optimiser.steps - optimiser.warmup)
-    return optimiser.learning_rate * (optimiser.floor + (1 - optimiser.floor) * 0.5 * (1 + math.cos(math.pi * min(part, 1.0))))
+    return optimiser.learning_rate * (
+        optimiser.floor + (1 - optimiser.floor) * 0.5 * (1 + math.cos(math.pi * min(part, 1.0)))
+    )
 
 
 class Learner:
@@ -44,14 +48,23 @@ class Learner:
 
     def __init__(self, name: str, module: nn.Module, optimiser: Optimiser) -> None:
         self.prefix, self.optimiser = f"{name}." if name else "", optimiser
-        self.weights: dict[str, nn.Parameter] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.weights: dict[str, nn.Parameter] = {
+            name: p for name, p in module.named_parameters() if p.requires_grad
+        }
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
-        self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=optimiser.betas, weight_decay=optimiser.weight_decay)
+        self.adam = torch.optim.AdamW(
+            self.weights.values(),
+            lr=0.0,
+            betas=optimiser.betas,
+            weight_decay=optimiser.weight_decay,
+        )
         self.updates = 0  # that gave it a gradient
 
     def clip(self) -> float:
         """Clip the gradients. Returns their norm before that, 0 where there are none."""
-        return float(unsharded(nn.utils.clip_grad_norm_(self.weights.values(), self.optimiser.clip_norm)))
+        return float(
+            unsharded(nn.utils.clip_grad_norm_(self.weights.values(), self.optimiser.clip_norm))
+        )
 
     def update(self, step: int) -> None:
         """Use up the gradients, if there are any."""
@@ -63,28 +76,48 @@ class Learner:
         self.adam.zero_grad()
         self.updates += 1
         decay = min(self.optimiser.ema, self.updates / (self.updates + 10))
-        torch._foreach_lerp_([own(p) for p in self.average.values()], [own(p.detach()) for p in self.weights.values()], 1 - decay)
+        torch._foreach_lerp_(
+            [own(p) for p in self.average.values()],
+            [own(p.detach()) for p in self.weights.values()],
+            1 - decay,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has to be kept, by name."""
-        kept = {f"weights.{name}": p.detach() for name, p in self.weights.items()} | {f"average.{name}": p for name, p in self.average.items()}
+        kept = {f"weights.{name}": p.detach() for name, p in self.weights.items()} | {
+            f"average.{name}": p for name, p in self.average.items()
+        }
         for name, p in self.weights.items():
             if p in self.adam.state:
-                kept |= {f"{key}.{name}": self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+                kept |= {
+                    f"{key}.{name}": self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")
+                }
         return {self.prefix + name: unsharded(tensor).contiguous() for name, tensor in kept.items()}
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights, whole."""
         return {name: unsharded(tensor) for name, tensor in self.average.items()}
 
-    def restore(self, names: set[str], shape: Callable[[str], list[int]], read: Callable[[str], Tensor], updates: int) -> None:
+    def restore(
+        self,
+        names: set[str],
+        shape: Callable[[str], list[int]],
+        read: Callable[[str], Tensor],
+        updates: int,
+    ) -> None:
         """Take back what `tensors` gave. Raises ValueError where it is another network's."""
         held = {name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)}
-        if (found := {name.removeprefix("weights.") for name in held if name.startswith("weights.")}) != self.weights.keys():
-            raise ValueError(f"its weights are {sorted(found)[:4]} …, not {sorted(self.weights)[:4]} …")
+        if (
+            found := {name.removeprefix("weights.") for name in held if name.startswith("weights.")}
+        ) != self.weights.keys():
+            raise ValueError(
+                f"its weights are {sorted(found)[:4]} …, not {sorted(self.weights)[:4]} …"
+            )
         for name, p in self.weights.items():
             if (wrong := tuple(shape(f"{self.prefix}weights.{name}"))) != tuple(p.shape):
-                raise ValueError(f"{name} is {wrong}, not {tuple(p.shape)}")  # copy_ would broadcast
+                raise ValueError(
+                    f"{name} is {wrong}, not {tuple(p.shape)}"
+                )  # copy_ would broadcast
             fill(p.data, read(f"{self.prefix}weights.{name}"))
             fill(self.average[name], read(f"{self.prefix}average.{name}"))
             if f"exp_avg.{name}" in held:
@@ -95,7 +128,15 @@ class Learner:
         self.updates = updates
 
 
-def fit(module: nn.Module, loss: LossFunction, optimiser: Optimiser, state: Path, seed: int, progress: StepProgress, setup: Setup = ALONE) -> dict[str, Tensor]:
+def fit(
+    module: nn.Module,
+    loss: LossFunction,
+    optimiser: Optimiser,
+    state: Path,
+    seed: int,
+    progress: StepProgress,
+    setup: Setup = ALONE,
+) -> dict[str, Tensor]:
     """Train `module` on `loss` until `optimiser.steps` updates are done, resuming from `state` if it exists.
 
     Returns the averaged (EMA) weights by name. Raises CheckpointError when `state` is damaged or belongs to another module, and TrainingError
@@ -120,7 +161,10 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
     """
     row, rows = setup.rows
     if optimiser.accumulate % rows:
-        raise UsageError(f"{rows} rows of processes cannot share {optimiser.accumulate} batches", "start as many as divide the recipe's `accumulate`")
+        raise UsageError(
+            f"{rows} rows of processes cannot share {optimiser.accumulate} batches",
+            "start as many as divide the recipe's `accumulate`",
+        )
     step = _restore(state, learners) if state.exists() else 0
     log, scale = state.with_suffix(".jsonl"), rows / optimiser.accumulate
     if setup.writes:
@@ -133,7 +177,12 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
         for batch in range(row, optimiser.accumulate, rows):
             rng = numbers(seed, step, batch)
             with setup.autocast():
-                batches.append({name: float(value.detach()) for name, value in update(rng, step, scale).items()})
+                batches.append(
+                    {
+                        name: float(value.detach())
+                        for name, value in update(rng, step, scale).items()
+                    }
+                )
         figures = setup.mean(_mean(batches))
         norms = [learner.clip() for learner in learners]
         _finite(figures | {"gradient's norm": sum(norms)}, step, state)
@@ -144,12 +193,21 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
         if step % LOG_EVERY == 0 or step == optimiser.steps:
             mean = _mean(gathered)
             rounded = {name: round(value, 5) for name, value in mean.items()}
-            line = {"step": step, **rounded, "grad_norm": round(norms[0], 4), "lr": learning_rate(optimiser, step - 1)}
+            line = {
+                "step": step,
+                **rounded,
+                "grad_norm": round(norms[0], 4),
+                "lr": learning_rate(optimiser, step - 1),
+            }
             if setup.writes:
                 events = events or Events(state.with_suffix(".curves"), step)
-                events.scalars(step, {name: value for name, value in line.items() if name != "step"} | mean)
+                events.scalars(
+                    step, {name: value for name, value in line.items() if name != "step"} | mean
+                )
                 with log.open("a") as file:
-                    file.write(json.dumps({**line, "seconds": round(time.monotonic() - started, 1)}) + "\n")
+                    file.write(
+                        json.dumps({**line, "seconds": round(time.monotonic() - started, 1)}) + "\n"
+                    )
                 progress(step, mean["loss"])
             gathered = []
         if setup.agreed(time.monotonic() - saved > SAVE_EVERY_S) or step == optimiser.steps:
@@ -160,7 +218,11 @@ def fit_together(learners: list[Learner], update: Update, optimiser: Optimiser, 
 def _forget(log: Path, step: int) -> None:
     """Drop the lines of updates after `step`, which are done again."""
     if log.exists():
-        kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [
+            line
+            for line in log.read_text().splitlines(keepends=True)
+            if line.endswith("\n") and json.loads(line)["step"] <= step
+        ]
         with whole(log) as temporary:
             temporary.write_text("".join(kept))
 
@@ -201,7 +263,12 @@ def _restore(path: Path, learners: list[Learner]) -> int:
             updates = [int(count) for count in file.metadata().get("updates", str(step)).split()]
             names = set(file.keys())
             for learner, count in zip(learners, updates, strict=True):
-                learner.restore(names, lambda name: file.get_slice(name).get_shape(), file.get_tensor, count)
+                learner.restore(
+                    names, lambda name: file.get_slice(name).get_shape(), file.get_tensor, count
+                )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"training state {path} cannot be resumed: {error}", "delete it to start the stage again") from None
+        raise CheckpointError(
+            f"training state {path} cannot be resumed: {error}",
+            "delete it to start the stage again",
+        ) from None
     return step

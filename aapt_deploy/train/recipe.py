@@ -30,7 +30,9 @@ class VaeStage:
 
     optimiser: Optimiser
     blocks: int = 2  # latent frames per training snippet
-    latent_noise: float = 0.06  # deviation of noise on the latents: the generator's latents are not clean either
+    latent_noise: float = (
+        0.06  # deviation of noise on the latents: the generator's latents are not clean either
+    )
     gradient_weight: float = 1.0  # weight of the L1 on image gradients, which keeps edges
 
 
@@ -45,7 +47,9 @@ class FlowStage:
     resampled: float = 0.0  # share of the other updates whose history the generator made from noised truth (self-resampling)
     forced: float = 0.0  # share of updates along a rollout of the generator's own (student forcing)
     far_sink: float = 0.3  # share of samples whose sink is moved far into the past, for streams longer than a clip
-    one_time: bool = False  # the whole clip at one time, as in the paper, instead of each block at its own
+    one_time: bool = (
+        False  # the whole clip at one time, as in the paper, instead of each block at its own
+    )
     velocity: bool = False  # the plain squared error of the velocity, as in the paper, instead of one in posterior deviations
 
 
@@ -94,28 +98,53 @@ class AdversarialStage:
     optimiser: Optimiser  # of the generator; the discriminator's differs in its rate alone
     blocks: int  # blocks of a segment, which is what the discriminator sees
     discriminator_rate: float  # peak learning rate
-    extensions: int = 0  # segments after the first: extended camera paths, compared with other real clips
+    extensions: int = (
+        0  # segments after the first: extended camera paths, compared with other real clips
+    )
     overlap: int = 6  # blocks of the segment before that the discriminator sees again
     unjudged: int = 0  # largest number of segments that are streamed before these, without gradient: the discriminator meets streams of any age
     timesteps: tuple[float, ...] = (1.0,)  # the sampler under training, and of the checkpoint
     penalty: float = 1000.0  # weight of the approximated R1 and R2
     penalty_noise: float = 0.1  # deviation of their noise, in latent units
-    penalty_every: int = 1  # updates between them, with as much more weight; half of an update's work is theirs
+    penalty_every: int = (
+        1  # updates between them, with as much more weight; half of an update's work is theirs
+    )
     attention: str = "causal"  # of the discriminator: "causal" or "bidirectional"
     logits: str = "frame"  # a logit per "frame" or per "clip"
     head_start: int = 0  # first updates, in which the discriminator alone learns
     far_sink: float = 0.0  # as in FlowStage
 
 
-def gan(steps: int, batch: int, learning_rate: float, accumulate: int = 1, clip_norm: float = math.inf) -> Optimiser:
+def gan(
+    steps: int, batch: int, learning_rate: float, accumulate: int = 1, clip_norm: float = math.inf
+) -> Optimiser:
     """RMSProp with alpha 0.9, as Adam without momentum; a constant rate and no clipping, as in the paper."""
-    return Optimiser(steps, batch, learning_rate, 1, 0.0, (0.0, 0.9), clip_norm, ema=0.995, floor=1.0, accumulate=accumulate)
+    return Optimiser(
+        steps,
+        batch,
+        learning_rate,
+        1,
+        0.0,
+        (0.0, 0.9),
+        clip_norm,
+        ema=0.995,
+        floor=1.0,
+        accumulate=accumulate,
+    )
 
 
 def _demo_game(steps: int, unjudged: int) -> AdversarialStage:
     """A discriminator that is quicker than the generator and seldom sees a stream's first segments: it has to find drift, not the first blur."""
     optimiser = gan(steps, 4, 2e-6, clip_norm=5.0)
-    return AdversarialStage(optimiser, 6, 1e-4, unjudged=unjudged, attention="bidirectional", head_start=40, far_sink=0.2)
+    return AdversarialStage(
+        optimiser,
+        6,
+        1e-4,
+        unjudged=unjudged,
+        attention="bidirectional",
+        head_start=40,
+        far_sink=0.2,
+    )
 
 
 def _demo_anchored(steps: int, learning_rate: float) -> AnchoredStage:
@@ -137,21 +166,52 @@ class Recipe:
 DEMO = Recipe(
     vae=VaeStage(Optimiser(steps=900, batch=2, learning_rate=6e-4, weight_decay=0.0)),
     flow=(
-        FlowStage(Optimiser(steps=6000, batch=6, learning_rate=1.2e-3), blocks=2, previous_noise=0.08),
-        FlowStage(Optimiser(steps=12000, batch=4, learning_rate=1e-3), blocks=5, shift=2.5, previous_noise=0.12, resampled=0.5),
-        FlowStage(Optimiser(steps=3000, batch=4, learning_rate=4e-4), blocks=5, shift=2.5, previous_noise=0.12, resampled=0.5, forced=0.5),
+        FlowStage(
+            Optimiser(steps=6000, batch=6, learning_rate=1.2e-3), blocks=2, previous_noise=0.08
+        ),
+        FlowStage(
+            Optimiser(steps=12000, batch=4, learning_rate=1e-3),
+            blocks=5,
+            shift=2.5,
+            previous_noise=0.12,
+            resampled=0.5,
+        ),
+        FlowStage(
+            Optimiser(steps=3000, batch=4, learning_rate=4e-4),
+            blocks=5,
+            shift=2.5,
+            previous_noise=0.12,
+            resampled=0.5,
+            forced=0.5,
+        ),
     ),
     trajectory=(
-        TrajectoryStage(Optimiser(steps=900, batch=4, learning_rate=3e-4), blocks=5, previous_noise=0.12),
-        TrajectoryStage(Optimiser(steps=600, batch=4, learning_rate=3e-4), blocks=5, previous_noise=0.12, worn=0.75),
+        TrajectoryStage(
+            Optimiser(steps=900, batch=4, learning_rate=3e-4), blocks=5, previous_noise=0.12
+        ),
+        TrajectoryStage(
+            Optimiser(steps=600, batch=4, learning_rate=3e-4),
+            blocks=5,
+            previous_noise=0.12,
+            worn=0.75,
+        ),
     ),
     adversarial=(_demo_game(150, 0), _demo_game(350, 30)),
-    anchored=(_demo_anchored(600, 2e-4), _demo_anchored(600, 2e-4), _demo_anchored(600, 1e-4)),  # each flies anew
+    anchored=(
+        _demo_anchored(600, 2e-4),
+        _demo_anchored(600, 2e-4),
+        _demo_anchored(600, 1e-4),
+    ),  # each flies anew
 )
 
 
 def _judged(recipe: Recipe, attention: str, logits: str) -> Recipe:
-    return replace(recipe, adversarial=tuple(replace(stage, attention=attention, logits=logits) for stage in recipe.adversarial))
+    return replace(
+        recipe,
+        adversarial=tuple(
+            replace(stage, attention=attention, logits=logits) for stage in recipe.adversarial
+        ),
+    )
 
 
 def _adamw(steps: int, batch: int) -> Optimiser:
@@ -162,14 +222,34 @@ def _adamw(steps: int, batch: int) -> Optimiser:
 PAPER = Recipe(
     vae=DEMO.vae,
     flow=(
-        FlowStage(_adamw(20_000, 256), blocks=29, shift=24.0, previous_noise=0.0, far_sink=0.0, one_time=True, velocity=True),
-        FlowStage(_adamw(4_000, 32), blocks=89, shift=24.0, previous_noise=0.0, far_sink=0.0, one_time=True, velocity=True),
+        FlowStage(
+            _adamw(20_000, 256),
+            blocks=29,
+            shift=24.0,
+            previous_noise=0.0,
+            far_sink=0.0,
+            one_time=True,
+            velocity=True,
+        ),
+        FlowStage(
+            _adamw(4_000, 32),
+            blocks=89,
+            shift=24.0,
+            previous_noise=0.0,
+            far_sink=0.0,
+            one_time=True,
+            velocity=True,
+        ),
     ),
     consistency=(ConsistencyStage(_adamw(5_000, 32), blocks=89, shift=24.0, far_sink=0.0),),
     adversarial=(
         AdversarialStage(gan(500, 1, 3e-6, accumulate=256), blocks=60, discriminator_rate=3e-6),
-        AdversarialStage(gan(500, 1, 1e-5, accumulate=64), blocks=60, discriminator_rate=1e-5, extensions=1),
-        AdversarialStage(gan(500, 1, 1e-5, accumulate=64), blocks=60, discriminator_rate=1e-5, extensions=5),
+        AdversarialStage(
+            gan(500, 1, 1e-5, accumulate=64), blocks=60, discriminator_rate=1e-5, extensions=1
+        ),
+        AdversarialStage(
+            gan(500, 1, 1e-5, accumulate=64), blocks=60, discriminator_rate=1e-5, extensions=5
+        ),
     ),
 )
 
@@ -179,10 +259,19 @@ RECIPES = {
     "demo-clip": _judged(DEMO, "causal", "clip"),
     "demo-consistency": replace(
         DEMO,
-        consistency=(ConsistencyStage(Optimiser(steps=2000, batch=4, learning_rate=2e-4), blocks=5, shift=2.5, previous_noise=0.12),),
+        consistency=(
+            ConsistencyStage(
+                Optimiser(steps=2000, batch=4, learning_rate=2e-4),
+                blocks=5,
+                shift=2.5,
+                previous_noise=0.12,
+            ),
+        ),
         trajectory=DEMO.trajectory[1:],
     ),
-    "demo-anchored": replace(DEMO, adversarial=()),  # with --distilled: colour that holds, for any one-step generator
+    "demo-anchored": replace(
+        DEMO, adversarial=()
+    ),  # with --distilled: colour that holds, for any one-step generator
     "demo-bidirectional-clip": _judged(DEMO, "bidirectional", "clip"),
     "paper": PAPER,
 }

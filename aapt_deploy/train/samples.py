@@ -34,19 +34,32 @@ def write_samples(path: Path, out: Path, seconds: int) -> Path:
 
 
 def _write(loaded: checkpoint.Checkpoint, out: Path, seconds: int) -> None:
-    profile, per_second = loaded.profile, loaded.profile.video.fps // loaded.profile.video.temporal_stride
+    profile, per_second = (
+        loaded.profile,
+        loaded.profile.video.fps // loaded.profile.video.temporal_stride,
+    )
     blocks, rows = seconds * per_second, []
 
     for name, frame in loaded.start_frames.items():
         text = token_ids(parse(frame.prompt)) if profile.text.tokens else None
 
         def steer(block: int, text: np.ndarray | None = text) -> Steering:
-            return Steering(Velocity(CRUISE.forward, yaw=TURN if block // (2 * per_second) % 2 else -TURN), text)
+            return Steering(
+                Velocity(CRUISE.forward, yaw=TURN if block // (2 * per_second) % 2 else -TURN), text
+            )
 
         engines, row = EagerEngines(loaded, torch.get_num_threads(), "fp32"), []
         chosen = set(np.linspace(0, blocks, COLUMNS).round().astype(int).tolist())
-        with open_sink(str(out / f"{name}.mp4"), None, profile.video.width, profile.video.height, profile.video.fps) as sink:
-            for block, frames in enumerate(islice(rollout(engines, profile, frame.image.numpy(), steer, 0), 1 + blocks)):
+        with open_sink(
+            str(out / f"{name}.mp4"),
+            None,
+            profile.video.width,
+            profile.video.height,
+            profile.video.fps,
+        ) as sink:
+            for block, frames in enumerate(
+                islice(rollout(engines, profile, frame.image.numpy(), steer, 0), 1 + blocks)
+            ):
                 sink.write(frames)
                 if block in chosen:
                     row.append(frames[-1])
@@ -54,4 +67,6 @@ def _write(loaded: checkpoint.Checkpoint, out: Path, seconds: int) -> None:
     if rows:
         sheet = np.ascontiguousarray(np.concatenate(rows))
         write_image(out / "sheet.png", sheet)
-        Events(out, 0).picture(0, f"seconds 0 to {seconds}", (out / "sheet.png").read_bytes(), *sheet.shape[:2])
+        Events(out, 0).picture(
+            0, f"seconds 0 to {seconds}", (out / "sheet.png").read_bytes(), *sheet.shape[:2]
+        )

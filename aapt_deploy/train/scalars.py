@@ -68,7 +68,10 @@ class Events:
 
     def scalars(self, step: int, figures: Mapping[str, float]) -> None:
         """A point on each curve."""
-        values = [_bytes(1, name.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", figure) for name, figure in figures.items()]
+        values = [
+            _bytes(1, name.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", figure)
+            for name, figure in figures.items()
+        ]
         self._write(step, _bytes(5, b"".join(_bytes(1, value) for value in values)))
 
     def picture(self, step: int, name: str, png: bytes, height: int, width: int) -> None:

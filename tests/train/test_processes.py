@@ -14,7 +14,14 @@ from aapt_deploy.errors import UsageError
 from aapt_deploy.train.processes import joined
 from tests.support.commands import ENVIRONMENT
 
-FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1", "anchored-1"]
+FILES = [
+    "generator-1",
+    "consistency-1",
+    "trajectory-1",
+    "adversarial-1",
+    "discriminator-1",
+    "anchored-1",
+]
 
 RUN = """
 import dataclasses, sys
@@ -47,7 +54,9 @@ if setup.mesh is not None:
 """
 
 
-def start(folder: Path, world: int, context: int, *, checkpointing: bool = False) -> list[subprocess.Popen[str]]:
+def start(
+    folder: Path, world: int, context: int, *, checkpointing: bool = False
+) -> list[subprocess.Popen[str]]:
     """The toy recipe in `world` processes, as torchrun starts them."""
     folder.mkdir()
     with socket.socket() as probe:
@@ -55,10 +64,28 @@ def start(folder: Path, world: int, context: int, *, checkpointing: bool = False
         port = probe.getsockname()[1]
     found = []
     for rank in range(world):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        arguments = [sys.executable, "-c", RUN, folder, context, "checkpointing" if checkpointing else "keeping"]
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1,
+        }
+        arguments = [
+            sys.executable,
+            "-c",
+            RUN,
+            folder,
+            context,
+            "checkpointing" if checkpointing else "keeping",
+        ]
         environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
-        found.append(subprocess.Popen(list(map(str, arguments)), env=environment, stderr=subprocess.PIPE, text=True))
+        found.append(
+            subprocess.Popen(
+                list(map(str, arguments)), env=environment, stderr=subprocess.PIPE, text=True
+            )
+        )
     return found
 
 
@@ -79,23 +106,36 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("world", "context", "checkpointing"), [(2, 1, False), (2, 2, True)], ids=["batches", "heads"])
-def test_two_processes_train_as_one(world: int, context: int, checkpointing: bool, alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "context", "checkpointing"), [(2, 1, False), (2, 2, True)], ids=["batches", "heads"]
+)
+def test_two_processes_train_as_one(
+    world: int, context: int, checkpointing: bool, alone: Path, tmp_path: Path
+) -> None:
     finish(start(tmp_path / "run", world, context, checkpointing=checkpointing))
     for stage in ("generator-1", "consistency-1", "trajectory-1", "adversarial-1", "anchored-1"):
-        one, two = ([json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()] for folder in (alone, tmp_path / "run"))
+        one, two = (
+            [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+            for folder in (alone, tmp_path / "run")
+        )
         assert len(one) == len(two) == 2
         for a, b in zip(one, two, strict=True):
             for name in a.keys() - {"seconds"}:
                 assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5), (stage, name)
     for name in FILES:
-        mine, theirs = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path / "run"))
+        mine, theirs = (
+            load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path / "run")
+        )
         assert mine.keys() == theirs.keys()
         wrong = {key: float((mine[key] - theirs[key]).abs().max()) for key in mine}
-        assert sum(value > 2e-4 for value in wrong.values()) <= len(wrong) // 16, wrong  # Adam makes a sign of a gradient that is almost nothing
+        assert sum(value > 2e-4 for value in wrong.values()) <= len(wrong) // 16, (
+            wrong
+        )  # Adam makes a sign of a gradient that is almost nothing
     state = load_file(tmp_path / "run" / "generator-1.state")  # as one process would have left it
     held = load_file(alone / "generator-1.state")
-    assert {name: tensor.shape for name, tensor in state.items()} == {name: tensor.shape for name, tensor in held.items()}
+    assert {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in held.items()
+    }
 
 
 def test_processes_that_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,22 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.prompts import Look
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines
-from aapt_deploy.train.judge.figures import MOVES, Classifier, Crowd, Response, Track, measure_frames, stacked
-from aapt_deploy.train.judge.flights import FIRST_WORLD, TRUE_SECONDS, FlightPlan, flight_plans, generated_flight
+from aapt_deploy.train.judge.figures import (
+    MOVES,
+    Classifier,
+    Crowd,
+    Response,
+    Track,
+    measure_frames,
+    stacked,
+)
+from aapt_deploy.train.judge.flights import (
+    FIRST_WORLD,
+    TRUE_SECONDS,
+    FlightPlan,
+    flight_plans,
+    generated_flight,
+)
 from aapt_deploy.train.world.worlds import CLEARANCE, World, headroom, start_pose
 from aapt_deploy.video.pictures import write_image
 
@@ -61,7 +75,9 @@ class Flown(NamedTuple):
 
     track: Track  # row 0 is the start frame, as decoded
     shown: np.ndarray  # uint8 [columns, H, W, 3]
-    again: Track | None = None  # begun anew from the last picture, as many blocks as a window has; none of a flight of one window
+    again: Track | None = (
+        None  # begun anew from the last picture, as many blocks as a window has; none of a flight of one window
+    )
     engine: str = ""  # backend and precision
 
 
@@ -89,31 +105,54 @@ def _entrant(path: Path, backend: str, precision: str | None, warn: Report) -> C
     """A bundle with the engines asked for, or a checkpoint, which runs as it is: in torch and float32."""
     if path.is_file():
         held = checkpoint.load(path)
-        return Candidate(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
+        return Candidate(
+            held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32")
+        )
     bundle = Bundle.open(path)
-    return Candidate(bundle.profile, bundle.manifest["source"]["sha256"], lambda: open_engines(bundle, backend, precision, warn))
+    return Candidate(
+        bundle.profile,
+        bundle.manifest["source"]["sha256"],
+        lambda: open_engines(bundle, backend, precision, warn),
+    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """A name for each: the last part of its path, with as much before it as tells them apart. Raises UsageError for one path twice."""
-    parts = [(path.resolve().with_suffix("") if path.suffix == ".safetensors" else path.resolve()).parts for path in paths]
+    parts = [
+        (path.resolve().with_suffix("") if path.suffix == ".safetensors" else path.resolve()).parts
+        for path in paths
+    ]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-length:]).strip("/") for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise UsageError(f"one of {', '.join(map(str, paths))} is named twice", "name each bundle or checkpoint once")
+    raise UsageError(
+        f"one of {', '.join(map(str, paths))} is named twice", "name each bundle or checkpoint once"
+    )
 
 
 def evaluate(
-    bundles: Sequence[Path], out: Path, flights: int, seconds: int, backend: str, precision: str | None, warn: Report, report: Report
+    bundles: Sequence[Path],
+    out: Path,
+    flights: int,
+    seconds: int,
+    backend: str,
+    precision: str | None,
+    warn: Report,
+    report: Report,
 ) -> dict[str, Any]:
     """`judge` bundles and checkpoints. Raises UsageError as it does, and when one path is given twice."""
     names = _names(bundles)
-    candidates = {name: _entrant(path, backend, precision, warn) for name, path in zip(names, bundles, strict=True)}
+    candidates = {
+        name: _entrant(path, backend, precision, warn)
+        for name, path in zip(names, bundles, strict=True)
+    }
     return judge(candidates, out, flights, seconds, report)
 
 
-def judge(candidates: Mapping[str, Candidate], out: Path, flights: int, seconds: int, report: Report) -> dict[str, Any]:
+def judge(
+    candidates: Mapping[str, Candidate], out: Path, flights: int, seconds: int, report: Report
+) -> dict[str, Any]:
     """Fly all candidates through the same plans; write evaluation.json, curves.png and one sheet each into `out`. Returns the record.
 
     Raises UsageError when candidates differ in picture size or frame rate, or when `seconds` is no multiple of the window, and what opening an engine
@@ -124,7 +163,10 @@ def judge(candidates: Mapping[str, Candidate], out: Path, flights: int, seconds:
     profile = leader.profile
     for name, other in others:
         if other.profile.video != profile.video:
-            raise UsageError(f"{first} and {name} differ in their video", "evaluate generators of one picture size and rate together")
+            raise UsageError(
+                f"{first} and {name} differ in their video",
+                "evaluate generators of one picture size and rate together",
+            )
     for candidate in candidates.values():
         candidate.open().close()
     out.mkdir(parents=True, exist_ok=True)
@@ -133,7 +175,11 @@ def judge(candidates: Mapping[str, Candidate], out: Path, flights: int, seconds:
     results = {}
     for name, candidate in candidates.items():
         flown = _fly_all(candidate, truth, partial(_under, name, report))
-        made = {"checkpoint": candidate.sha256, "engine": flown[0].engine, "timesteps": candidate.profile.sampler.timesteps}
+        made = {
+            "checkpoint": candidate.sha256,
+            "engine": flown[0].engine,
+            "timesteps": candidate.profile.sampler.timesteps,
+        }
         results[name] = made | _judge(flown, truth, profile)
         _sheet(out / f"sheet-{name}.png", flown)
     record = {
@@ -150,7 +196,10 @@ def judge(candidates: Mapping[str, Candidate], out: Path, flights: int, seconds:
 def refuse_length(seconds: int) -> None:
     """Raise UsageError for flights of a length that windows do not divide."""
     if seconds % WINDOW_S:
-        raise UsageError(f"{seconds} seconds are no multiple of the {WINDOW_S} s window", f"take {seconds // WINDOW_S * WINDOW_S + WINDOW_S}")
+        raise UsageError(
+            f"{seconds} seconds are no multiple of the {WINDOW_S} s window",
+            f"take {seconds // WINDOW_S * WINDOW_S + WINDOW_S}",
+        )
 
 
 def _truth(profile: Profile, flights: int, blocks: int, report: Report) -> Truth:
@@ -161,18 +210,38 @@ def _truth(profile: Profile, flights: int, blocks: int, report: Report) -> Truth
     tracks = [measure_frames(plan.true) for plan in planned]
     commands = [plan.commands(profile) for plan in planned]
     seen = stacked([track.rows(slice(1, None)) for track in tracks])
-    response = Response.fit(np.concatenate([c[: len(t.motion) - 1] for c, t in zip(commands, tracks, strict=True)]), seen.motion)
+    response = Response.fit(
+        np.concatenate([c[: len(t.motion) - 1] for c, t in zip(commands, tracks, strict=True)]),
+        seen.motion,
+    )
     late = [measure_frames(plan.late).rows(slice(1, None)) for plan in planned if len(plan.late)]
-    return Truth(planned, tracks, late, Crowd(seen.features, flights), response, _classifier(profile, report), commands)
+    return Truth(
+        planned,
+        tracks,
+        late,
+        Crowd(seen.features, flights),
+        response,
+        _classifier(profile, report),
+        commands,
+    )
 
 
 def _classifier(profile: Profile, report: Report) -> Classifier:
     """Fitted on pictures of training worlds."""
     features, looks = [], []
     for seed in range(TEACHING_WORLDS):
-        world, rng = World(seed, Look(), profile.video.width, profile.video.height), np.random.default_rng((seed, 3))
-        poses = (pose for _ in range(TEACHING_TRIES) if headroom(world, [pose := start_pose(world, rng)]) > CLEARANCE)
-        if views := [world.render(pose) for pose in islice(poses, TEACHING_VIEWS)]:  # in a few worlds there is no room, for flights neither
+        world, rng = (
+            World(seed, Look(), profile.video.width, profile.video.height),
+            np.random.default_rng((seed, 3)),
+        )
+        poses = (
+            pose
+            for _ in range(TEACHING_TRIES)
+            if headroom(world, [pose := start_pose(world, rng)]) > CLEARANCE
+        )
+        if views := [
+            world.render(pose) for pose in islice(poses, TEACHING_VIEWS)
+        ]:  # in a few worlds there is no room, for flights neither
             features.append(measure_frames(np.stack(views)).features)
             looks += [world.look] * len(views)
         report(f"{seed + 1} of {TEACHING_WORLDS} worlds to learn prompts from")
@@ -206,8 +275,24 @@ def _fly_all(candidate: Candidate, truth: Truth, report: Report) -> list[Flown]:
                 if len(held) == CHUNK or block == blocks:
                     tracks.append(measure_frames(np.stack(held), before))
                     held, before = [], frame
-            anew = measure_frames(np.stack(list(generated_flight(engines, candidate.profile, _anew(plan, shown[-1], window))))) if blocks > window else None
-            flown.append(Flown(stacked(tracks), np.stack(shown), anew, f"{engines.backend}-{engines.precision}"))
+            anew = (
+                measure_frames(
+                    np.stack(
+                        list(
+                            generated_flight(
+                                engines, candidate.profile, _anew(plan, shown[-1], window)
+                            )
+                        )
+                    )
+                )
+                if blocks > window
+                else None
+            )
+            flown.append(
+                Flown(
+                    stacked(tracks), np.stack(shown), anew, f"{engines.backend}-{engines.precision}"
+                )
+            )
             report(f"{len(flown)} of {len(truth.plans)} flights")
     finally:
         engines.close()
@@ -220,11 +305,18 @@ def _judge(flown: list[Flown], truth: Truth, profile: Profile) -> dict[str, Any]
     size, blocks = WINDOW_S * per_second, len(truth.plans[0].velocities)
     tracks = [f.track for f in flown]
     windows = [
-        _window([track.rows(slice(1 + first, 1 + first + size)) for track in tracks], [c[first : first + size] for c in truth.commands], truth)
+        _window(
+            [track.rows(slice(1 + first, 1 + first + size)) for track in tracks],
+            [c[first : first + size] for c in truth.commands],
+            truth,
+        )
         | {"from_s": round(first / per_second)}
         for first in range(0, blocks, size)
     ]
-    seconds = [_moment(tracks, truth, second * per_second) for second in range(min(TRUE_SECONDS, blocks // per_second) + 1)]
+    seconds = [
+        _moment(tracks, truth, second * per_second)
+        for second in range(min(TRUE_SECONDS, blocks // per_second) + 1)
+    ]
     result: dict[str, Any] = {"windows": windows, "seconds": seconds}
     if again := [f.again.rows(slice(1, None)) for f in flown if f.again is not None]:
         commands = [_anew(plan, plan.true[0], size).commands(profile) for plan in truth.plans]
@@ -245,7 +337,9 @@ def _window(tracks: list[Track], told: list[np.ndarray], truth: Truth) -> dict[s
     commands = np.concatenate(told)
     drawn = Response.resampled([(c, track.motion) for c, track in zip(told, tracks, strict=True)])
     gains = np.array([list(response.against(truth.response).values()) for response in drawn])
-    errors = [np.std(gain[np.isfinite(gain)]) if np.isfinite(gain).any() else np.nan for gain in gains.T]
+    errors = [
+        np.std(gain[np.isfinite(gain)]) if np.isfinite(gain).any() else np.nan for gain in gains.T
+    ]
     starts = np.stack([track.colour[0] for track in truth.tracks]).repeat(each, axis=0)
     looks = [plan.look for plan in truth.plans for _ in range(each)]
     return {
@@ -261,7 +355,9 @@ def _window(tracks: list[Track], told: list[np.ndarray], truth: Truth) -> dict[s
 
 def _moment(tracks: list[Track], truth: Truth, block: int) -> dict[str, float]:
     """The paired figures of one block."""
-    made, true = (np.stack([track.coarse[block] for track in group]) for group in (tracks, truth.tracks))
+    made, true = (
+        np.stack([track.coarse[block] for track in group]) for group in (tracks, truth.tracks)
+    )
     starts = np.stack([track.coarse[0] for track in truth.tracks])
     likeness = made @ true.T  # [flights, flights]
     sharp = sum(t.gradient[block] for t in tracks) / sum(t.gradient[block] for t in truth.tracks)
@@ -274,10 +370,16 @@ def _moment(tracks: list[Track], truth: Truth, block: int) -> dict[str, float]:
 def _judge_true(truth: Truth, per_second: int) -> dict[str, Any]:
     """The same figures for the true flights, at first and at last: renders, which no decoder has softened."""
     size, blocks = len(truth.tracks[0].gradient) - 1, len(truth.commands[0])
-    window = _window([track.rows(slice(1, None)) for track in truth.tracks], [c[:size] for c in truth.commands], truth)
+    window = _window(
+        [track.rows(slice(1, None)) for track in truth.tracks],
+        [c[:size] for c in truth.commands],
+        truth,
+    )
     result: dict[str, Any] = {"window": window | {"from_s": 0}, "seconds": size / per_second}
     if truth.late:
-        result["last"] = _window(truth.late, [c[-size:] for c in truth.commands], truth) | {"from_s": round((blocks - size) / per_second)}
+        result["last"] = _window(truth.late, [c[-size:] for c in truth.commands], truth) | {
+            "from_s": round((blocks - size) / per_second)
+        }
     return result
 
 
@@ -309,10 +411,25 @@ def _curves(path: Path, record: dict[str, Any]) -> None:
     for axes, (title, read) in zip(figure.subplots(2, 3).ravel(), reads.items(), strict=True):
         for name, result in record["made"].items():
             figures = np.array([read(w) for w in result["windows"]], float)  # a None is a gap
-            axes.plot([w["from_s"] + WINDOW_S / 2 for w in result["windows"]], figures, marker=".", label=name)
-        true = np.array([read(record["true"][name]) for name in ("window", "last") if name in record["true"]], float)
+            axes.plot(
+                [w["from_s"] + WINDOW_S / 2 for w in result["windows"]],
+                figures,
+                marker=".",
+                label=name,
+            )
+        true = np.array(
+            [read(record["true"][name]) for name in ("window", "last") if name in record["true"]],
+            float,
+        )
         ends = [WINDOW_S / 2, record["seconds"] - WINDOW_S / 2]
-        axes.plot(ends, [true[0], true[-1]], color="grey", linestyle="--", linewidth=1, label="true flights")
+        axes.plot(
+            ends,
+            [true[0], true[-1]],
+            color="grey",
+            linestyle="--",
+            linewidth=1,
+            label="true flights",
+        )
         axes.set(title=title, xlabel="seconds")
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     figure.axes[0].legend()

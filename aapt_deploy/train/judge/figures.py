@@ -21,9 +21,7 @@ from aapt_deploy.video import metrics
 LUMA = torch.from_numpy(metrics.LUMA).float()
 COARSE = 8  # pixels
 CHANNELS = (3, 24, 32, 48)  # of the feature net, by level
-COMPONENTS = (
-    10  # principal components that the Frechet distance sees, of a crowd of 30 flights; a flight is one look at a world, however many pictures
-)
+COMPONENTS = 10  # principal components that the Frechet distance sees, of a crowd of 30 flights; a flight is one look at a world, however many pictures
 RIDGE = 0.03  # of the classifier, relative to a feature's variance
 RESAMPLES = 200  # draws of flights that a standard error comes from
 LEVELS = ((8, 6), (4, 6), (2, 4))  # of the motion estimate: reduction, iterations
@@ -36,7 +34,9 @@ class Track(NamedTuple):
     colour: np.ndarray  # [n, 3] channel means, 0..255
     change: np.ndarray  # [n] mean absolute luma difference from the last frame of the block before
     motion: np.ndarray  # [n, 3] right and down in pixels, zoom; from the same frame
-    flow: np.ndarray  # [n] what that motion comes to over the picture: root mean square displacement in pixels
+    flow: (
+        np.ndarray
+    )  # [n] what that motion comes to over the picture: root mean square displacement in pixels
     features: np.ndarray  # [n, F]
     coarse: np.ndarray  # [n, C] luma in blocks of 8 pixels, zero mean, unit length
 
@@ -56,12 +56,18 @@ def measure_frames(shown: np.ndarray, before: np.ndarray | None = None) -> Track
     """
     frames = torch.from_numpy(shown).float()  # [n, H, W, 3]
     luma = frames @ LUMA  # [n, H, W]
-    past = torch.cat([luma[:1] if before is None else torch.from_numpy(before[None]).float() @ LUMA, luma[:-1]])
+    past = torch.cat(
+        [luma[:1] if before is None else torch.from_numpy(before[None]).float() @ LUMA, luma[:-1]]
+    )
     gradient = luma.diff(dim=1).abs().mean((1, 2)) + luma.diff(dim=2).abs().mean((1, 2))
     coarse = F.avg_pool2d(luma[:, None], COARSE).flatten(1)
     coarse = coarse - coarse.mean(1, keepdim=True)
     moved = motion(past, luma)
-    flow = (moved[:, 0] ** 2 + moved[:, 1] ** 2 + moved[:, 2] ** 2 * (luma.shape[1] ** 2 + luma.shape[2] ** 2) / 12).sqrt()
+    flow = (
+        moved[:, 0] ** 2
+        + moved[:, 1] ** 2
+        + moved[:, 2] ** 2 * (luma.shape[1] ** 2 + luma.shape[2] ** 2) / 12
+    ).sqrt()
     parts = (
         gradient, frames.mean((1, 2)), (luma - past).abs().mean((1, 2)), moved, flow,
         features(frames.permute(0, 3, 1, 2)), coarse / coarse.norm(dim=1, keepdim=True).clamp_min(1e-6),
@@ -81,15 +87,24 @@ def motion(before: Tensor, after: Tensor) -> Tensor:
         y, x = (torch.arange(n) - (n - 1) / 2 for n in (h, w))
         y, x = torch.meshgrid(y, x, indexing="ij")  # [h, w], reduced pixels from the centre
         for _ in range(iterations):
-            right, down, zoom = (p[:, None, None] for p in (found / torch.tensor([reduction, reduction, 1.0])).unbind(1))
-            grid = torch.stack([(x + right + zoom * x) * 2 / w, (y + down + zoom * y) * 2 / h], dim=-1)
+            right, down, zoom = (
+                p[:, None, None]
+                for p in (found / torch.tensor([reduction, reduction, 1.0])).unbind(1)
+            )
+            grid = torch.stack(
+                [(x + right + zoom * x) * 2 / w, (y + down + zoom * y) * 2 / h], dim=-1
+            )
             warped = F.grid_sample(b, grid, align_corners=False, padding_mode="border")[:, 0]
             inside = (grid.abs().amax(-1) < 1).float()
             gy, gx = torch.gradient(warped, dim=(1, 2))
-            slopes = torch.stack([gx, gy, gx * x + gy * y], dim=-1) * inside[..., None]  # [n, h, w, 3]
+            slopes = (
+                torch.stack([gx, gy, gx * x + gy * y], dim=-1) * inside[..., None]
+            )  # [n, h, w, 3]
             normal = torch.einsum("nhwi,nhwj->nij", slopes, slopes) + 1e-3 * torch.eye(3)
             toward = torch.einsum("nhwi,nhw->ni", slopes, a[:, 0] - warped)
-            found = found + torch.linalg.solve(normal, toward) * torch.tensor([reduction, reduction, 1.0])
+            found = found + torch.linalg.solve(normal, toward) * torch.tensor(
+                [reduction, reduction, 1.0]
+            )
     return found
 
 
@@ -100,7 +115,15 @@ def features(images: Tensor) -> Tensor:
     for inputs, outputs in pairwise(CHANNELS):
         weights = rng.standard_normal((outputs, inputs, 5, 5)) / np.sqrt(25 * inputs / 2)
         bias = rng.uniform(-0.5, 0.5, outputs)
-        x = F.relu(F.conv2d(x, torch.from_numpy(weights).float(), torch.from_numpy(bias).float(), stride=2, padding=2))
+        x = F.relu(
+            F.conv2d(
+                x,
+                torch.from_numpy(weights).float(),
+                torch.from_numpy(bias).float(),
+                stride=2,
+                padding=2,
+            )
+        )
         half = x.shape[2] // 2
         found += [x[:, :, :half].mean((2, 3)), x[:, :, half:].mean((2, 3))]
     return torch.cat(found, dim=1)
@@ -112,7 +135,9 @@ class Crowd:
     def __init__(self, true: np.ndarray, flights: int = 3 * COMPONENTS) -> None:
         """true [n, F]: features of renders from `flights` worlds. Three of them have to be there for each component."""
         self.mean, components = true.mean(0), max(1, min(COMPONENTS, flights // 3))
-        _, spread, axes = np.linalg.svd((true - self.mean) / np.sqrt(len(true)), full_matrices=False)
+        _, spread, axes = np.linalg.svd(
+            (true - self.mean) / np.sqrt(len(true)), full_matrices=False
+        )
         # Whitened, so that brightness, which every random filter sees, does not drown the rest; the floor keeps noise small.
         self.axes = axes[:components].T / np.maximum(spread[:components], 1e-3 * spread[0])
         self.true = self.project(true)
@@ -133,7 +158,9 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     root = _root(np.atleast_2d(np.cov(a, rowvar=False)))
     other = np.atleast_2d(np.cov(b, rowvar=False))
     cross = np.trace(_root(root @ other @ root))
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(root @ root) + np.trace(other) - 2 * cross)
+    return float(
+        ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(root @ root) + np.trace(other) - 2 * cross
+    )
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:
@@ -151,7 +178,10 @@ class Classifier:
         self.mean, self.deviation = true.mean(0), true.std(0) + 1e-6
         x = self._design(true)
         gram = x.T @ x / len(x) + RIDGE * np.eye(x.shape[1])
-        self.weights = np.linalg.solve(gram, x.T @ np.concatenate([_one_hot(looks, name) for name in ATTRIBUTES], axis=1) / len(x))
+        self.weights = np.linalg.solve(
+            gram,
+            x.T @ np.concatenate([_one_hot(looks, name) for name in ATTRIBUTES], axis=1) / len(x),
+        )
 
     def _design(self, features: np.ndarray) -> np.ndarray:
         z = (features - self.mean) / self.deviation
@@ -162,14 +192,18 @@ class Classifier:
         scores, first, shares = self._design(features) @ self.weights, 0, {}
         for name, words in ATTRIBUTES.items():
             read = scores[:, first : first + len(words)].argmax(1)
-            shares[name] = float((read == [words.index(getattr(look, name)) for look in looks]).mean())
+            shares[name] = float(
+                (read == [words.index(getattr(look, name)) for look in looks]).mean()
+            )
             first += len(words)
         return shares
 
 
 def _one_hot(looks: list[Look], name: str) -> np.ndarray:
     words = ATTRIBUTES[name]
-    hot: np.ndarray = np.array([[getattr(look, name) == word for word in words] for look in looks], np.float64)
+    hot: np.ndarray = np.array(
+        [[getattr(look, name) == word for word in words] for look in looks], np.float64
+    )
     return hot
 
 
@@ -186,7 +220,9 @@ class Response(NamedTuple):
     @classmethod
     def resampled(cls, flights: Sequence[tuple[np.ndarray, np.ndarray]]) -> "list[Response]":
         """Fits to RESAMPLES draws of the `flights` (commands, motion), with repetition; the same draws for the same number of them."""
-        left, right = (np.stack(parts) for parts in zip(*(_sums(*flight) for flight in flights), strict=True))
+        left, right = (
+            np.stack(parts) for parts in zip(*(_sums(*flight) for flight in flights), strict=True)
+        )
         draws = np.random.default_rng(0).integers(len(flights), size=(RESAMPLES, len(flights)))
         return [cls._solved(left[drawn].sum(0), right[drawn].sum(0)) for drawn in draws]
 
@@ -194,18 +230,28 @@ class Response(NamedTuple):
     def _solved(cls, left: np.ndarray, right: np.ndarray) -> "Response":
         """left [5, 5] and right [5, 3] of the normal equations."""
         varies = np.diag(left)[:4] - left[:4, 4] ** 2 / left[4, 4] > 1e-12 * left[4, 4]
-        return cls(np.where(varies[:, None], np.linalg.lstsq(left, right, rcond=None)[0][:4], np.nan))
+        return cls(
+            np.where(varies[:, None], np.linalg.lstsq(left, right, rcond=None)[0][:4], np.nan)
+        )
 
     def against(self, true: "Response") -> dict[str, float]:
         """Gain of each command on what it moves most, relative to the true pictures' gain: 1 obeys, 0 ignores, NaN was not asked."""
-        with np.errstate(invalid="ignore", divide="ignore"):  # true pictures may not have moved at all
-            return {name: float(self.gains[i, j] / true.gains[i, j]) for i, (name, j) in enumerate(MOVES.items())}
+        with np.errstate(
+            invalid="ignore", divide="ignore"
+        ):  # true pictures may not have moved at all
+            return {
+                name: float(self.gains[i, j] / true.gains[i, j])
+                for i, (name, j) in enumerate(MOVES.items())
+            }
 
     def correlation(self, commands: np.ndarray, moved: np.ndarray) -> dict[str, float]:
         """Of the motion that this response expects with the motion that is seen; NaN where nothing is expected to change, or nothing does."""
         expected = commands @ np.nan_to_num(self.gains)  # [n, 3]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return {name: float(np.corrcoef(expected[:, j], moved[:, j])[0, 1]) for j, name in enumerate(("right", "down", "zoom"))}
+            return {
+                name: float(np.corrcoef(expected[:, j], moved[:, j])[0, 1])
+                for j, name in enumerate(("right", "down", "zoom"))
+            }
 
 
 def _sums(commands: np.ndarray, moved: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,8 +34,12 @@ class FlightPlan:
     look: Look
     start: Pose
     velocities: tuple[Velocity, ...]
-    true: np.ndarray  # uint8 [1 + m, H, W, 3]: the start frame, then the last frame of each of the first m blocks
-    late: np.ndarray  # uint8 [1 + m, H, W, 3]: of the last 1 + m blocks; none in a flight of no more than that
+    true: (
+        np.ndarray
+    )  # uint8 [1 + m, H, W, 3]: the start frame, then the last frame of each of the first m blocks
+    late: (
+        np.ndarray
+    )  # uint8 [1 + m, H, W, 3]: of the last 1 + m blocks; none in a flight of no more than that
 
     def commands(self, profile: Profile) -> np.ndarray:
         """Camera motion over each block, float64 [n, 4]: yaw (rad), strafe, pitch (rad), forward (world units)."""
@@ -44,7 +48,9 @@ class FlightPlan:
         for v in self.velocities:
             after = pose.moved(v, seconds)
             # A pitch at its stop does not move, whatever it is told.
-            rows.append((v.yaw * seconds, v.strafe * seconds, after.pitch - pose.pitch, v.forward * seconds))
+            rows.append(
+                (v.yaw * seconds, v.strafe * seconds, after.pitch - pose.pitch, v.forward * seconds)
+            )
             pose = after
         return np.array(rows)
 
@@ -66,7 +72,9 @@ def _plan(profile: Profile, seed: int, blocks: int) -> FlightPlan | None:
     world = World(seed, Look(), video.width, video.height)
     stretch = min(blocks, TRUE_SECONDS * video.fps // video.temporal_stride)
     for _ in range(PLANS):
-        start = dataclasses.replace(start_pose(world, rng), pitch=0.0)  # where a stream's begins: both meet the stops of pitch together
+        start = dataclasses.replace(
+            start_pose(world, rng), pitch=0.0
+        )  # where a stream's begins: both meet the stops of pitch together
         flown = _flight(profile, world, start, blocks, stretch, rng)
         if flown is not None:
             break
@@ -74,8 +82,12 @@ def _plan(profile: Profile, seed: int, blocks: int) -> FlightPlan | None:
         return None
     velocities, poses = flown
     late = poses[blocks - stretch - 1 :] if blocks > stretch else []
-    frames = np.stack([world.render(pose) for pose in [start, *poses[:stretch], *late]])  # [1 + m (+ 1 + m), H, W, 3]
-    return FlightPlan(seed, world.look, start, velocities, frames[: 1 + stretch], frames[1 + stretch :])
+    frames = np.stack(
+        [world.render(pose) for pose in [start, *poses[:stretch], *late]]
+    )  # [1 + m (+ 1 + m), H, W, 3]
+    return FlightPlan(
+        seed, world.look, start, velocities, frames[: 1 + stretch], frames[1 + stretch :]
+    )
 
 
 def _flight(
@@ -107,5 +119,7 @@ def generated_flight(engines: Engines, profile: Profile, plan: FlightPlan) -> It
     def steer(block: int) -> Steering:
         return Steering(plan.velocities[block], text)
 
-    for frames in islice(rollout(engines, profile, plan.true[0], steer, plan.seed), 1 + len(plan.velocities)):
+    for frames in islice(
+        rollout(engines, profile, plan.true[0], steer, plan.seed), 1 + len(plan.velocities)
+    ):
         yield frames[-1]

@@ -34,11 +34,20 @@ class ForcedRollout:
     first [B, C, h, w]; text as in `Generator.prompt`. Noise and the place of the sink come from `rng`.
     """
 
-    def __init__(self, generator: Generator, first: Tensor, text: Tensor, stage: AdversarialStage, rng: torch.Generator) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        first: Tensor,
+        text: Tensor,
+        stage: AdversarialStage,
+        rng: torch.Generator,
+    ) -> None:
         self.profile, self.stage, self.rng = generator.profile, stage, rng
         self.streams, self.previous = Streams(generator, text), first
         away = torch.rand(len(first), generator=rng) < stage.far_sink
-        self.away = torch.randint(FAR, (len(first),), generator=rng) * away  # blocks between the sink and the next one
+        self.away = (
+            torch.randint(FAR, (len(first),), generator=rng) * away
+        )  # blocks between the sink and the next one
 
     def extend(self, condition: Tensor) -> Tensor:
         """The next n blocks under the camera condition [B, n, 6, h, w]: latents [B, n, C, h, w]."""
@@ -46,8 +55,12 @@ class ForcedRollout:
         for step in condition.unbind(1):
             block = self.streams.block + (self.away if self.streams.block else 0 * self.away)
             rope_time = torch.from_numpy(temporal_rope(self.profile, block.numpy())).to(step.device)
-            noise = self.profile.sampler.temperature * torch.randn(self.previous.shape, generator=self.rng).to(step.device)
-            latent = self.streams.sample(noise, self.previous, step, rope_time, self.stage.timesteps).float()
+            noise = self.profile.sampler.temperature * torch.randn(
+                self.previous.shape, generator=self.rng
+            ).to(step.device)
+            latent = self.streams.sample(
+                noise, self.previous, step, rope_time, self.stage.timesteps
+            ).float()
             made.append(latent)
             self.previous = latent.detach()
         return torch.stack(made, dim=1)
@@ -74,7 +87,9 @@ def adversarial_update(
     warming = step < stage.head_start
     penalty = 0.0 if step % stage.penalty_every else stage.penalty * stage.penalty_every
     batch, segments = stage.optimiser.batch, 1 + stage.extensions
-    before = int(coin(rng, 3) * (stage.unjudged + 1))  # segments; as many in all batches of the update
+    before = int(
+        coin(rng, 3) * (stage.unjudged + 1)
+    )  # segments; as many in all batches of the update
     device = generator.step_spread.device
     real = latents.clips(batch, stage.blocks, rng).to(device)
     with torch.set_grad_enabled(not warming):
@@ -92,10 +107,17 @@ def adversarial_update(
         condition = real.condition[:, conditions.shape[1] :]
         with torch.set_grad_enabled(not warming):
             made = rollout.extend(condition)
-        fake = Clips(torch.cat([shown, made], dim=1), torch.cat([conditions, condition], dim=1), text)
-        figures.append(_judge(discriminator, fake, real, stage, rng, penalty, warming, scale / segments))
+        fake = Clips(
+            torch.cat([shown, made], dim=1), torch.cat([conditions, condition], dim=1), text
+        )
+        figures.append(
+            _judge(discriminator, fake, real, stage, rng, penalty, warming, scale / segments)
+        )
         kept = stage.overlap
-        shown, conditions = fake.frames[:, -1 - kept :].detach(), fake.condition[:, fake.condition.shape[1] - kept :]
+        shown, conditions = (
+            fake.frames[:, -1 - kept :].detach(),
+            fake.condition[:, fake.condition.shape[1] - kept :],
+        )
     return {name: torch.stack([each[name] for each in figures]).mean() for name in figures[0]}
 
 
@@ -103,11 +125,23 @@ def _judge(discriminator: Discriminator, fake: Clips, real: Clips, stage: Advers
            warming: bool, scale: float) -> dict[str, Tensor]:  # fmt: skip
     """Backward through both losses of one segment."""
     t = torch.rand(len(fake.text), generator=rng).to(fake.frames.device)
-    noise = [stage.penalty_noise * torch.randn(fake.frames.shape, generator=rng).to(fake.frames.device) for _ in range(2)]
-    figures, real_logits = discriminator_loss(discriminator, Clips(fake.frames.detach(), fake.condition, fake.text), real, t, noise, penalty)
+    noise = [
+        stage.penalty_noise * torch.randn(fake.frames.shape, generator=rng).to(fake.frames.device)
+        for _ in range(2)
+    ]
+    figures, real_logits = discriminator_loss(
+        discriminator,
+        Clips(fake.frames.detach(), fake.condition, fake.text),
+        real,
+        t,
+        noise,
+        penalty,
+    )
     (scale * figures["discriminator"]).backward()
     if not warming:
-        with frozen(discriminator):  # until the backward pass is over, which may compute blocks again
+        with frozen(
+            discriminator
+        ):  # until the backward pass is over, which may compute blocks again
             made = discriminator(fake.frames, fake.condition, t, fake.text)
             figures["loss"] = F.softplus(real_logits - made).mean()
             (scale * figures["loss"]).backward()
@@ -125,14 +159,24 @@ def discriminator_loss(discriminator: Discriminator, fake: Clips, real: Clips, t
     """
     clips = [fake.frames, real.frames]
     if penalty:
-        clips += [torch.cat([x[:, :1], x[:, 1:] + eps[:, 1:]], dim=1) for x, eps in zip(clips, noise, strict=True)]
+        clips += [
+            torch.cat([x[:, :1], x[:, 1:] + eps[:, 1:]], dim=1)
+            for x, eps in zip(clips, noise, strict=True)
+        ]
     count = len(clips)
-    condition, text = (torch.cat([a, b] * (count // 2)) for a, b in ((fake.condition, real.condition), (fake.text, real.text)))
-    made, true, *near = discriminator(torch.cat(clips), condition, t.repeat(count), text).chunk(count)  # [B, n or 1] each
+    condition, text = (
+        torch.cat([a, b] * (count // 2))
+        for a, b in ((fake.condition, real.condition), (fake.text, real.text))
+    )
+    made, true, *near = discriminator(torch.cat(clips), condition, t.repeat(count), text).chunk(
+        count
+    )  # [B, n or 1] each
     figures = {"discriminator": F.softplus(made - true).mean(), "margin": (true - made).mean()}
     if penalty:
         figures |= {"r1": ((true - near[1]) ** 2).mean(), "r2": ((made - near[0]) ** 2).mean()}
-        figures["discriminator"] = figures["discriminator"] + penalty * (figures["r1"] + figures["r2"])
+        figures["discriminator"] = figures["discriminator"] + penalty * (
+            figures["r1"] + figures["r2"]
+        )
     return figures, true.detach()
 
 

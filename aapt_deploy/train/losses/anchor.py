@@ -13,7 +13,12 @@ from torch import Tensor
 from aapt_deploy.train.losses.flow import Latents
 
 GRID = (3, 4)  # places of a picture whose levels are looked at
-PAIRS = ((0.0, 1.0), (0.0, 0.7), (0.1, 0.8), (0.3, 1.0))  # of frames of a clip, as parts of its length
+PAIRS = (
+    (0.0, 1.0),
+    (0.0, 0.7),
+    (0.1, 0.8),
+    (0.3, 1.0),
+)  # of frames of a clip, as parts of its length
 RIDGE = 3.0
 
 
@@ -28,7 +33,9 @@ class Anchor:
     def to(self, device: torch.device) -> "Anchor":
         return Anchor(self.weights.to(device), self.spread.to(device), self.words)
 
-    def excess(self, latent: Tensor, text: Tensor, first: Tensor, band: float) -> tuple[Tensor, Tensor]:
+    def excess(
+        self, latent: Tensor, text: Tensor, first: Tensor, band: float
+    ) -> tuple[Tensor, Tensor]:
         """How far beyond `band` spreads: of levels [N, C, *GRID], of logarithms of deviations [N, C]; zero for what is natural.
 
         latent, first [N, C, h, w]: a frame, and the stream's first; text: ids [N, L].
@@ -47,8 +54,13 @@ class Anchor:
 
 def fit_anchor(latents: Latents) -> Anchor:
     """The anchor of a set of clips."""
-    m, words = latents.z.shape[1] - 1, int(latents.tokens.max()) + 1 if latents.tokens.numel() else 0
-    pairs = [(latents.z[:, round(a * m)].float(), latents.z[:, round(b * m)].float()) for a, b in PAIRS]
+    m, words = (
+        latents.z.shape[1] - 1,
+        int(latents.tokens.max()) + 1 if latents.tokens.numel() else 0,
+    )
+    pairs = [
+        (latents.z[:, round(a * m)].float(), latents.z[:, round(b * m)].float()) for a, b in PAIRS
+    ]
     x = torch.cat([_features(latents.tokens, first, words) for first, _ in pairs])
     y = torch.cat([_figures(later) for _, later in pairs])
     weights = torch.linalg.solve(x.mT @ x + RIDGE * torch.eye(x.shape[1]), x.mT @ y)
@@ -68,7 +80,9 @@ def smooth(levels: Tensor, like: Tensor) -> Tensor:
 def _figures(z: Tensor) -> Tensor:
     """[N, C, h, w] -> [N, C * places + C]"""
     levels = F.adaptive_avg_pool2d(z, GRID)
-    return torch.cat([levels.flatten(1), (z - smooth(levels, z)).std((2, 3)).clamp_min(1e-3).log()], dim=1)
+    return torch.cat(
+        [levels.flatten(1), (z - smooth(levels, z)).std((2, 3)).clamp_min(1e-3).log()], dim=1
+    )
 
 
 def _features(text: Tensor, first: Tensor, words: int) -> Tensor:
@@ -77,4 +91,6 @@ def _features(text: Tensor, first: Tensor, words: int) -> Tensor:
     figures = _figures(first)
     levels = figures[:, :-c].unflatten(1, (c, *GRID))
     said = F.one_hot(text, words).sum(1).to(first) if words else first.new_zeros(len(first), 0)
-    return torch.cat([said, levels.mean(3).flatten(1), figures[:, -c:], first.new_ones(len(first), 1)], dim=1)
+    return torch.cat(
+        [said, levels.mean(3).flatten(1), figures[:, -c:], first.new_ones(len(first), 1)], dim=1
+    )

@@ -24,7 +24,10 @@ from aapt_deploy.train.losses.trajectory import rounded
 from aapt_deploy.train.recipe import AnchoredStage
 
 MIXED = 0.85  # share of clips with another clip's levels; the others have small errors alone
-LEVELS, PLACES = (-0.5, 0.9), (-0.4, 0.5)  # how far towards the other clip: channel means, and what differs over the picture
+LEVELS, PLACES = (
+    (-0.5, 0.9),
+    (-0.4, 0.5),
+)  # how far towards the other clip: channel means, and what differs over the picture
 OWN = 0.15  # deviation of small errors, in latent units; a fifth of it in the last channel
 LARGEST = 30.0  # of a latent that has not run away
 
@@ -37,8 +40,13 @@ def anchored_loss(
     errors [B, 1, C, h, w]: what is wrong with the levels that the student sees of `true`. The sink block is true in both kinds, and stays.
     """
     device, (b, n) = true.clean.device, true.clean.shape[:2]
-    both = Batch(*(torch.cat(pair) for pair in zip(vars(true).values(), vars(own).values(), strict=True)))
-    noise, ones = torch.randn(both.clean.shape, generator=rng).to(device), torch.ones(2 * b, n, device=device)
+    both = Batch(
+        *(torch.cat(pair) for pair in zip(vars(true).values(), vars(own).values(), strict=True))
+    )
+    noise, ones = (
+        torch.randn(both.clean.shape, generator=rng).to(device),
+        torch.ones(2 * b, n, device=device),
+    )
     fixed = (both.condition, ones, both.text, both.rope_time)
     with torch.no_grad():
         target = teacher(noise, both.previous, *fixed).float()
@@ -48,7 +56,9 @@ def anchored_loss(
         flat = own.previous[:, 1:].flatten(0, 1)  # [B (n - 1), C, h, w]
         text, first = (x.repeat_interleave(n - 1, 0) for x in (own.text, own.previous[:, 0]))
         excess = anchor.excess(flat, text, first, stage.band)
-        target[b:, 1:] = anchor.pulled(target[b:, 1:].flatten(0, 1), *excess, stage.pull).unflatten(0, (b, n - 1))
+        target[b:, 1:] = anchor.pulled(target[b:, 1:].flatten(0, 1), *excess, stage.pull).unflatten(
+            0, (b, n - 1)
+        )
     answer = student(noise, seen, *fixed).float()
     return rounded((answer - target) / student.step_spread)
 
@@ -70,18 +80,26 @@ def level_errors(latents: Latents, previous: Tensor, rng: torch.Generator) -> Te
 
 
 @torch.no_grad()
-def own_flights(generator: Generator, latents: Latents, stage: AnchoredStage, rng: torch.Generator) -> Latents:
+def own_flights(
+    generator: Generator, latents: Latents, stage: AnchoredStage, rng: torch.Generator
+) -> Latents:
     """`stage.flights` rollouts in one pass a block, `stage.flight_blocks` long, from true first frames along the cameras of one clip after the other.
 
     Those that run away are left out. Raises TrainingError when all do.
     """
     device, m = generator.step_spread.device, latents.conditions.shape[1]
-    clips = torch.randint(len(latents.z), (-(-stage.flight_blocks // m), stage.flights), generator=rng)
+    clips = torch.randint(
+        len(latents.z), (-(-stage.flight_blocks // m), stage.flights), generator=rng
+    )
     tokens, previous = latents.tokens[clips[0]], latents.z[clips[0], 0].float().to(device)
     streams, made, conditions = Streams(generator, tokens.to(device)), [previous], []
     for block in range(stage.flight_blocks):
-        condition = latents.conditions[clips[block // m], block % m].float()  # autocast stacks no float16 on a CPU
-        rope_time = torch.from_numpy(temporal_rope(generator.profile, torch.full((stage.flights,), block).numpy())).to(device)
+        condition = latents.conditions[
+            clips[block // m], block % m
+        ].float()  # autocast stacks no float16 on a CPU
+        rope_time = torch.from_numpy(
+            temporal_rope(generator.profile, torch.full((stage.flights,), block).numpy())
+        ).to(device)
         noise = torch.randn(previous.shape, generator=rng).to(device)
         previous = streams.sample(noise, previous, condition.to(device), rope_time, (1.0,)).float()
         made.append(previous)

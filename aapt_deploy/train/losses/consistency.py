@@ -20,11 +20,19 @@ def times(stage: ConsistencyStage) -> Tensor:
     return shifted(torch.arange(stage.intervals + 1) / stage.intervals, stage.shift)
 
 
-def consistency_loss(student: Generator, teacher: Generator, batch: Batch, stage: ConsistencyStage, rng: torch.Generator) -> Tensor:
+def consistency_loss(
+    student: Generator,
+    teacher: Generator,
+    batch: Batch,
+    stage: ConsistencyStage,
+    rng: torch.Generator,
+) -> Tensor:
     """Mean squared distance of the student's answers at neighbouring times of one path, a scalar."""
     clean = batch.clean
     b, n = clean.shape[:2]
-    previous = batch.previous + stage.previous_noise * blemishes(batch.previous.shape, rng).to(clean.device)
+    previous = batch.previous + stage.previous_noise * blemishes(batch.previous.shape, rng).to(
+        clean.device
+    )
     i = torch.randint(stage.intervals, (b, 1), generator=rng)  # one for the whole clip
     now, after = (times(stage)[j].expand(b, n).to(clean.device) for j in (i + 1, i))
     now_, after_ = now[..., None, None, None], after[..., None, None, None]

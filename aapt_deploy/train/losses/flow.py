@@ -51,9 +51,18 @@ class Latents:
 
     def step_spread(self) -> Tensor:
         """Deviation of each channel around the latent before it: [C, 1, 1]. A channel that never moves gets a small one: losses divide by it."""
-        return (self.z[:, 1:].float() - self.z[:, :-1].float()).std(dim=(0, 1, 3, 4)).clamp_min(SMALLEST_SPREAD)[:, None, None]
+        return (
+            (self.z[:, 1:].float() - self.z[:, :-1].float())
+            .std(dim=(0, 1, 3, 4))
+            .clamp_min(SMALLEST_SPREAD)[:, None, None]
+        )
 
-    def draw(self, profile: Profile, stage: FlowStage | ConsistencyStage | TrajectoryStage | AnchoredStage, rng: torch.Generator) -> Batch:
+    def draw(
+        self,
+        profile: Profile,
+        stage: FlowStage | ConsistencyStage | TrajectoryStage | AnchoredStage,
+        rng: torch.Generator,
+    ) -> Batch:
         """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips. Raises InputError for clips that are too short."""
         clips, m = self.z.shape[0], self.conditions.shape[1]
         b, n = stage.optimiser.batch, stage.blocks
@@ -64,20 +73,36 @@ class Latents:
             )
         chosen = torch.randint(clips, (b,), generator=rng)
         first = torch.randint(1, m - n + 1, (b,), generator=rng)
-        blocks = torch.cat([torch.zeros(b, 1, dtype=torch.long), first[:, None] + torch.arange(n)], dim=1)  # [B, 1 + n]
+        blocks = torch.cat(
+            [torch.zeros(b, 1, dtype=torch.long), first[:, None] + torch.arange(n)], dim=1
+        )  # [B, 1 + n]
         rows = chosen[:, None]
-        away = torch.randint(1, FAR, (b, 1), generator=rng) * (torch.rand(b, 1, generator=rng) < stage.far_sink)
+        away = torch.randint(1, FAR, (b, 1), generator=rng) * (
+            torch.rand(b, 1, generator=rng) < stage.far_sink
+        )
         index = torch.cat([blocks[:, :1], blocks[:, 1:] + away], dim=1)
         rope = torch.from_numpy(temporal_rope(profile, index.numpy()))
-        return Batch(self.z[rows, blocks + 1].float(), self.z[rows, blocks].float(), self.conditions[rows, blocks].float(), self.tokens[chosen], rope)
+        return Batch(
+            self.z[rows, blocks + 1].float(),
+            self.z[rows, blocks].float(),
+            self.conditions[rows, blocks].float(),
+            self.tokens[chosen],
+            rope,
+        )
 
     def clips(self, count: int, blocks: int, rng: torch.Generator) -> "Clips":
         """`count` pieces of random clips, each of a frame and the `blocks` blocks after it."""
         m = self.conditions.shape[1]
         assert blocks <= m, f"{blocks=} of a clip that has {m}"
         chosen = torch.randint(len(self.z), (count, 1), generator=rng)
-        rows = torch.randint(m - blocks + 1, (count, 1), generator=rng) + torch.arange(1 + blocks)  # [B, 1 + n]
-        return Clips(self.z[chosen, rows].float(), self.conditions[chosen, rows[:, :-1]].float(), self.tokens[chosen[:, 0]])
+        rows = torch.randint(m - blocks + 1, (count, 1), generator=rng) + torch.arange(
+            1 + blocks
+        )  # [B, 1 + n]
+        return Clips(
+            self.z[chosen, rows].float(),
+            self.conditions[chosen, rows[:, :-1]].float(),
+            self.tokens[chosen[:, 0]],
+        )
 
 
 @dataclass(frozen=True)
@@ -104,11 +129,18 @@ def flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: torch.G
     if coin(rng, 1) < stage.resampled:
         previous = resample_history(generator, batch, rng)
     previous = previous + stage.previous_noise * blemishes(previous.shape, rng).to(clean.device)
-    t = shifted(torch.rand(b, 1 if stage.one_time else n, generator=rng), stage.shift).clamp_min(SMALLEST_T).expand(b, n).to(clean.device)
+    t = (
+        shifted(torch.rand(b, 1 if stage.one_time else n, generator=rng), stage.shift)
+        .clamp_min(SMALLEST_T)
+        .expand(b, n)
+        .to(clean.device)
+    )
     noise = torch.randn(clean.shape, generator=rng).to(clean.device)
     t_ = t[..., None, None, None]  # [B, n, 1, 1, 1]
     noisy = (1 - t_) * clean + t_ * noise
-    predicted: Tensor = generator(noisy, previous, batch.condition, t, batch.text, batch.rope_time).float()
+    predicted: Tensor = generator(
+        noisy, previous, batch.condition, t, batch.text, batch.rope_time
+    ).float()
     spread = t_ if stage.velocity else posterior(noisy, previous, t_, generator.step_spread)[2]
     return (((predicted - clean) / spread) ** 2).mean()
 
@@ -117,7 +149,11 @@ def blemishes(shape: torch.Size, rng: torch.Generator) -> Tensor:
     """Errors of random strength, of the two kinds a generator makes: pixel by pixel, and constant over a token's patch."""
     b, n, c, h, w = shape
     fine = torch.rand(b, n, 1, 1, 1, generator=rng) * torch.randn(shape, generator=rng)
-    coarse = torch.randn(b, n, c, -(-h // 2), -(-w // 2), generator=rng).repeat_interleave(2, -2).repeat_interleave(2, -1)[..., :h, :w]
+    coarse = (
+        torch.randn(b, n, c, -(-h // 2), -(-w // 2), generator=rng)
+        .repeat_interleave(2, -2)
+        .repeat_interleave(2, -1)[..., :h, :w]
+    )
     return fine + torch.rand(b, n, 1, 1, 1, generator=rng) * coarse
 
 
@@ -132,9 +168,15 @@ def resample_history(generator: Generator, batch: Batch, rng: torch.Generator) -
     b = clean.shape[0]
     t = 0.35 + 0.65 * torch.rand(b, 1, generator=rng).expand(b, clean.shape[1]).to(clean.device)
     single = coin(rng, 2) < 0.5
-    x = (1 - t[..., None, None, None]) * clean + t[..., None, None, None] * torch.randn(clean.shape, generator=rng).to(clean.device)
+    x = (1 - t[..., None, None, None]) * clean + t[..., None, None, None] * torch.randn(
+        clean.shape, generator=rng
+    ).to(clean.device)
     previous = batch.previous
-    for now, after in [(t, torch.zeros_like(t))] if single else [(t, t / 2), (t / 2, torch.zeros_like(t))]:
-        predicted = generator(x, previous, batch.condition, now, batch.text, batch.rope_time).float()
+    for now, after in (
+        [(t, torch.zeros_like(t))] if single else [(t, t / 2), (t / 2, torch.zeros_like(t))]
+    ):
+        predicted = generator(
+            x, previous, batch.condition, now, batch.text, batch.rope_time
+        ).float()
         x = predicted + (x - predicted) * (after / now)[..., None, None, None]
     return torch.cat([batch.previous[:, :2], x[:, 1:-1]], dim=1)

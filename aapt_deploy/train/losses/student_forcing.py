@@ -29,14 +29,21 @@ class Streams:
     def __init__(self, generator: Generator, text: Tensor) -> None:
         self.generator, self.ring, self.block = generator, Ring.of(generator.profile), 0
         keys, values = generator.prompt(text)
-        self.held: dict[int, Kept] = {0: ([x.float() for x in keys], [x.float() for x in values])}  # by slot; the text is in front
+        self.held: dict[int, Kept] = {
+            0: ([x.float() for x in keys], [x.float() for x in values])
+        }  # by slot; the text is in front
         self.cache: Kept | None = None  # what is held, put together; until the next block
 
-    def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def step(
+        self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """One pass over the next block of every stream; shapes as in `Generator.step` with B in front. Commits nothing."""
         if self.cache is None:
             parts = [self.held[slot] for slot in sorted(self.held)]
-            self.cache = _joined([keys for keys, _ in parts]), _joined([values for _, values in parts])  # per layer [B, cache_len, H, D]
+            self.cache = (
+                _joined([keys for keys, _ in parts]),
+                _joined([values for _, values in parts]),
+            )  # per layer [B, cache_len, H, D]
         cache_len = torch.tensor([self.ring.place(self.block).cache_len], dtype=torch.int32)
         return self.generator.step(noisy, previous, condition, t, rope_time, *self.cache, cache_len)
 
@@ -47,17 +54,33 @@ class Streams:
 
     def detach(self) -> None:
         """Let go of the graph behind the cache; keep its values."""
-        self.held = {slot: ([x.detach() for x in keys], [x.detach() for x in values]) for slot, (keys, values) in self.held.items()}
+        self.held = {
+            slot: ([x.detach() for x in keys], [x.detach() for x in values])
+            for slot, (keys, values) in self.held.items()
+        }
         self.cache = None
 
-    def sample(self, noise: Tensor, previous: Tensor, condition: Tensor, rope_time: Tensor, timesteps: Sequence[float]) -> Tensor:
+    def sample(
+        self,
+        noise: Tensor,
+        previous: Tensor,
+        condition: Tensor,
+        rope_time: Tensor,
+        timesteps: Sequence[float],
+    ) -> Tensor:
         """The next latent of every stream [B, C, h, w], committed: the loop of `aapt_deploy.rollout.loop` on tensors."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
         def clean(noisy: Tensor, t: float) -> Tensor:
             nonlocal keys, values
-            found, keys, values = self.step(noisy, previous, condition, torch.full((len(noisy),), t, device=noisy.device), rope_time)
+            found, keys, values = self.step(
+                noisy,
+                previous,
+                condition,
+                torch.full((len(noisy),), t, device=noisy.device),
+                rope_time,
+            )
             return found
 
         latent: Tensor = denoise(clean, noise, timesteps)
@@ -70,7 +93,9 @@ def _joined(parts: list[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(blocks, dim=1) for blocks in zip(*parts, strict=True)]
 
 
-def forced_flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: torch.Generator) -> Tensor:
+def forced_flow_loss(
+    generator: Generator, batch: Batch, stage: FlowStage, rng: torch.Generator
+) -> Tensor:
     """`flow_loss` with the rollout's own past: mean squared error in posterior deviations, a scalar.
 
     The first block of the batch is the sink, made from its true predecessor. The second one starts from a true latent again, because what lies
@@ -82,8 +107,16 @@ def forced_flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: 
     for j in range(batch.clean.shape[1]):
         if j == 1:
             previous = batch.previous[:, 1]
-        clean, condition, rope_time = batch.clean[:, j], batch.condition[:, j], batch.rope_time[:, j]
-        t = shifted(torch.rand(len(clean), generator=rng), stage.shift).clamp_min(SMALLEST_T).to(clean.device)
+        clean, condition, rope_time = (
+            batch.clean[:, j],
+            batch.condition[:, j],
+            batch.rope_time[:, j],
+        )
+        t = (
+            shifted(torch.rand(len(clean), generator=rng), stage.shift)
+            .clamp_min(SMALLEST_T)
+            .to(clean.device)
+        )
         t_ = t[:, None, None, None]
         noisy = (1 - t_) * clean + t_ * torch.randn(clean.shape, generator=rng).to(clean.device)
         predicted = streams.step(noisy, previous, condition, t, rope_time)[0].float()
@@ -91,5 +124,7 @@ def forced_flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: 
         losses.append((((predicted - clean) / spread) ** 2).mean())
         with torch.no_grad():
             noise = sampler.temperature * torch.randn(clean.shape, generator=rng).to(clean.device)
-            previous = streams.sample(noise, previous, condition, rope_time, sampler.timesteps).float()
+            previous = streams.sample(
+                noise, previous, condition, rope_time, sampler.timesteps
+            ).float()
     return torch.stack(losses).mean()

@@ -20,7 +20,14 @@ LATENT_NOISE = 0.05  # deviation of the noise that the ridge decoder must expect
 def pca_encoder(vae: Vae, clips: list[Tensor]) -> float:
     """Set the encoder's linear path from clips [T, 3, H, W] (T = 4n). Returns the share of variance kept."""
     encoder = vae.encoder
-    patches = torch.cat([space_time_to_channels(c[None], encoder.time, encoder.space)[0].movedim(1, -1).flatten(0, -2) for c in clips])
+    patches = torch.cat(
+        [
+            space_time_to_channels(c[None], encoder.time, encoder.space)[0]
+            .movedim(1, -1)
+            .flatten(0, -2)
+            for c in clips
+        ]
+    )
     mean = patches.mean(dim=0)
     covariance = torch.zeros(patches.shape[1], patches.shape[1], dtype=torch.float64)
     for chunk in (patches - mean).split(65536):
@@ -46,10 +53,17 @@ def ridge_decoder(vae: Vae, clips: list[Tensor]) -> None:
     for clip in clips:
         z = vae.encoder(clip[None])[0]  # [n, C, h, w]
         z = z + LATENT_NOISE * torch.randn(z.shape, generator=generator)
-        seen = torch.cat([torch.cat([torch.zeros_like(z[:1]), z[:-1]]), z], dim=1)  # [n, 2C, h, w]: as CausalConv stacks them
+        seen = torch.cat(
+            [torch.cat([torch.zeros_like(z[:1]), z[:-1]]), z], dim=1
+        )  # [n, 2C, h, w]: as CausalConv stacks them
         features = F.unfold(seen, 3, padding=1).transpose(1, 2).flatten(0, 1)  # [n*h*w, 2C*9]
         features = F.pad(features, (0, 1), value=1.0).double()
-        target = space_time_to_channels(clip[None], decoder.time, decoder.space)[0].movedim(1, -1).flatten(0, -2).double()
+        target = (
+            space_time_to_channels(clip[None], decoder.time, decoder.space)[0]
+            .movedim(1, -1)
+            .flatten(0, -2)
+            .double()
+        )
         gram = features.T @ features + (0 if gram is None else gram)
         cross = features.T @ target + (0 if cross is None else cross)
     assert gram is not None and cross is not None, "ridge_decoder needs at least one clip"

@@ -33,13 +33,18 @@ class Snippets:
         """Frames [B, 4 (1 + blocks), 3, H, W] in [-1, 1]; the first group of four is only there to fill the decoder's memory."""
         pieces: list[Tensor] = []
         for _ in range(stage.optimiser.batch + BROKEN_DRAWS):
-            clip, start = (int(torch.randint(high, (), generator=rng)) for high in (len(self.clips), 1 << 30))
+            clip, start = (
+                int(torch.randint(high, (), generator=rng)) for high in (len(self.clips), 1 << 30)
+            )
             piece = self._piece(self.clips[clip], 1 + stage.blocks, start)
             if piece is not None:
                 pieces.append(piece)
             if len(pieces) == stage.optimiser.batch:
                 return from_pixels(torch.stack(pieces))
-        raise InputError(f"of {BROKEN_DRAWS} clips drawn for one update none can be read", "make the data again: aapt train data FOLDER")
+        raise InputError(
+            f"of {BROKEN_DRAWS} clips drawn for one update none can be read",
+            "make the data again: aapt train data FOLDER",
+        )
 
     def _piece(self, clip: ClipFile, groups: int, start: int) -> Tensor | None:
         """`groups` groups of four frames from a random `start`, or None when the clip is damaged, too short or of another size."""
@@ -50,7 +55,9 @@ class Snippets:
                 count, *size = held.get_shape()
                 starts = (count - 1) // v.temporal_stride - groups + 1
                 if starts < 1 or size != [v.height, v.width, PIXEL_CHANNELS]:
-                    raise ValueError(f"frames {[count, *size]} hold no {groups} groups of {v.width}x{v.height}")
+                    raise ValueError(
+                        f"frames {[count, *size]} hold no {groups} groups of {v.width}x{v.height}"
+                    )
                 first = 1 + v.temporal_stride * (start % starts)
                 piece: Tensor = held[first : first + v.temporal_stride * groups]
                 return piece
@@ -64,25 +71,37 @@ def fit_linear(vae: Vae, clips: list[ClipFile], profile: Profile, seed: int) -> 
 
     Raises InputError when no clip can be read.
     """
-    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))[:FIT_CLIPS].tolist()
+    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))[
+        :FIT_CLIPS
+    ].tolist()
     loaded = []
     for index in order:
         arrays = clips[index].read(profile)
         if arrays is not None:
             frames = from_pixels(torch.from_numpy(arrays["frames"]))
-            loaded.append(torch.cat([frames[:1].expand(profile.video.temporal_stride - 1, -1, -1, -1), frames]))
+            loaded.append(
+                torch.cat(
+                    [frames[:1].expand(profile.video.temporal_stride - 1, -1, -1, -1), frames]
+                )
+            )
     if not loaded:
-        raise InputError(f"none of {len(order)} clips can be read", "make the data again: aapt train data FOLDER")
+        raise InputError(
+            f"none of {len(order)} clips can be read", "make the data again: aapt train data FOLDER"
+        )
     kept = pca_encoder(vae, loaded)
     ridge_decoder(vae, loaded[: max(1, len(loaded) // 2)])
     return kept
 
 
-def vae_loss(vae: Vae, stage: VaeStage, draw: Callable[[torch.Generator], Tensor], rng: torch.Generator) -> Tensor:
+def vae_loss(
+    vae: Vae, stage: VaeStage, draw: Callable[[torch.Generator], Tensor], rng: torch.Generator
+) -> Tensor:
     """L1 on pixels and on their gradients, over the frames after the first group; a scalar."""
     frames = draw(rng)
     z = vae.encoder(frames)
-    z = z + stage.latent_noise * torch.rand(len(z), 1, 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
+    z = z + stage.latent_noise * torch.rand(len(z), 1, 1, 1, 1, generator=rng) * torch.randn(
+        z.shape, generator=rng
+    )
     decoded, _ = vae.decoder(z, vae.decoder.empty_memory(z))
     skip = vae.decoder.time
     error = (decoded - frames)[:, skip:].float()

@@ -49,10 +49,21 @@ class ClipFile:
             self.skip(self.path, f"unreadable: {error}")
             return None
         v, n = profile.video, len(poses) - 1 if poses.ndim == 2 else 0
-        if n < 1 or frames.shape != (1 + v.temporal_stride * n, v.height, v.width, 3) or frames.dtype != np.uint8:
-            self.skip(self.path, f"frames {frames.shape} {frames.dtype} do not fit {v.width}x{v.height} with poses {poses.shape}")
+        if (
+            n < 1
+            or frames.shape != (1 + v.temporal_stride * n, v.height, v.width, 3)
+            or frames.dtype != np.uint8
+        ):
+            self.skip(
+                self.path,
+                f"frames {frames.shape} {frames.dtype} do not fit {v.width}x{v.height} with poses {poses.shape}",
+            )
             return None
-        if poses.shape[1] != len(dataclasses.fields(Pose)) or not np.isfinite(poses).all() or tokens.shape != (PROMPT_TOKENS,):
+        if (
+            poses.shape[1] != len(dataclasses.fields(Pose))
+            or not np.isfinite(poses).all()
+            or tokens.shape != (PROMPT_TOKENS,)
+        ):
             self.skip(self.path, f"poses {poses.shape} or tokens {tokens.shape} are not a flight's")
             return None
         return arrays
@@ -62,14 +73,18 @@ def clip_files(folder: Path, skip: Callable[[Path, str], None]) -> list[ClipFile
     """All clips of a folder in a fixed order. Raises InputError when there is none."""
     files = [ClipFile(path, skip) for path in sorted(folder.glob("clip-*.safetensors"))]
     if not files:
-        raise InputError(f"data folder {folder} holds no clip", "make one with: aapt train data FOLDER")
+        raise InputError(
+            f"data folder {folder} holds no clip", "make one with: aapt train data FOLDER"
+        )
     return files
 
 
 def conditions(profile: Profile, poses: np.ndarray) -> np.ndarray:
     """Camera conditions float32 [n, 6, h, w] of the n blocks between `poses` [n + 1, 5]."""
     path = [Pose(*row) for row in poses.tolist()]
-    return np.concatenate([condition_map(profile, before, after) for before, after in pairwise(path)])
+    return np.concatenate(
+        [condition_map(profile, before, after) for before, after in pairwise(path)]
+    )
 
 
 def write_clip(path: Path, frames: np.ndarray, poses: np.ndarray, tokens: np.ndarray) -> None:
@@ -94,9 +109,18 @@ def refuse_other_clips(folder: Path, profile: Profile, blocks: int) -> None:
 def _shapes(path: Path) -> dict[str, list[int]]:
     """The shapes of a clip's arrays by its header alone; none of a file that is no whole clip."""
     try:
-        with safe_open(path, framework="numpy") as file:  # refuses a file that is shorter than its header says
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in ("frames", "poses", "tokens")}
-            return shapes if len(shapes["frames"]) == 4 and file.get_slice("frames").get_dtype() == "U8" else {}
+        with safe_open(
+            path, framework="numpy"
+        ) as file:  # refuses a file that is shorter than its header says
+            shapes = {
+                name: list(file.get_slice(name).get_shape())
+                for name in ("frames", "poses", "tokens")
+            }
+            return (
+                shapes
+                if len(shapes["frames"]) == 4 and file.get_slice("frames").get_dtype() == "U8"
+                else {}
+            )
     except (OSError, SafetensorError):
         return {}
 
@@ -129,7 +153,14 @@ def _render_task(task: tuple[Path, Profile, int, int]) -> int:
     return render_world(*task)
 
 
-def render_worlds(folder: Path, profile: Profile, first_seed: int, worlds: int, processes: int, blocks: int = BLOCKS) -> Iterator[int]:
+def render_worlds(
+    folder: Path,
+    profile: Profile,
+    first_seed: int,
+    worlds: int,
+    processes: int,
+    blocks: int = BLOCKS,
+) -> Iterator[int]:
     """Render `worlds` worlds into `folder`, yielding the clips written after each. Resumes where an earlier run stopped."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [(folder, profile, seed, blocks) for seed in range(first_seed, first_seed + worlds)]
@@ -140,18 +171,34 @@ def render_worlds(folder: Path, profile: Profile, first_seed: int, worlds: int, 
         yield from pool.imap_unordered(_render_task, tasks)
 
 
-def import_videos(source: Path, folder: Path, profile: Profile, skip: Callable[[Path, str], None], blocks: int = BLOCKS) -> int:
+def import_videos(
+    source: Path,
+    folder: Path,
+    profile: Profile,
+    skip: Callable[[Path, str], None],
+    blocks: int = BLOCKS,
+) -> int:
     """Cut a video file, or every one under a folder, into clips. Cameras are unknown, so poses are zeros; prompts are open. Returns clips written.
 
     Clips are named after what is in their video: another folder's join them, those that are there already stay, and those that an earlier import
     cut to another length or size go. Raises InputError when `source` has no video, or none that can be read.
     """
-    videos = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    videos = (
+        [source]
+        if source.is_file()
+        else sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    )
     if not videos:
         what = "holds no video" if source.is_dir() else "is no file and no folder"
-        raise InputError(f"{source} {what}", f"name a video, or a folder of videos ({', '.join(VIDEO_SUFFIXES)})")
+        raise InputError(
+            f"{source} {what}", f"name a video, or a folder of videos ({', '.join(VIDEO_SUFFIXES)})"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    poses, tokens, written = np.zeros((blocks + 1, len(dataclasses.fields(Pose)))), token_ids(Look())[0], 0
+    poses, tokens, written = (
+        np.zeros((blocks + 1, len(dataclasses.fields(Pose)))),
+        token_ids(Look())[0],
+        0,
+    )
     broken: list[Path] = []
     for path in videos:
         try:
@@ -159,7 +206,9 @@ def import_videos(source: Path, folder: Path, profile: Profile, skip: Callable[[
             for clip in folder.glob(f"{name}-*.safetensors"):
                 if not _is_clip(clip, profile, blocks):
                     clip.unlink()
-            for piece, frames in enumerate(_cut(path, profile, 1 + profile.video.temporal_stride * blocks)):
+            for piece, frames in enumerate(
+                _cut(path, profile, 1 + profile.video.temporal_stride * blocks)
+            ):
                 clip = folder / f"{name}-{piece:06d}.safetensors"
                 if not clip.exists():
                     write_clip(clip, frames, poses, tokens)
@@ -168,7 +217,10 @@ def import_videos(source: Path, folder: Path, profile: Profile, skip: Callable[[
             broken.append(path)
             skip(path, str(error))
     if broken == videos:
-        raise InputError(f"none of {len(videos)} videos in {source} can be read whole", "name videos that ffmpeg can decode")
+        raise InputError(
+            f"none of {len(videos)} videos in {source} can be read whole",
+            "name videos that ffmpeg can decode",
+        )
     return written
 
 
@@ -178,7 +230,9 @@ def _named_after(video: Path) -> str:
         with video.open("rb") as file:
             return f"clip-video-{hashlib.file_digest(file, 'sha256').hexdigest()[:NAMED_BY]}"
     except OSError as error:
-        raise InputError(f"video {video}: {error.strerror or error}", "name a video file that can be read") from None
+        raise InputError(
+            f"video {video}: {error.strerror or error}", "name a video file that can be read"
+        ) from None
 
 
 def _cut(video: Path, profile: Profile, length: int) -> Iterator[np.ndarray]:

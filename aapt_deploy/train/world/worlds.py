@@ -47,14 +47,20 @@ SKY = {  # time -> zenith, horizon, sunlight, ambient, sun elevation (rad)
 }
 CLEARANCE = 7.0  # least height of a flight above the ground, world units
 FLIGHT_PLANS = 400  # random flights tried in a world before one is lifted over its hills
-VIEW_DISTANCE = {"clear": 330.0, "cloudy": 240.0, "foggy": 105.0}  # world units at which haze hides 1 - 1/e
+VIEW_DISTANCE = {
+    "clear": 330.0,
+    "cloudy": 240.0,
+    "foggy": 105.0,
+}  # world units at which haze hides 1 - 1/e
 
 
 def _rgb(code: str) -> np.ndarray:
     return np.array([int(code[i : i + 2], 16) for i in (0, 2, 4)], np.float32) / 255
 
 
-def _noise(rng: np.random.Generator, slope: float, lowest: float = 1.5, size: int = SIZE) -> np.ndarray:
+def _noise(
+    rng: np.random.Generator, slope: float, lowest: float = 1.5, size: int = SIZE
+) -> np.ndarray:
     """Torus noise [size, size] with power falling as frequency^-slope, normalised to 0..1."""
     fy, fx = np.fft.fftfreq(size)[:, None] * size, np.fft.rfftfreq(size)[None] * size
     radius = np.hypot(fy, fx)
@@ -71,7 +77,9 @@ def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
     n = image.shape[0]
     fy, fx = np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None]
     kernel = np.exp(-2 * (math.pi * sigma) ** 2 * (fy**2 + fx**2))[..., None]
-    blurred: np.ndarray = np.fft.irfft2(np.fft.rfft2(image, axes=(0, 1)) * kernel, s=(n, n), axes=(0, 1)).astype(np.float32)
+    blurred: np.ndarray = np.fft.irfft2(
+        np.fft.rfft2(image, axes=(0, 1)) * kernel, s=(n, n), axes=(0, 1)
+    ).astype(np.float32)
     return blurred
 
 
@@ -100,7 +108,9 @@ class World:
 
     def __init__(self, seed: int, look: Look, width: int = 192, height: int = 112) -> None:
         rng = np.random.default_rng(seed)
-        self.look = Look(*(value or str(rng.choice(ATTRIBUTES[name])) for name, value in vars(look).items()))
+        self.look = Look(
+            *(value or str(rng.choice(ATTRIBUTES[name])) for name, value in vars(look).items())
+        )
         place, season, time, weather = (str(value) for value in vars(self.look).values())
         self.width, self.height = width, height
         self.ground = PLACES[place]
@@ -126,8 +136,14 @@ class World:
             bare = bare + 1.6 * _smooth(_noise(rng, 1.0, 28), 0.45, 0.75)
         surface = np.maximum(bare, g["water"]).astype(np.float32)
         low, middle, high = (_rgb(code) for code in GROUND[place][season])
-        level = (bare - max(g["water"], 0)) / (g["amplitude"] - max(g["water"], 0)) + 0.28 * (_noise(rng, 1.2, 6) - 0.5)
-        colour = _mix(_mix(low, middle, _smooth(level, 0.12, 0.45)[..., None]), high, _smooth(level, 0.52, 0.82)[..., None])
+        level = (bare - max(g["water"], 0)) / (g["amplitude"] - max(g["water"], 0)) + 0.28 * (
+            _noise(rng, 1.2, 6) - 0.5
+        )
+        colour = _mix(
+            _mix(low, middle, _smooth(level, 0.12, 0.45)[..., None]),
+            high,
+            _smooth(level, 0.52, 0.82)[..., None],
+        )
         patches = _noise(rng, 1.0, 10) - 0.5
         colour = colour * (1 + 0.42 * patches[..., None])
         gy, gx = (np.roll(surface, -1, axis) - np.roll(surface, 1, axis) for axis in (0, 1))
@@ -138,9 +154,13 @@ class World:
         colour = colour * light
         wet = (bare < g["water"])[..., None]
         depth = np.clip((g["water"] - bare) / 9, 0, 1)[..., None]
-        shine = _mix(_rgb(WATER[season]), 0.5 * self.horizon + 0.2 * self.zenith, np.float32(0.35)) * (self.ambient + 0.6 * self.sunlight)
+        shine = _mix(
+            _rgb(WATER[season]), 0.5 * self.horizon + 0.2 * self.zenith, np.float32(0.35)
+        ) * (self.ambient + 0.6 * self.sunlight)
         colour = np.where(wet, _mix(_mix(colour, shine, 0.55), shine, depth), colour)
-        mips = [np.clip(colour, 0, 1).astype(np.float32)] + [_blur(colour, 0.55 * 2**i) for i in range(1, MIPS)]
+        mips = [np.clip(colour, 0, 1).astype(np.float32)] + [
+            _blur(colour, 0.55 * 2**i) for i in range(1, MIPS)
+        ]
         return Textures(surface, np.stack(mips), _noise(rng, 1.5, 2, 256))
 
     def _light(self, surface: np.ndarray, gx: np.ndarray, gy: np.ndarray) -> np.ndarray:
@@ -151,8 +171,14 @@ class World:
         shadow = np.ones_like(surface)
         for reach in range(2, 64, 4):
             there = np.roll(surface, (-round(sy * reach), -round(sx * reach)), (0, 1))
-            shadow = np.minimum(shadow, 1 - _smooth(there - surface - reach * math.tan(self.sun_elevation), 0.0, 3.0))
-        light: np.ndarray = self.ambient + self.sunlight * (np.clip(facing, 0, None) * (0.15 + 0.85 * shadow))[..., None]
+            shadow = np.minimum(
+                shadow,
+                1 - _smooth(there - surface - reach * math.tan(self.sun_elevation), 0.0, 3.0),
+            )
+        light: np.ndarray = (
+            self.ambient
+            + self.sunlight * (np.clip(facing, 0, None) * (0.15 + 0.85 * shadow))[..., None]
+        )
         return light
 
     def ground_height(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -179,17 +205,32 @@ class World:
         w = self.width
         sin, cos = math.sin(pose.heading), math.cos(pose.heading)
         across = ((np.arange(w) + 0.5 - w / 2) / focal_length(w)).astype(np.float32)  # [w]
-        ahead_x, ahead_y = sin + across * cos, cos - across * sin  # ground direction of each column per unit depth
-        ground = self.ground_height(pose.x + DEPTHS[:, None] * ahead_x, pose.y + DEPTHS[:, None] * ahead_y)  # [K, w]
+        ahead_x, ahead_y = (
+            sin + across * cos,
+            cos - across * sin,
+        )  # ground direction of each column per unit depth
+        ground = self.ground_height(
+            pose.x + DEPTHS[:, None] * ahead_x, pose.y + DEPTHS[:, None] * ahead_y
+        )  # [K, w]
         horizon_row = h / 2 + f * math.tan(pose.pitch)
-        rows = horizon_row + f * (pose.z - ground) / DEPTHS[:, None]  # [K, w]: screen row of each sample
+        rows = (
+            horizon_row + f * (pose.z - ground) / DEPTHS[:, None]
+        )  # [K, w]: screen row of each sample
         top = np.minimum.accumulate(rows, axis=0)
-        first = np.clip(np.ceil(top - 0.5), 0, h).astype(np.int64)  # first pixel row that sample k covers
-        counts = np.bincount((first + np.arange(w) * (h + 1)).ravel(), minlength=w * (h + 1)).reshape(w, h + 1)
-        hit = len(DEPTHS) - np.cumsum(counts[:, :h], axis=1).T  # [h, w]: index of the first covering sample, K for sky
+        first = np.clip(np.ceil(top - 0.5), 0, h).astype(
+            np.int64
+        )  # first pixel row that sample k covers
+        counts = np.bincount(
+            (first + np.arange(w) * (h + 1)).ravel(), minlength=w * (h + 1)
+        ).reshape(w, h + 1)
+        hit = (
+            len(DEPTHS) - np.cumsum(counts[:, :h], axis=1).T
+        )  # [h, w]: index of the first covering sample, K for sky
         picture = self._sky(pose, (horizon_row - np.arange(h) - 0.5) / f, across)
         r, c = np.nonzero(hit < len(DEPTHS))
-        picture[r, c] = self._shade(pose, picture[r, c], (r, c), hit[r, c], (rows, top), (ahead_x, ahead_y))
+        picture[r, c] = self._shade(
+            pose, picture[r, c], (r, c), hit[r, c], (rows, top), (ahead_x, ahead_y)
+        )
         clipped: np.ndarray = np.clip(picture, 0, 1)
         return clipped
 
@@ -211,7 +252,11 @@ class World:
         i1, j1, base = (i + 1) % SIZE, (j + 1) % SIZE, mip * SIZE * SIZE
         take = self._flat_colour.take
         near = _mix(take(base + j * SIZE + i, axis=0), take(base + j * SIZE + i1, axis=0), fx)
-        colour = _mix(near, _mix(take(base + j1 * SIZE + i, axis=0), take(base + j1 * SIZE + i1, axis=0), fx), fy)
+        colour = _mix(
+            near,
+            _mix(take(base + j1 * SIZE + i, axis=0), take(base + j1 * SIZE + i1, axis=0), fx),
+            fy,
+        )
         haze = 1 - np.exp(-((depth / self.view_distance) ** 1.5))
         haze = np.maximum(haze, _smooth(depth, 330, 450))[:, None].astype(np.float32)
         return _mix(colour, _mix(sky, self.horizon, np.float32(0.7)), haze)
@@ -220,7 +265,9 @@ class World:
         """The sky behind everything: float32 [h, w, 3], from each row's tangent of elevation and each column's of azimuth."""
         rise = tangents.astype(np.float32)[:, None]  # [h, 1]
         glow = _smooth(rise, -0.02, 0.62)[..., None]
-        sky = np.broadcast_to(_mix(self.horizon, self.zenith, glow), (len(rise), self.width, 3)).astype(np.float32)
+        sky = np.broadcast_to(
+            _mix(self.horizon, self.zenith, glow), (len(rise), self.width, 3)
+        ).astype(np.float32)
         azimuth = pose.heading + np.arctan(across)[None]  # [1, w]
         up = np.maximum(rise, 0.0)
         if self.cover:
@@ -228,10 +275,16 @@ class World:
             u, v = far * np.sin(azimuth) * 16 + 64, far * np.cos(azimuth) * 16 + 64
             cloud = _bilinear(self.textures.clouds, u, v)
             amount = self.cover * _smooth(cloud, 0.45, 0.80) * _smooth(up, 0.03, 0.22)
-            sky = _mix(sky, np.clip(self.ambient + 0.62 * self.sunlight, 0, 1), 0.85 * amount[..., None])
-        apart = (np.mod(azimuth - self.sun_azimuth + math.pi, 2 * math.pi) - math.pi) ** 2 + (np.arctan(rise) - min(self.sun_elevation, 0.34)) ** 2
+            sky = _mix(
+                sky, np.clip(self.ambient + 0.62 * self.sunlight, 0, 1), 0.85 * amount[..., None]
+            )
+        apart = (np.mod(azimuth - self.sun_azimuth + math.pi, 2 * math.pi) - math.pi) ** 2 + (
+            np.arctan(rise) - min(self.sun_elevation, 0.34)
+        ) ** 2
         shine = 0.9 * np.exp(-apart / 0.004) + 0.35 * np.exp(-apart / 0.12)
-        sunny: np.ndarray = sky + (shine * (0.25 + 0.75 * (self.cover == 0.30)))[..., None] * self.sunlight * (0.45 if self.cover == 0 else 0.8)
+        sunny: np.ndarray = sky + (shine * (0.25 + 0.75 * (self.cover == 0.30)))[
+            ..., None
+        ] * self.sunlight * (0.45 if self.cover == 0 else 0.8)
         return sunny
 
 
@@ -245,7 +298,9 @@ def _bilinear(texture: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     fu, fv = (u - u0).astype(np.float32), (v - v0).astype(np.float32)
     i, j = u0.astype(np.int32) % n, v0.astype(np.int32) % n
     i1, j1 = (i + 1) % n, (j + 1) % n
-    return _mix(_mix(texture[j, i], texture[j, i1], fu), _mix(texture[j1, i], texture[j1, i1], fu), fv)
+    return _mix(
+        _mix(texture[j, i], texture[j, i1], fu), _mix(texture[j1, i], texture[j1, i1], fu), fv
+    )
 
 
 @dataclass(frozen=True)
@@ -264,7 +319,10 @@ def random_velocities(rng: np.random.Generator, blocks: int) -> list[Velocity]:
     while len(plan) < blocks:
         calm = rng.random() < 0.35
         target = Velocity(
-            forward=LIMITS.forward * float(rng.uniform(0.25, 1.0)) * (1 if rng.random() < 0.9 else -0.3) * (rng.random() < 0.93),
+            forward=LIMITS.forward
+            * float(rng.uniform(0.25, 1.0))
+            * (1 if rng.random() < 0.9 else -0.3)
+            * (rng.random() < 0.93),
             strafe=LIMITS.strafe * float(rng.uniform(-1, 1)) * (rng.random() < 0.35),
             yaw=0.0 if calm else LIMITS.yaw * float(rng.uniform(-1, 1)),
             pitch=LIMITS.pitch * float(rng.uniform(-1, 1)) * (rng.random() < 0.35),
@@ -276,12 +334,18 @@ def random_velocities(rng: np.random.Generator, blocks: int) -> list[Velocity]:
 
 
 def _blend(a: Velocity, b: Velocity, t: float) -> Velocity:
-    return Velocity(*(x + (y - x) * t for x, y in zip(vars(a).values(), vars(b).values(), strict=True)))
+    return Velocity(
+        *(x + (y - x) * t for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    )
 
 
 def start_pose(world: World, rng: np.random.Generator) -> Pose:
     """Somewhere above the ground with an open view."""
-    x, y, heading = float(rng.uniform(0, SIZE)), float(rng.uniform(0, SIZE)), float(rng.uniform(0, 2 * math.pi))
+    x, y, heading = (
+        float(rng.uniform(0, SIZE)),
+        float(rng.uniform(0, SIZE)),
+        float(rng.uniform(0, 2 * math.pi)),
+    )
     return Pose(x, y, world.altitude, heading, float(rng.uniform(-0.06, 0.04)))
 
 
@@ -295,7 +359,9 @@ def headroom(world: World, poses: list[Pose]) -> float:
     return poses[0].z - float(ground.max())
 
 
-def fly(world: World, rng: np.random.Generator, blocks: int, fps: int = 24, stride: int = 4) -> Clip:
+def fly(
+    world: World, rng: np.random.Generator, blocks: int, fps: int = 24, stride: int = 4
+) -> Clip:
     """Render one random flight of 1 + stride * blocks frames that never touches the ground."""
     missing = 0.0
     for _ in range(FLIGHT_PLANS):
