@@ -1,8 +1,10 @@
-"""How training runs on this machine, or on many: what no loss and no recipe has to know.
+"""Run training in this process, or in many.
 
-Under `torchrun`, processes form a mesh of `data` x `context`. Weights, gradients and optimiser are sharded over all of them (FSDP2); each row of the
-mesh takes its share of an update's batches; the processes of a row share one batch, each with a part of every frame's tokens, and in attention with
-a part of the heads (models/aapt/context.py). Batches, losses and files are those of one process: a run may go on with another number of them.
+Under `torchrun`, processes form a mesh of `data` x `context`. Weights, gradients and optimiser are
+sharded over all of them (FSDP2). Each row of the mesh takes its share of an update's batches. The
+processes of a row share one batch: each has a part of every frame's tokens and, in attention, a
+part of the heads (models/aapt/context.py). Batches, losses and files equal those of one process, so
+a run may resume with another number of them.
 """
 
 import os
@@ -97,16 +99,22 @@ ALONE = Setup()
 
 
 def has_bf16(device: str) -> bool:
-    """Whether products in bf16 are done by hardware. A CPU that has to emulate them takes 100 times longer than in float32 (docs/log.md)."""
+    """Return whether hardware multiplies in bf16.
+
+    A CPU that emulates it takes 100 times longer than in float32 (docs/log.md).
+    """
     return device != "cpu" or any(
         torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
     )
 
 
 def joined(device: str, bf16: bool, checkpointing: bool, context: int) -> Setup:
-    """The setup of this process among those that `torchrun` started; ALONE's where it did not. On a GPU each process takes the one of its local rank.
+    """Return the setup of this process among those that `torchrun` started, if it did.
 
-    Raises UsageError when `context` does not divide the processes or for an unknown device, and MachineError for one that is not here.
+    On a GPU each process takes the one of its local rank.
+
+    Raises UsageError if `context` does not divide the processes, or for an unknown device.
+    Raises MachineError if the device is missing.
     """
     if device not in ("cpu", "cuda"):
         raise UsageError(

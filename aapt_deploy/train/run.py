@@ -44,7 +44,8 @@ from aapt_deploy.train.stages import GeneratorStages, Timesteps, part
 from aapt_deploy.train.world.data import VALIDATION_SEED, ClipFile, clip_files
 from aapt_deploy.train.world.worlds import World, fly
 
-# WarmStart frames of a demo checkpoint: name -> (world seed, prompt). No training clip shows the worlds.
+# Start frames of a demo checkpoint: name -> (world seed, prompt). No training clip shows the
+# worlds.
 STARTS = {
     "desert-dusk": (VALIDATION_SEED + 900, "desert in summer at dusk, clear"),
     "mountains-dawn": (VALIDATION_SEED + 911, "mountains in autumn at dawn, clear"),

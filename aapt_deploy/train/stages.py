@@ -120,7 +120,7 @@ class GeneratorStages:
     setup: Setup
 
     def all(self, adapted: bool, distilled: Path | None) -> Iterator[tuple[str, Timesteps]]:
-        """Run the stages. Yield each one's name and sampler's times when `generator` has its result.
+        """Run the stages. Yield the name and sampler's times of each that is done.
 
         adapted: the generator comes from flow matching.
         distilled: a checkpoint that replaces distillation.

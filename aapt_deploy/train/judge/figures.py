@@ -1,9 +1,12 @@
-"""What can be measured in a picture, and in how it moves, without a network that would have to be downloaded.
+"""Measure pictures and their motion without a network that would have to be downloaded.
 
-A flight is looked at through the last frame of each block, and all is deterministic. What changes and moves is measured from one block's last frame
-to the next one's: within a block frames move unevenly, because a latent shows its first ones best (docs/log.md). `Features` is a convolution net
-with fixed random weights: too simple to name what it sees, enough to tell two crowds of pictures apart (Frechet distance) and, with a linear layer
-fitted on renders, to tell dusk from noon.
+A flight is measured on the last frame of each block, deterministically. Change and motion are taken
+from one block's last frame to the next one's. Within a block frames move unevenly, because a latent
+shows its first ones best (docs/log.md).
+
+`features` is a convolution net with fixed random weights. It is too simple to name what it sees. It
+tells two crowds of pictures apart (Frechet distance). With a linear layer fitted on renders, it
+tells dusk from noon.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,9 @@ from aapt_deploy.video import metrics
 LUMA = torch.from_numpy(metrics.LUMA).float()
 COARSE = 8  # pixels
 CHANNELS = (3, 24, 32, 48)  # of the feature net, by level
-COMPONENTS = 10  # principal components that the Frechet distance sees, of a crowd of 30 flights; a flight is one look at a world, however many pictures
+# Principal components that the Frechet distance sees, of a crowd of 30 flights. A flight is one
+# look at a world, however many pictures it has.
+COMPONENTS = 10
 RIDGE = 0.03  # of the classifier, relative to a feature's variance
 RESAMPLES = 200  # draws of flights that a standard error comes from
 LEVELS = ((8, 6), (4, 6), (2, 4))  # of the motion estimate: reduction, iterations
@@ -52,7 +57,7 @@ def stacked(tracks: list[Track]) -> Track:
 def measure_frames(shown: np.ndarray, before: np.ndarray | None = None) -> Track:
     """Measure the last frames of n blocks, uint8 [n, H, W, 3].
 
-    before [H, W, 3]: the last frame of the block before them, from which the first one moves; without it the first one does not move.
+    before [H, W, 3]: the last frame of the block before them. Without it the first one is still.
     """
     frames = torch.from_numpy(shown).float()  # [n, H, W, 3]
     luma = frames @ LUMA  # [n, H, W]
@@ -70,15 +75,17 @@ def measure_frames(shown: np.ndarray, before: np.ndarray | None = None) -> Track
     ).sqrt()
     parts = (
         gradient, frames.mean((1, 2)), (luma - past).abs().mean((1, 2)), moved, flow,
-        features(frames.permute(0, 3, 1, 2)), coarse / coarse.norm(dim=1, keepdim=True).clamp_min(1e-6),
+        features(frames.permute(0, 3, 1, 2)),
+        coarse / coarse.norm(dim=1, keepdim=True).clamp_min(1e-6),
     )  # fmt: skip
     return Track(*(part.numpy().astype(np.float64) for part in parts))
 
 
 def motion(before: Tensor, after: Tensor) -> Tensor:
-    """How pictures move as a whole, [n, H, W] twice -> [n, 3]: the point at u (from the centre) goes to u + (right, down) + zoom u.
+    """Estimate how pictures [n, H, W] move as a whole, [n, 3]: right, down, zoom.
 
-    Least squares on brightness by Gauss-Newton, coarse to fine. A picture without texture does not move.
+    The point at u, from the centre, goes to u + (right, down) + zoom u. Least squares on brightness
+    by Gauss-Newton, coarse to fine. A picture without texture does not move.
     """
     found = torch.zeros(len(before), 3)
     for reduction, iterations in LEVELS:
@@ -109,7 +116,10 @@ def motion(before: Tensor, after: Tensor) -> Tensor:
 
 
 def features(images: Tensor) -> Tensor:
-    """[n, 3, H, W] in 0..255 -> [n, F]: mean response of each channel of each level, upper and lower half of the picture apart."""
+    """Compute the features [n, F] of images [n, 3, H, W] in 0..255.
+
+    They are the mean responses of each channel of each level, for both halves of the picture.
+    """
     rng = np.random.default_rng(0)
     x, found = images / 127.5 - 1, []
     for inputs, outputs in pairwise(CHANNELS):
@@ -133,12 +143,16 @@ class Crowd:
     """True pictures, and how far from them other pictures are as a crowd."""
 
     def __init__(self, true: np.ndarray, flights: int = 3 * COMPONENTS) -> None:
-        """true [n, F]: features of renders from `flights` worlds. Three of them have to be there for each component."""
+        """true [n, F]: features of renders from `flights` worlds.
+
+        Each component needs three worlds.
+        """
         self.mean, components = true.mean(0), max(1, min(COMPONENTS, flights // 3))
         _, spread, axes = np.linalg.svd(
             (true - self.mean) / np.sqrt(len(true)), full_matrices=False
         )
-        # Whitened, so that brightness, which every random filter sees, does not drown the rest; the floor keeps noise small.
+        # Whitened: every random filter sees brightness, which would drown the rest.
+        # The floor keeps noise small.
         self.axes = axes[:components].T / np.maximum(spread[:components], 1e-3 * spread[0])
         self.true = self.project(true)
 
@@ -148,13 +162,19 @@ class Crowd:
         return projected
 
     def distance(self, made: np.ndarray) -> float:
-        """Frechet distance of made [m, F] to the true crowd, per component; 0 for the crowd itself."""
+        """Return the Frechet distance of made [m, F] to the true crowd, per component.
+
+        It is 0 for the crowd itself.
+        """
         components: int = self.true.shape[1]
         return frechet(self.true, self.project(made)) / components
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean a - mean b|^2 + tr(A + B - 2 (A B)^1/2) of two Gaussians fitted to a [n, C] and b [m, C]."""
+    """Return the Frechet distance of Gaussians fitted to a [n, C] and b [m, C].
+
+    |mean a - mean b|^2 + tr(A + B - 2 (A B)^1/2)
+    """
     root = _root(np.atleast_2d(np.cov(a, rowvar=False)))
     other = np.atleast_2d(np.cov(b, rowvar=False))
     cross = np.trace(_root(root @ other @ root))
@@ -171,7 +191,10 @@ def _root(matrix: np.ndarray) -> np.ndarray:
 
 
 class Classifier:
-    """Reads a prompt's attributes off a picture's features: one ridge regression onto all words, fitted on renders."""
+    """Read a prompt's attributes off a picture's features.
+
+    One ridge regression onto all words, fitted on renders.
+    """
 
     def __init__(self, true: np.ndarray, looks: list[Look]) -> None:
         """true [n, F]: features of renders; looks: what each shows."""
@@ -210,7 +233,8 @@ def _one_hot(looks: list[Look], name: str) -> np.ndarray:
 class Response(NamedTuple):
     """How pictures answer the camera."""
 
-    gains: np.ndarray  # [4, 3]: motion per unit of yaw, strafe, pitch, forward; none (NaN) of a command that never changes
+    # [4, 3]: motion per unit of yaw, strafe, pitch, forward; NaN for a command that never changes
+    gains: np.ndarray
 
     @classmethod
     def fit(cls, commands: np.ndarray, moved: np.ndarray) -> "Response":
@@ -219,7 +243,10 @@ class Response(NamedTuple):
 
     @classmethod
     def resampled(cls, flights: Sequence[tuple[np.ndarray, np.ndarray]]) -> "list[Response]":
-        """Fits to RESAMPLES draws of the `flights` (commands, motion), with repetition; the same draws for the same number of them."""
+        """Fit RESAMPLES draws, with repetition, of the `flights` (commands, motion).
+
+        Equal numbers of flights get the same draws.
+        """
         left, right = (
             np.stack(parts) for parts in zip(*(_sums(*flight) for flight in flights), strict=True)
         )
@@ -235,7 +262,10 @@ class Response(NamedTuple):
         )
 
     def against(self, true: "Response") -> dict[str, float]:
-        """Gain of each command on what it moves most, relative to the true pictures' gain: 1 obeys, 0 ignores, NaN was not asked."""
+        """Return each command's gain on what it moves most, relative to the true pictures' gain.
+
+        1 obeys, 0 ignores, NaN was not commanded.
+        """
         with np.errstate(
             invalid="ignore", divide="ignore"
         ):  # true pictures may not have moved at all
@@ -245,7 +275,10 @@ class Response(NamedTuple):
             }
 
     def correlation(self, commands: np.ndarray, moved: np.ndarray) -> dict[str, float]:
-        """Of the motion that this response expects with the motion that is seen; NaN where nothing is expected to change, or nothing does."""
+        """Correlate the motion that this response expects with the measured motion.
+
+        NaN if nothing is expected to change, or nothing does.
+        """
         expected = commands @ np.nan_to_num(self.gains)  # [n, 3]
         with np.errstate(invalid="ignore", divide="ignore"):
             return {

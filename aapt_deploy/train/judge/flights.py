@@ -1,8 +1,9 @@
-"""Flights to judge a generator by: held-out worlds, random cameras, flown by the renderer and by a bundle's engines from the same first frame.
+"""Fly held-out worlds with random cameras, to judge a generator by.
 
-Every block is looked at through its last frame. The renderer flies the first five seconds, in which both see
-the same land, and the last five, to tell what a minute of such flying does to true pictures; between them it only makes sure that no ground is
-in the way.
+The renderer and a bundle's engines fly from the same first frame. Every block is measured on its
+last frame. The renderer draws the first five seconds, in which both see the same land. It also
+draws the last five, which show what a minute of such flying does to true pictures. Between them it
+only checks that no ground is in the way.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ TURNS = 40  # ways on to try in every later stretch, before another start is tri
 
 @dataclass(frozen=True)
 class FlightPlan:
-    """One flight: the world's seed and prompt, a start, and what the camera is told in every block."""
+    """One flight: the world's seed and prompt, a start, and the camera's command in every block."""
 
     seed: int
     look: Look
@@ -42,7 +43,10 @@ class FlightPlan:
     )  # uint8 [1 + m, H, W, 3]: of the last 1 + m blocks; none in a flight of no more than that
 
     def commands(self, profile: Profile) -> np.ndarray:
-        """Camera motion over each block, float64 [n, 4]: yaw (rad), strafe, pitch (rad), forward (world units)."""
+        """Return the camera's motion over each block, float64 [n, 4].
+
+        yaw (rad), strafe, pitch (rad), forward (world units)
+        """
         seconds = profile.video.temporal_stride / profile.video.fps
         pose, rows = Pose(), []
         for v in self.velocities:
@@ -56,7 +60,10 @@ class FlightPlan:
 
 
 def flight_plans(profile: Profile, flights: int, blocks: int) -> Iterator[FlightPlan]:
-    """`flights` plans of `blocks` blocks, one per world, that stay above the ground. Deterministic."""
+    """Find `flights` plans of `blocks` blocks that stay above the ground, one per world.
+
+    Deterministic.
+    """
     found, seed = 0, FIRST_WORLD
     while found < flights:
         plan = _plan(profile, seed, blocks)
@@ -93,7 +100,10 @@ def _plan(profile: Profile, seed: int, blocks: int) -> FlightPlan | None:
 def _flight(
     profile: Profile, world: World, start: Pose, blocks: int, stretch: int, rng: np.random.Generator
 ) -> tuple[tuple[Velocity, ...], list[Pose]] | None:
-    """Velocities of `blocks` blocks, and the pose at the end of each, found stretch by stretch; None where the ground is in the way."""
+    """Find velocities of `blocks` blocks and the pose at the end of each, stretch by stretch.
+
+    Return None if the ground is in the way.
+    """
     seconds = profile.video.temporal_stride / profile.video.fps
     velocities: list[Velocity] = []
     poses: list[Pose] = []
@@ -113,7 +123,10 @@ def _flight(
 
 
 def generated_flight(engines: Engines, profile: Profile, plan: FlightPlan) -> Iterator[np.ndarray]:
-    """The generator's flight: the start frame as decoded and the last frame of each block, uint8 [H, W, 3]."""
+    """Fly the generator.
+
+    Yield the start frame as decoded and the last frame of each block, uint8 [H, W, 3].
+    """
     text = token_ids(plan.look) if profile.text.tokens else None
 
     def steer(block: int) -> Steering:

@@ -15,7 +15,7 @@ from aapt_deploy.models.aapt.camera import Pose, Velocity
 from aapt_deploy.models.aapt.prompts import Look
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile, load
-from aapt_deploy.train.judge import evaluate, figures
+from aapt_deploy.train.judge import evaluate, figures, scores
 from aapt_deploy.train.judge.figures import (
     Classifier,
     Crowd,
@@ -210,7 +210,7 @@ def test_a_command_that_is_never_given_has_no_gain() -> None:
         np.isfinite([found["yaw"], found["pitch"]]).all()
         and np.isnan([found["strafe"], found["forward"]]).all()
     )
-    assert evaluate._rounded(found)["strafe"] is None
+    assert scores._rounded(found)["strafe"] is None
     assert np.isnan(answered.correlation(np.ones((5, 4)), rng.standard_normal((5, 3)))["right"])
 
 
@@ -293,7 +293,7 @@ def test_a_flight_begins_anew_where_it_ended() -> None:
         np.zeros(0),
     )
     last = np.full((4, 8, 3), 9, np.uint8)
-    anew = evaluate._anew(plan, last, 30)
+    anew = scores.restarted(plan, last, 30)
     assert (
         [v.forward for v in anew.velocities] == list(range(30, 60))
         and anew.true.shape == (1, 4, 8, 3)
@@ -338,11 +338,11 @@ def test_a_perfect_generator_scores_one(planned: list[FlightPlan]) -> None:
     tracks = [measure_frames(plan.true) for plan in planned]
     seen = stacked([track.rows(slice(1, None)) for track in tracks])
     commands = [plan.commands(DEMO) for plan in planned]
-    truth = evaluate.Truth(
+    truth = scores.Truth(
         planned, tracks, [], Crowd(seen.features), Response.fit(np.concatenate(commands), seen.motion),
         Classifier(seen.features, [plan.look for plan in planned for _ in range(6)]), commands,
     )  # fmt: skip
-    judged = evaluate._judge([evaluate.Flown(track, np.zeros(0)) for track in tracks], truth, DEMO)
+    judged = scores.score([scores.Flown(track, np.zeros(0)) for track in tracks], truth, DEMO)
     (window,) = judged["windows"]
     assert (
         window["sharpness"] == window["dynamics"] == window["flow"] == 1
@@ -352,8 +352,8 @@ def test_a_perfect_generator_scores_one(planned: list[FlightPlan]) -> None:
     assert [m["terrain"] for m in judged["seconds"]] == [1, 1] and judged["seconds"][1][
         "recognised"
     ] == 1
-    swapped = evaluate._judge(
-        [evaluate.Flown(track, np.zeros(0)) for track in tracks[1:] + tracks[:1]], truth, DEMO
+    swapped = scores.score(
+        [scores.Flown(track, np.zeros(0)) for track in tracks[1:] + tracks[:1]], truth, DEMO
     )
     assert swapped["seconds"][1]["recognised"] == 0 and swapped["seconds"][1]["terrain"] < 0.9
 
