@@ -32,8 +32,8 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.discriminator import Discriminator
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.train.judge import evaluate
-from aapt_deploy.train.loop import Learner, Progress, fit, fit_together
-from aapt_deploy.train.losses.adversarial import Rollout, adversarial_update
+from aapt_deploy.train.loop import Learner, StepProgress, fit, fit_together
+from aapt_deploy.train.losses.adversarial import ForcedRollout, adversarial_update
 from aapt_deploy.train.losses.flow import Latents
 from aapt_deploy.train.losses.trajectory import rounded
 from aapt_deploy.train.processes import Setup, has_bf16
@@ -87,31 +87,63 @@ def generator_of(path: Path, variant: Variant) -> Generator:
 
 
 def stage_of(variant: Variant, options: argparse.Namespace) -> AdversarialStage:
-    stage = replace(DEMO.adversarial[-1], optimiser=gan(options.updates, 4, options.rate, clip_norm=5.0), head_start=options.head_start)
-    return replace(stage, attention=variant.attention, logits=variant.logits, unjudged=variant.horizon, penalty_every=options.penalty_every)
+    stage = replace(
+        DEMO.adversarial[-1],
+        optimiser=gan(options.updates, 4, options.rate, clip_norm=5.0),
+        head_start=options.head_start,
+    )
+    return replace(
+        stage,
+        attention=variant.attention,
+        logits=variant.logits,
+        unjudged=variant.horizon,
+        penalty_every=options.penalty_every,
+    )
 
 
-def teach(generator: Generator, latents: Latents, stage: AdversarialStage, state: Path, told: Progress, updates: int) -> None:
+def teach(
+    generator: Generator,
+    latents: Latents,
+    stage: AdversarialStage,
+    state: Path,
+    told: StepProgress,
+    updates: int,
+) -> None:
     """Regression of the generator's own rollouts on the true clips, with the gradient through the cache."""
 
     def loss(rng: torch.Generator) -> Tensor:
         real = latents.clips(stage.optimiser.batch, stage.blocks, rng)
-        made = Rollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
+        made = ForcedRollout(generator, real.frames[:, 0], real.text, stage, rng).extend(
+            real.condition
+        )
         return rounded((made - real.frames[:, 1:]) / generator.step_spread)
 
     optimiser = Optimiser(updates, stage.optimiser.batch, 3e-4, 30, ema=0.99)
-    generator.load_state_dict(fit(generator, loss, optimiser, state, SEED, told, SETUP), strict=False)
+    generator.load_state_dict(
+        fit(generator, loss, optimiser, state, SEED, told, SETUP), strict=False
+    )
 
 
 def play(
-    generator: Generator, adapted: Generator, latents: Latents, stage: AdversarialStage, state: Path, told: Callable[[int, float], None]
+    generator: Generator,
+    adapted: Generator,
+    latents: Latents,
+    stage: AdversarialStage,
+    state: Path,
+    told: Callable[[int, float], None],
 ) -> None:
     """The adversarial stage."""
     torch.manual_seed(SEED)  # of the discriminator's heads
     discriminator = Discriminator(generator.profile, stage.attention, stage.logits)
     discriminator.start_from(adapted)
     learners = [Learner("generator", generator, stage.optimiser)]
-    learners.append(Learner("discriminator", discriminator, replace(stage.optimiser, learning_rate=stage.discriminator_rate)))
+    learners.append(
+        Learner(
+            "discriminator",
+            discriminator,
+            replace(stage.optimiser, learning_rate=stage.discriminator_rate),
+        )
+    )
 
     def update(rng: torch.Generator, step: int, scale: float) -> dict[str, Tensor]:
         return adversarial_update(generator, discriminator, latents, stage, rng, step, scale)
@@ -142,19 +174,43 @@ def trained(name: str, variant: Variant, latents: Latents, options: argparse.Nam
     told_how.write_text(json.dumps(wanted, indent=1))
     if path.exists():
         return path
-    told: Callable[[str], Progress] = lambda what: lambda step, loss: say(f"{name}, {what}: {step} updates, loss {loss:.4f}")
-    held, generator, stage = checkpoint.load(options.distilled), generator_of(options.distilled, variant), stage_of(variant, options)
+    told: Callable[[str], StepProgress] = lambda what: (
+        lambda step, loss: say(f"{name}, {what}: {step} updates, loss {loss:.4f}")
+    )
+    held, generator, stage = (
+        checkpoint.load(options.distilled),
+        generator_of(options.distilled, variant),
+        stage_of(variant, options),
+    )
     if variant.taught:
-        teach(generator, latents, stage, options.out / f"{name}-taught.state", told("regression"), options.regression)
-    play(generator, checkpoint.load(options.adapted).generator, latents, stage, options.out / f"{name}-played.state", told("adversarial"))
-    checkpoint.save(path, held.profile, generator.eval(), held.vae, {"stage": name}, held.start_frames)
+        teach(
+            generator,
+            latents,
+            stage,
+            options.out / f"{name}-taught.state",
+            told("regression"),
+            options.regression,
+        )
+    play(
+        generator,
+        checkpoint.load(options.adapted).generator,
+        latents,
+        stage,
+        options.out / f"{name}-played.state",
+        told("adversarial"),
+    )
+    checkpoint.save(
+        path, held.profile, generator.eval(), held.vae, {"stage": name}, held.start_frames
+    )
     return path
 
 
-def entrant(path: Path, variant: Variant) -> evaluate.Entrant:
+def candidate(path: Path, variant: Variant) -> evaluate.Candidate:
     held = checkpoint.load(path)
     held = replace(held, generator=generator_of(path, variant))
-    return evaluate.Entrant(held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32"))
+    return evaluate.Candidate(
+        held.profile, held.sha256, lambda: EagerEngines(held, torch.get_num_threads(), "fp32")
+    )
 
 
 def curve(path: Path) -> list[dict[str, float]]:
@@ -170,14 +226,26 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--train-only", action="store_true", help="train, and stop")
     parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--rate", type=float, default=DEMO.adversarial[-1].optimiser.learning_rate, help="of the generator")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=DEMO.adversarial[-1].optimiser.learning_rate,
+        help="of the generator",
+    )
     parser.add_argument("--head-start", type=int, default=40)
     parser.add_argument("--penalty-every", type=int, default=1)
-    parser.add_argument("--regression", type=int, default=400, help="updates of the two variants that are taught first")
+    parser.add_argument(
+        "--regression",
+        type=int,
+        default=400,
+        help="updates of the two variants that are taught first",
+    )
     parser.add_argument("--flights", type=int, default=12)
     parser.add_argument("--seconds", type=int, default=60)
     today = datetime.date.today().isoformat()
-    parser.add_argument("--record", type=Path, default=ROOT / "docs" / "measurements" / f"ablations-{today}.json")
+    parser.add_argument(
+        "--record", type=Path, default=ROOT / "docs" / "measurements" / f"ablations-{today}.json"
+    )
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -187,8 +255,12 @@ def main() -> None:
     paths = {name: trained(name, variant, latents, options) for name, variant in chosen.items()}
     if options.train_only:
         return
-    entrants = {"distilled": entrant(options.distilled, Variant())} | {name: entrant(path, VARIANTS[name]) for name, path in paths.items()}
-    judged = evaluate.judge(entrants, options.out / "evaluation", options.flights, options.seconds, say)
+    candidates = {"distilled": candidate(options.distilled, Variant())} | {
+        name: candidate(path, VARIANTS[name]) for name, path in paths.items()
+    }
+    judged = evaluate.judge(
+        candidates, options.out / "evaluation", options.flights, options.seconds, say
+    )
     record = {
         "what": "heads and horizons of the adversarial stage, and input recycling, from one generator", "date": today,
         "versions": {"torch": torch.__version__.split("+")[0]},
@@ -197,8 +269,20 @@ def main() -> None:
     }  # fmt: skip
     options.record.write_text(json.dumps(record, indent=1) + "\n")
     say(f"record: {options.record}")
-    windows: dict[str, list[dict[str, Any]]] = {name: [result["windows"][i] for i in (0, -1)] for name, result in judged["made"].items()}
-    print(json.dumps({n: {key: [w[key] for w in pair] for key in ("sharpness", "dynamics", "colour", "distance")} for n, pair in windows.items()}))
+    windows: dict[str, list[dict[str, Any]]] = {
+        name: [result["windows"][i] for i in (0, -1)] for name, result in judged["made"].items()
+    }
+    print(
+        json.dumps(
+            {
+                n: {
+                    key: [w[key] for w in pair]
+                    for key in ("sharpness", "dynamics", "colour", "distance")
+                }
+                for n, pair in windows.items()
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

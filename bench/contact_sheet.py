@@ -20,7 +20,9 @@ from aapt_deploy.video.pictures import write_image
 GAP = 4  # pixels between frames
 
 
-def row(bundle: Bundle, index: int, seconds: list[float], controls_file: str, seed: int) -> np.ndarray:
+def row(
+    bundle: Bundle, index: int, seconds: list[float], controls_file: str, seed: int
+) -> np.ndarray:
     """The frames of one start at `seconds`, side by side: uint8 [H, W', 3]."""
     start, video = all_starts(bundle)[index], bundle.profile.video
     controls = open_controls(controls_file, CRUISE, print)
@@ -28,14 +30,22 @@ def row(bundle: Bundle, index: int, seconds: list[float], controls_file: str, se
     block_s = video.temporal_stride / video.fps
     frames: list[np.ndarray] = []
     last = round(max(seconds) * video.fps)
-    for made in rollout(engines, bundle.profile, start.image, lambda block: Steering(controls.at(block, block * block_s).velocity, start.text), seed):
+    for made in rollout(
+        engines,
+        bundle.profile,
+        start.image,
+        lambda block: Steering(controls.at(block, block * block_s).velocity, start.text),
+        seed,
+    ):
         frames.extend(made)
         if len(frames) > last:
             break
     engines.close()
     controls.close()
     gap = np.full((video.height, GAP, 3), 255, np.uint8)
-    return np.concatenate([part for at in seconds for part in (frames[round(at * video.fps)], gap)][:-1], axis=1)
+    return np.concatenate(
+        [part for at in seconds for part in (frames[round(at * video.fps)], gap)][:-1], axis=1
+    )
 
 
 def main() -> None:
@@ -48,10 +58,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
-    rows = [row(bundle, i, options.seconds, options.controls, options.seed) for i in range(len(all_starts(bundle)))]
+    rows = [
+        row(bundle, i, options.seconds, options.controls, options.seed)
+        for i in range(len(all_starts(bundle)))
+    ]
     gap = np.full((GAP, rows[0].shape[1], 3), 255, np.uint8)
     sheet = np.concatenate([part for r in rows for part in (r, gap)][:-1], axis=0)
-    write_image(options.out, np.ascontiguousarray(sheet.repeat(options.scale, axis=0).repeat(options.scale, axis=1)))
+    write_image(
+        options.out,
+        np.ascontiguousarray(sheet.repeat(options.scale, axis=0).repeat(options.scale, axis=1)),
+    )
 
 
 if __name__ == "__main__":

@@ -66,8 +66,19 @@ class Uncached:
     def __init__(self, loaded: Checkpoint) -> None:
         self.generator, self.profile = loaded.generator, loaded.profile
         n = 2 + self.profile.window.frames  # sink, window, the block itself
-        latent = (1, n, self.profile.video.latent_channels, self.profile.latent_height, self.profile.latent_width)
-        self.inputs = [torch.randn(latent), torch.randn(latent), torch.randn(1, n, 6, *latent[3:]), torch.rand(1, n) * 0.9 + 0.1]
+        latent = (
+            1,
+            n,
+            self.profile.video.latent_channels,
+            self.profile.latent_height,
+            self.profile.latent_width,
+        )
+        self.inputs = [
+            torch.randn(latent),
+            torch.randn(latent),
+            torch.randn(1, n, 6, *latent[3:]),
+            torch.rand(1, n) * 0.9 + 0.1,
+        ]
         self.text = torch.zeros(1, self.profile.text.tokens, dtype=torch.int64)
         self.rope = torch.from_numpy(temporal_rope(self.profile, np.arange(n)))[None]
 
@@ -80,11 +91,21 @@ class Uncached:
 def paired(bundle: Bundle, loaded: Checkpoint) -> dict[str, Any]:
     """The same blocks by three engines in turn; the decoder of the cached ones is part of a step."""
     start, steering = all_starts(bundle)[0], None
-    names = [("onnxruntime fp32", "onnxruntime", "fp32"), ("onnxruntime int8", "onnxruntime", "int8"), ("torch eager", "torch", "fp32")]
+    names = [
+        ("onnxruntime fp32", "onnxruntime", "fp32"),
+        ("onnxruntime int8", "onnxruntime", "int8"),
+        ("torch eager", "torch", "fp32"),
+    ]
     streams: dict[str, Callable[[], object]] = {}
     for name, backend, precision in names:
         steering = Steering(CRUISE, start.text)
-        frames = rollout(open_engines(bundle, backend, precision, say), bundle.profile, start.image, lambda block, s=steering: s, seed=0)
+        frames = rollout(
+            open_engines(bundle, backend, precision, say),
+            bundle.profile,
+            start.image,
+            lambda block, s=steering: s,
+            seed=0,
+        )
         next(frames)
         for _ in range(2 + bundle.profile.window.frames):  # fill the window
             next(frames)
@@ -102,13 +123,23 @@ def paired(bundle: Bundle, loaded: Checkpoint) -> dict[str, Any]:
     base = np.array(samples["onnxruntime fp32"])
     ratios = {name: round(float(np.median(np.array(ms) / base)), 3) for name, ms in samples.items()}
     medians = {name: round(float(np.median(ms)), 2) for name, ms in samples.items()}
-    return {"median_ms": medians, "ratio_to_onnxruntime_fp32": ratios, "samples_ms": {k: [round(v, 3) for v in ms] for k, ms in samples.items()}}
+    return {
+        "median_ms": medians,
+        "ratio_to_onnxruntime_fp32": ratios,
+        "samples_ms": {k: [round(v, 3) for v in ms] for k, ms in samples.items()},
+    }
 
 
 def long_stream(bundle: Bundle) -> Iterator[np.ndarray]:
     """An endless stream with engines of its own, its first frame taken."""
     start = all_starts(bundle)[0]
-    frames = rollout(open_engines(bundle, "onnxruntime", None, say), bundle.profile, start.image, lambda block: Steering(CRUISE, start.text), seed=0)
+    frames = rollout(
+        open_engines(bundle, "onnxruntime", None, say),
+        bundle.profile,
+        start.image,
+        lambda block: Steering(CRUISE, start.text),
+        seed=0,
+    )
     next(frames)
     return frames
 
@@ -123,7 +154,9 @@ def flat(bundle: Bundle, blocks: int) -> dict[str, Any]:
         if block in (2 * AROUND, blocks - 1):
             memory[block] = round(resident_mb(), 2)
         if block % 500 == 499:
-            say(f"long stream: {block + 1} of {blocks} blocks, {times[block - 499 : block + 1].mean():.1f} ms a step, {resident_mb():.1f} MB")
+            say(
+                f"long stream: {block + 1} of {blocks} blocks, {times[block - 499 : block + 1].mean():.1f} ms a step, {resident_mb():.1f} MB"
+            )
     growth = memory[blocks - 1] - memory[2 * AROUND]
     hundreds = [round(float(np.median(part)), 2) for part in np.array_split(times, blocks // 100)]
     pair, turns = (long_stream(bundle), frames), np.zeros((2 * AROUND, 2))
@@ -146,14 +179,28 @@ def commit(bundle: Bundle) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
         for name, alias in (("in place", True), ("second buffer", False)):
-            session = open_session(path, Threads(int(entry["threads"]), bool(entry["spinning"])), Path(folder) / "trace")
+            session = open_session(
+                path,
+                Threads(int(entry["threads"]), bool(entry["spinning"])),
+                Path(folder) / "trace",
+            )
             generator = OrtGenerator(session, bundle.profile)
-            copies = {} if alias else {cache + NEXT: array.copy() for cache, array in generator.caches.items()}
+            copies = (
+                {}
+                if alias
+                else {cache + NEXT: array.copy() for cache, array in generator.caches.items()}
+            )
             for output, array in copies.items():
                 import onnxruntime
 
-                generator.binding.bind_ortvalue_output(output, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-            zeros = {s.name: np.zeros(s.shape, s.dtype) for s in generator_signature(bundle.profile).inputs if s.name != "cache_len"}
+                generator.binding.bind_ortvalue_output(
+                    output, onnxruntime.OrtValue.ortvalue_from_numpy(array)
+                )
+            zeros = {
+                s.name: np.zeros(s.shape, s.dtype)
+                for s in generator_signature(bundle.profile).inputs
+                if s.name != "cache_len"
+            }
             for block in range(60):
                 generator.run(**zeros, block=block)
             events = json.loads(Path(session.end_profiling()).read_text())
@@ -185,11 +232,28 @@ def start(bundle: Path) -> dict[str, Any]:
 
     help_s, _ = best([python, "-m", "aapt_deploy", "--help"], 7)
     with TemporaryDirectory() as folder:
-        command = [python, "-m", "aapt_deploy", "stream", str(bundle), "-o", f"{folder}/x.mp4", "--seconds", "0.2", "--json"]
+        command = [
+            python,
+            "-m",
+            "aapt_deploy",
+            "stream",
+            str(bundle),
+            "-o",
+            f"{folder}/x.mp4",
+            "--seconds",
+            "0.2",
+            "--json",
+        ]
         whole_s, done = best(command, 5)
         said = "print([m for m in ('torch', 'onnx') if m in sys.modules])"
         probe = f"import sys\nfrom aapt_deploy.cli.commands.commands import main\ntry:\n    main()\nfinally:\n    {said}"
-        imported = subprocess.run([python, "-c", probe, *command[3:-1]], capture_output=True, check=True, cwd=ROOT, text=True).stdout
+        imported = subprocess.run(
+            [python, "-c", probe, *command[3:-1]],
+            capture_output=True,
+            check=True,
+            cwd=ROOT,
+            text=True,
+        ).stdout
     first = json.loads(done.stdout)["first_frame_ms"]
     return {
         "help_s": round(help_s, 3), "stream_first_block_ms": first, "stream_0.2s_process_s": round(whole_s, 3),
@@ -198,12 +262,23 @@ def start(bundle: Path) -> dict[str, Any]:
 
 
 def revision() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
 def profile_record(profile: Profile) -> dict[str, Any]:
-    return {"name": profile.name, "timesteps": profile.sampler.timesteps, "frame_tokens": profile.frame_tokens, "window": profile.window.frames}
+    return {
+        "name": profile.name,
+        "timesteps": profile.sampler.timesteps,
+        "frame_tokens": profile.frame_tokens,
+        "window": profile.window.frames,
+    }
 
 
 def main() -> None:
@@ -231,8 +306,19 @@ def main() -> None:
     out = options.out or ROOT / "docs" / "measurements" / f"cpu-{today}.json"
     out.write_text(json.dumps(record, indent=1) + "\n")
     say(f"record: {out}")
-    summary = {key: {k: v for k, v in record[key].items() if not isinstance(v, list)} for key in ("commit", "start", "long_stream")}  # type: ignore[attr-defined]
-    print(json.dumps({"step": latency.steady["step"].__dict__, "ratios": record["side_by_side"]["ratio_to_onnxruntime_fp32"], **summary}))  # type: ignore[index]
+    summary = {
+        key: {k: v for k, v in record[key].items() if not isinstance(v, list)}
+        for key in ("commit", "start", "long_stream")
+    }  # type: ignore[attr-defined]
+    print(
+        json.dumps(
+            {
+                "step": latency.steady["step"].__dict__,
+                "ratios": record["side_by_side"]["ratio_to_onnxruntime_fp32"],
+                **summary,
+            }
+        )
+    )  # type: ignore[index]
 
 
 if __name__ == "__main__":

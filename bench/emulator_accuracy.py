@@ -49,7 +49,10 @@ def name(kind: str, sink_score: float, head_dim: int) -> str:
 def row(kind: str, sink_score: float, ring: Ring, head_dim: int, seed: int) -> dict[str, Any]:
     """Every error of one set of data, in the table's order."""
     made: Case = case(kind, ring, sink_score, HEADS, head_dim, seed)
-    errors = {"inputs alone": made.input_error(), **{name: made.error(arithmetic) for name, arithmetic in ARITHMETICS.items()}}
+    errors = {
+        "inputs alone": made.input_error(),
+        **{name: made.error(arithmetic) for name, arithmetic in ARITHMETICS.items()},
+    }
     alone = {name: made.arithmetic_error(ARITHMETICS[name]) for name in SINK_ORDERS}
     case.cache_clear()  # one set at a time in memory
     return {
@@ -67,22 +70,43 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, in percent."""
     lines = []
     for made in rows:
-        cells = [f"**{percent(error)}**" if name == "the kernel" else percent(error) for name, error in made["relative_rmse"].items()]
-        lines.append("| " + " | ".join([made["data"], f"{made['keys']:,}".replace(",", " "), *cells]) + " |")
+        cells = [
+            f"**{percent(error)}**" if name == "the kernel" else percent(error)
+            for name, error in made["relative_rmse"].items()
+        ]
+        lines.append(
+            "| " + " | ".join([made["data"], f"{made['keys']:,}".replace(",", " "), *cells]) + " |"
+        )
     return "\n".join(lines)
 
 
 def sink_table(rows: list[dict[str, Any]]) -> str:
     """Markdown, in percent: the arithmetic alone, by the order of visits."""
     return "\n".join(
-        "| " + " | ".join([made["data"], *(percent(made["relative_rmse_of_the_arithmetic_alone"][order]) for order in SINK_ORDERS)]) + " |"
+        "| "
+        + " | ".join(
+            [
+                made["data"],
+                *(
+                    percent(made["relative_rmse_of_the_arithmetic_alone"][order])
+                    for order in SINK_ORDERS
+                ),
+            ]
+        )
+        + " |"
         for made in rows
         if made["data"].startswith("sink") and made["keys"] > 30_000
     )
 
 
 def revision() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -92,7 +116,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="record to write")
     options = parser.parse_args()
     today = datetime.date.today().isoformat()
-    cases = [(*kind, ring, 128) for ring in (SHORT, LONG) for kind in KINDS] + [("plain", 0, ring, 64) for ring in (SHORT, LONG)]
+    cases = [(*kind, ring, 128) for ring in (SHORT, LONG) for kind in KINDS] + [
+        ("plain", 0, ring, 64) for ring in (SHORT, LONG)
+    ]
     rows = []
     for kind, sink_score, ring, head_dim in cases:
         rows.append(row(kind, sink_score, ring, head_dim, options.seed))

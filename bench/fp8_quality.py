@@ -21,7 +21,12 @@ ROOT = Path(__file__).parent.parent
 
 def aapt(*arguments: object) -> dict[str, Any]:
     """Run a command that may end with a bad verdict; its JSON."""
-    done = subprocess.run([sys.executable, "-m", "aapt_deploy", *map(str, arguments), "--json"], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "aapt_deploy", *map(str, arguments), "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=False,
+    )
     if done.returncode not in (0, 3):
         raise SystemExit(f"aapt {arguments[0]} ended with {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout)
@@ -33,13 +38,28 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=5)
     seconds = parser.parse_args().seconds
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
     with TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         exported = aapt("export", "-o", bundle, "--precision", "fp8")
         aapt("build-engine", bundle)
         aapt("build-engine", bundle, "--backend", "torch", "--precision", "bf16")
-        quality = aapt("quality", bundle, "--precision", "fp8", "--reference", "torch-bf16", "--seconds", seconds)
+        quality = aapt(
+            "quality",
+            bundle,
+            "--precision",
+            "fp8",
+            "--reference",
+            "torch-bf16",
+            "--seconds",
+            seconds,
+        )
     record = {
         "what": "FP8 against bf16, embedded checkpoint, on a CPU", "date": date, "git": git, "checkpoint_sha256": assets.checkpoint_sha256(),
         "seed": 0, "coverage": exported["coverage"], "parity": exported["parity"], "quality": quality,

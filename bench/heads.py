@@ -24,14 +24,16 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.discriminator import Discriminator
 from aapt_deploy.train.draws import numbers
 from aapt_deploy.train.loop import Learner, fit_together
-from aapt_deploy.train.losses.adversarial import Rollout, adversarial_update
+from aapt_deploy.train.losses.adversarial import ForcedRollout, adversarial_update
 from aapt_deploy.train.losses.flow import Clips, Latents
 from aapt_deploy.train.processes import Setup, has_bf16
 from aapt_deploy.train.recipe import DEMO, gan
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = 100  # clips
-HEADS = [(attention, logits) for attention in ("causal", "bidirectional") for logits in ("frame", "clip")]
+HEADS = [
+    (attention, logits) for attention in ("causal", "bidirectional") for logits in ("frame", "clip")
+]
 
 
 def kinds(real: Clips, made: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -43,20 +45,29 @@ def kinds(real: Clips, made: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def judged(discriminator: Discriminator, latents: Latents, generator: Any, stage: Any) -> dict[str, dict[str, float]]:
+def judged(
+    discriminator: Discriminator, latents: Latents, generator: Any, stage: Any
+) -> dict[str, dict[str, float]]:
     logits: dict[str, list[torch.Tensor]] = {}
     for batch in range(12):
         rng = numbers(77, batch, 0)
         real = latents.clips(8, stage.blocks, rng)
-        made = Rollout(generator, real.frames[:, 0], real.text, stage, rng).extend(real.condition)
+        made = ForcedRollout(generator, real.frames[:, 0], real.text, stage, rng).extend(
+            real.condition
+        )
         frames = {"true": real.frames, **kinds(real, torch.cat([real.frames[:, :1], made], dim=1))}
         t = torch.rand(8, generator=rng)
         for name, clip in frames.items():
-            logits.setdefault(name, []).append(discriminator(clip, real.condition, t, real.text).float().mean(1))
+            logits.setdefault(name, []).append(
+                discriminator(clip, real.condition, t, real.text).float().mean(1)
+            )
     each = {name: torch.cat(parts) for name, parts in logits.items()}
     true = each.pop("true")
     return {
-        name: {"deviations_below": round(float((true - x).mean() / true.std()), 3), "pairs_below": round(float((x < true).float().mean()), 3)}
+        name: {
+            "deviations_below": round(float((true - x).mean() / true.std()), 3),
+            "pairs_below": round(float((x < true).float().mean()), 3),
+        }
         for name, x in each.items()
     }
 
@@ -71,20 +82,43 @@ def main() -> None:
     held = load_file(options.latents)
     part = lambda rows: Latents(held["z"][rows], held["conditions"][rows], held["tokens"][rows])
     taught, kept = part(slice(None, -HELD_OUT)), part(slice(-HELD_OUT, None))
-    adapted, generator = checkpoint.load(options.adapted).generator, checkpoint.load(options.distilled).generator
+    adapted, generator = (
+        checkpoint.load(options.adapted).generator,
+        checkpoint.load(options.distilled).generator,
+    )
     found, setup = {}, Setup(bf16=has_bf16("cpu"))
     for attention, logits in HEADS:
         rate = gan(options.updates, 4, DEMO.adversarial[0].discriminator_rate, clip_norm=5.0)
-        stage = dataclasses.replace(DEMO.adversarial[0], optimiser=rate, attention=attention, logits=logits, head_start=options.updates)
+        stage = dataclasses.replace(
+            DEMO.adversarial[0],
+            optimiser=rate,
+            attention=attention,
+            logits=logits,
+            head_start=options.updates,
+        )
         torch.manual_seed(1)
         discriminator = Discriminator(generator.profile, attention, logits)
         discriminator.start_from(adapted)
-        update = lambda rng, step, scale, d=discriminator, s=stage: adversarial_update(generator, d, taught, s, rng, step, scale)
-        told = lambda step, loss, name=f"{attention}, a logit per {logits}": print(f"{name}: {step}, loss {loss:.4f}", file=sys.stderr, flush=True)
+        update = lambda rng, step, scale, d=discriminator, s=stage: adversarial_update(
+            generator, d, taught, s, rng, step, scale
+        )
+        told = lambda step, loss, name=f"{attention}, a logit per {logits}": print(
+            f"{name}: {step}, loss {loss:.4f}", file=sys.stderr, flush=True
+        )
         with TemporaryDirectory() as folder:
-            fit_together([Learner("", discriminator, rate)], update, rate, Path(folder) / "head.state", 5, told, setup)
+            fit_together(
+                [Learner("", discriminator, rate)],
+                update,
+                rate,
+                Path(folder) / "head.state",
+                5,
+                told,
+                setup,
+            )
         with setup.autocast():
-            found[f"{attention}, a logit per {logits}"] = judged(discriminator, kept, generator, stage)
+            found[f"{attention}, a logit per {logits}"] = judged(
+                discriminator, kept, generator, stage
+            )
         print(list(found.items())[-1], file=sys.stderr, flush=True)
     today = datetime.date.today().isoformat()
     record = {

@@ -77,7 +77,7 @@ def train_run(
         from aapt_deploy.train import run as stages
 
         how = processes.joined(device, _mixed(device, bf16), checkpointing, context)
-        begin = stages.Start(start, distilled) if start else None
+        begin = stages.WarmStart(start, distilled) if start else None
         path = stages.train(folder, run, shape, recipe.named(chosen), progress, how, begin, console.warn)
     console.say(f"checkpoint: {path}")
 

@@ -1,11 +1,13 @@
-"""Calibration: what ranges do the activations of a checkpoint have while it streams? NVIDIA's modelopt watches, real rollouts are what it sees.
+"""Calibrate FP8 scales: measure a checkpoint's activations while it streams, with modelopt.
 
-The generator runs on its own output (student-forced) from every start frame while its window fills and turns over, flown in all directions and told
-other prompts on the way. Largest magnitudes, times a margin, give one static scale for each linear layer's input, one for each output channel of its
-weight, and those of queries, keys and values for an FP8 cache. The layers that the profile's [fp8] rules keep get none.
+The generator runs on its own output (student-forced) from every start frame while its window fills
+and turns over. It flies in all directions, and prompts change on the way. Largest magnitudes, times
+a margin, set one static scale for each linear layer's input and one for each output channel of its
+weight. They also set those of queries, keys and values for an FP8 cache. Layers that the profile's
+[fp8] rules keep get none.
 
-The networks are converted in place and are not fit for anything else afterwards. Nothing here writes a graph or a file; `aapt_deploy.bundle.scales`
-does.
+The networks are converted in place and cannot be used for anything else afterwards. Nothing here
+writes a graph or a file; `aapt_deploy.bundle.scales` does.
 """
 
 import contextlib
@@ -13,8 +15,8 @@ import io
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aapt_deploy.backends.torch_eager import EagerEngines
+from aapt_deploy.backends.trial import Report
 from aapt_deploy.bundle.scales import FORMAT, LinearScales, Scales
 from aapt_deploy.errors import ProfileError
 from aapt_deploy.models import fp8
@@ -31,6 +34,7 @@ from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.loop import Steering, rollout
+from aapt_deploy.rollout.starts import Start, coarse_picture
 
 SPARE_BLOCKS = 2  # that a rollout goes on once its window is full
 PROMPT_BLOCKS = 3  # blocks between two prompts
@@ -42,26 +46,19 @@ FLIGHTS = (  # of a start frame, one after the other, block by block
     Velocity(yaw=LIMITS.yaw, pitch=-LIMITS.pitch),
 )
 
-Report = Callable[[str], None]
-
-
-class Begin(NamedTuple):
-    """Where a rollout of the calibration starts."""
-
-    image: np.ndarray  # uint8 [H, W, 3]
-    text: np.ndarray | None
-
 
 def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
-    """Scales of `checkpoint` under its profile's [fp8] section. The same seed gives the same scales. `checkpoint`'s generator is converted.
+    """Return the scales of `checkpoint` under its profile's [fp8] section.
 
-    Raises ProfileError when the rules leave nothing to quantise.
+    The same seed gives the same scales. `checkpoint`'s generator is converted.
+    Raises ProfileError if the rules leave nothing to quantise.
     """
     profile, generator = checkpoint.profile, checkpoint.generator
     chosen = [layer for layer in fp8.layers(generator, profile.fp8.keep) if not layer.kept_by]
     if not chosen:
         raise ProfileError(
-            f"profile {profile.name}: [fp8] keep = {list(profile.fp8.keep)} leaves no linear layer of {profile.model.depth} blocks to quantise",
+            f"profile {profile.name}: [fp8] keep = {list(profile.fp8.keep)} "
+            f"leaves no linear layer of {profile.model.depth} blocks to quantise",
             "shorten the list in the profile's [fp8] section",
         )
     attention = AttentionRanges(profile)
@@ -83,64 +80,90 @@ def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
                 {"quantizer_name": f"{layer.path}.input_quantizer", "cfg": e4m3 | {"axis": None}},
             ]
         mtq.quantize(generator, {"quant_cfg": config, "algorithm": "max"}, rollouts)
-    linear = {layer.path: _linear_scales(generator.get_submodule(layer.path), profile.fp8.margin) for layer in chosen}
-    calibration = {"tool": "nvidia-modelopt", "algorithm": "max", "seed": seed, "starts": len(_begins(checkpoint, seed)), "passes": passes}
+    linear = {
+        layer.path: _linear_scales(generator.get_submodule(layer.path), profile.fp8.margin)
+        for layer in chosen
+    }
+    calibration = {
+        "tool": "nvidia-modelopt",
+        "algorithm": "max",
+        "seed": seed,
+        "starts": len(_starts(checkpoint, seed)),
+        "passes": passes,
+    }
     metadata = {
-        "format": FORMAT, "profile": profile.name, "checkpoint_sha256": checkpoint.sha256, "margin": repr(profile.fp8.margin),
-        "keep": json.dumps(profile.fp8.keep), "calibration": json.dumps(calibration),
-    }  # fmt: skip
+        "format": FORMAT,
+        "profile": profile.name,
+        "checkpoint_sha256": checkpoint.sha256,
+        "margin": repr(profile.fp8.margin),
+        "keep": json.dumps(profile.fp8.keep),
+        "calibration": json.dumps(calibration),
+    }
     return Scales(linear, attention.scales(profile.fp8.margin), metadata)
 
 
 def _linear_scales(module: Any, margin: float) -> LinearScales:
-    """What modelopt saw of one layer. A layer whose input was always zero keeps the scale 1."""
+    """Return the scales of one layer. Keep the scale 1 if its input was always zero."""
 
     def scale(amax: Tensor, margin: float) -> np.ndarray:
         largest = amax.detach().float().reshape(-1).numpy()
-        return np.where(largest > 0, largest * np.float32(margin / fp8.E4M3_MAX), np.float32(1)).astype(np.float32)
+        scaled = largest * np.float32(margin / fp8.E4M3_MAX)
+        return np.where(largest > 0, scaled, np.float32(1)).astype(np.float32)
 
-    return LinearScales(scale(module.input_quantizer.amax, margin), scale(module.weight_quantizer.amax, 1.0))  # weights are known
+    weight = scale(module.weight_quantizer.amax, 1.0)  # weights are known: no margin
+    return LinearScales(scale(module.input_quantizer.amax, margin), weight)
 
 
 def _rollouts(checkpoint: Checkpoint, seed: int, report: Report) -> int:
-    """Run the generator as a stream does. Returns the number of its passes."""
-    profile, begins = checkpoint.profile, _begins(checkpoint, seed)
+    """Run the generator as a stream does. Return the number of its passes."""
+    profile, starts = checkpoint.profile, _starts(checkpoint, seed)
     blocks = profile.window.sink_frames + profile.window.frames + SPARE_BLOCKS
     engines = EagerEngines(checkpoint, torch.get_num_threads(), "fp32")
-    for number, begin in enumerate(begins):
-        report(f"calibrating on rollout {number + 1} of {len(begins)}, {blocks} blocks")
+    for number, start in enumerate(starts):
+        report(f"calibrating on rollout {number + 1} of {len(starts)}, {blocks} blocks")
 
         def steer(block: int, number: int = number) -> Steering:
-            text = begins[(number + block // PROMPT_BLOCKS) % len(begins)].text
+            text = starts[(number + block // PROMPT_BLOCKS) % len(starts)].text
             return Steering(FLIGHTS[(number + block // 2) % len(FLIGHTS)], text)
 
-        for _ in itertools.islice(rollout(engines, profile, begin.image, steer, seed + number), 1 + blocks):
+        frames = rollout(engines, profile, start.image, steer, seed + number)
+        for _ in itertools.islice(frames, 1 + blocks):
             pass
-    return len(begins) * blocks * len(profile.sampler.timesteps)
+    return len(starts) * blocks * len(profile.sampler.timesteps)
 
 
-def _begins(checkpoint: Checkpoint, seed: int) -> list[Begin]:
-    """The checkpoint's start frames; without any, one coarse random picture. Embedded prompts are drawn, for want of a text encoder."""
+def _starts(checkpoint: Checkpoint, seed: int) -> list[Start]:
+    """Return the checkpoint's start frames, or one coarse random picture if it has none.
+
+    Embedded prompts are drawn, because there is no text encoder.
+    """
     profile, rng = checkpoint.profile, np.random.default_rng(seed)
-    video, text = profile.video, profile.text
-    frames = [(frame.image.numpy(), parse(frame.prompt)) for frame in checkpoint.start_frames.values() if text.kind == "vocabulary"]
-    if not frames:
-        coarse = rng.integers(0, 256, (-(-video.height // 16), -(-video.width // 16), 3), np.uint8)
-        image = np.ascontiguousarray(coarse.repeat(16, axis=0).repeat(16, axis=1)[: video.height, : video.width])
-        images = [frame.image.numpy() for frame in checkpoint.start_frames.values()] or [image]
-        looks = [Look(**{name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()}) for _ in images]
-        frames = list(zip(images, looks, strict=True))
+    text, given = profile.text, list(checkpoint.start_frames.values())
+    images = [frame.image.numpy() for frame in given]
+    looks = [parse(frame.prompt) for frame in given if text.kind == "vocabulary"]
+    if not looks:
+        images = images or [coarse_picture(profile, rng)]
+        looks = [_random_look(rng) for _ in images]
 
     def prompt(look: Look) -> np.ndarray | None:
         if not text.tokens:
             return None
-        return token_ids(look) if text.kind == "vocabulary" else rng.standard_normal((1, text.tokens, text.dim), np.float32)
+        if text.kind == "vocabulary":
+            return token_ids(look)
+        return rng.standard_normal((1, text.tokens, text.dim), np.float32)
 
-    return [Begin(image, prompt(look)) for image, look in frames]
+    return [Start(image, "", prompt(look)) for image, look in zip(images, looks, strict=True)]
+
+
+def _random_look(rng: np.random.Generator) -> Look:
+    return Look(**{name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()})
 
 
 class AttentionRanges(TorchDispatchMode):
-    """Largest magnitudes of queries, keys and values, by layer, head and channel, over every pass that runs under it."""
+    """Record the largest magnitudes of queries, keys and values over every pass under it.
+
+    By layer, head and channel.
+    """
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -152,11 +175,9 @@ class AttentionRanges(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aapt.block_causal_attention.default:
             q, k, v, k_cache, v_cache, _ = args
-            for found, seen in zip(
-                self.largest[:, self.calls % self.depth],
-                ([q], [k, k_cache[:, : self.text_tokens]], [v, v_cache[:, : self.text_tokens]]),
-                strict=True,
-            ):
+            text = slice(self.text_tokens)
+            inputs = ([q], [k, k_cache[:, text]], [v, v_cache[:, text]])
+            for found, seen in zip(self.largest[:, self.calls % self.depth], inputs, strict=True):
                 for x in seen:
                     if x.shape[1]:
                         found.copy_(torch.maximum(found, x.abs().amax((0, 1))))
@@ -164,14 +185,18 @@ class AttentionRanges(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def scales(self, margin: float) -> list[hopper_fp8.Scales]:
-        """The scales of every layer's attention; K is not centred."""
-        largest = (self.largest * margin).numpy()[:, :, None]  # [3, layers, 1, H, D]: one sample that holds the largest of each channel
+        """Return the scales of every layer's attention. K is not centred."""
+        # [3, layers, 1, H, D]: one sample with the largest of each channel
+        largest = (self.largest * margin).numpy()[:, :, None]
         return [hopper_fp8.calibrate(*largest[:, layer]) for layer in range(self.depth)]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """modelopt prints a summary and warns about optional packages; none of it is about the user's checkpoint."""
+    """Silence modelopt's summary and its warnings about optional packages.
+
+    None of it is about the user's checkpoint.
+    """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,11 +1,13 @@
-"""Checkpoint -> bundle: every graph as ONNX, each proved equal to PyTorch before the bundle exists.
+"""Export a checkpoint into a bundle: ONNX graphs, each proved equal to PyTorch first.
 
-The graphs are portable: opset 24, BlockCausalAttention as a node of domain `aapt` with its meaning attached as a local function. What suits a
-backend best is `build`'s business. With scales, the linear layers that have some are in FP8, between standard Q/DQ nodes.
+The graphs are portable: opset 24, BlockCausalAttention as a node of domain `aapt` with its meaning
+attached as a local function. `build` chooses what suits a backend best. With scales, the linear
+layers that have some are in FP8, between standard Q/DQ nodes.
 
-Memory: a graph is traced with hollow weights, which take none, then written weight by weight from the checkpoint's file. Only the check needs the
-weights of one graph twice, in PyTorch and in ONNX Runtime. Where the machine has not the room, a copy of the graph with two blocks, the first and
-the last, is checked in its place, and the table says so.
+Memory: a graph is traced with hollow weights, which take none, then written weight by weight from
+the checkpoint's file. Only the check needs the weights of one graph twice, in PyTorch and in ONNX
+Runtime. If the machine lacks the room, a copy of the graph with two blocks, the first and the last,
+is checked instead. The table names it.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,6 +30,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from aapt_deploy import __version__
+from aapt_deploy.backends.trial import Report
 from aapt_deploy.bundle import bundle, graph_file, scales
 from aapt_deploy.bundle.scales import Scales
 from aapt_deploy.bundle.signature import GraphSignature
@@ -42,32 +45,44 @@ from aapt_deploy.ops.block_causal_attention import NEXT, onnx_function
 from aapt_deploy.profiles import Profile
 from aapt_deploy.video.pictures import write_image
 
-ROOM = 3.5  # bytes of memory that a check takes for each byte of a graph's weights in fp32: PyTorch, ONNX Runtime, its repacked copy
-
-Report = Callable[[str], None]
+# Bytes of memory that a check takes for each byte of a graph's weights in fp32: PyTorch, ONNX
+# Runtime, its repacked copy.
+ROOM = 3.5
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a graph, by their names in it, from a checkpoint's file; those of linear layers with scales in e4m3."""
+    """The weights of a graph, by their names in it, from a checkpoint's file.
+
+    Those of linear layers with scales are in e4m3.
+    """
 
     stored: Stored
     scales: Scales | None
-    blocks: dict[int, int] = dataclasses.field(default_factory=dict)  # of a graph with fewer blocks: which blocks they are
+    # of a graph with fewer blocks: its block -> the checkpoint's
+    blocks: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
-        source = re.sub(r"^(generator\.(?:text|visual)\.)(\d+)", lambda m: f"{m[1]}{self.blocks.get(int(m[2]), int(m[2]))}", name)
+        place = lambda m: f"{m[1]}{self.blocks.get(int(m[2]), int(m[2]))}"  # noqa: E731
+        source = re.sub(r"^(generator\.(?:text|visual)\.)(\d+)", place, name)
         value = self.stored.tensor(source)
         path = source.removeprefix("generator.").removesuffix(".weight")
         own = self.scales.linear.get(path) if self.scales and source.endswith(".weight") else None
         return fp8.encode_weight(value, own) if own else value
 
 
-def export_bundle(checkpoint: Stored, folder: Path, overwrite: bool, report: Report, fp8_scales: Scales | None = None) -> list[Parity]:
-    """Export every graph of `checkpoint` into a new bundle at `folder`. Returns the parity table.
+def export_bundle(
+    checkpoint: Stored,
+    folder: Path,
+    overwrite: bool,
+    report: Report,
+    fp8_scales: Scales | None = None,
+) -> list[Parity]:
+    """Export every graph of `checkpoint` into a new bundle at `folder`. Return the parity table.
 
-    Raises ParityError, and leaves nothing behind, when a graph disagrees with PyTorch; OutputError when `folder` cannot be written; InputError
-    for scales of other layers.
+    Raises ParityError, and leaves nothing behind, if a graph disagrees with PyTorch.
+    Raises OutputError if `folder` cannot be written.
+    Raises InputError if the scales are of other layers.
     """
     profile = checkpoint.profile
     weights = Weights(checkpoint, fp8_scales)
@@ -83,7 +98,10 @@ def export_bundle(checkpoint: Stored, folder: Path, overwrite: bool, report: Rep
             report(f"checking {name} against PyTorch")
             needed = ROOM * 4 * sum(modules[name].state_dict()[n].numel() for n in used)
             if name in ("prompt", "generator") and needed > _free_bytes():
-                report(f"{name} would take {needed / 1e9:.0f} GB to check; a copy with two of its blocks takes its place")
+                report(
+                    f"{name} would take {needed / 1e9:.0f} GB to check; "
+                    "a copy with two of its blocks takes its place"
+                )
                 table += _check_reduced(draft.path, signature.name, profile, weights)
             else:
                 table += _check_whole(path, modules[name], signature, profile, used, weights)
@@ -91,41 +109,53 @@ def export_bundle(checkpoint: Stored, folder: Path, overwrite: bool, report: Rep
         if bad:
             rows = "; ".join(f"{row.graph} ({row.case}) differs by {row.error:.2e}" for row in bad)
             raise ParityError(
-                f"exported graphs disagree with PyTorch: {rows}", "report this with the checkpoint's profile; the bundle was not written"
+                f"exported graphs disagree with PyTorch: {rows}",
+                "report this with the checkpoint's profile; the bundle was not written",
             )
         _finish(draft, checkpoint, table, fp8_scales)
     return table
 
 
-def _finish(draft: bundle.Draft, checkpoint: Stored, table: list[Parity], fp8_scales: Scales | None) -> None:
-    """What belongs to a bundle beside its graphs."""
+def _finish(
+    draft: bundle.Draft, checkpoint: Stored, table: list[Parity], fp8_scales: Scales | None
+) -> None:
+    """Write what belongs to a bundle beside its graphs."""
     shutil.copyfile(checkpoint.path, draft.path / bundle.Bundle.CHECKPOINT)
     (draft.path / "start").mkdir()
     for name, frame in checkpoint.start_frames.items():
         write_image(draft.path / "start" / f"{name}.png", frame.image.numpy())
     if fp8_scales:
         scales.save(fp8_scales, draft.path / scales.FILE)
-    draft.manifest["start_frames"] = {name: frame.prompt for name, frame in checkpoint.start_frames.items()}
+    draft.manifest["start_frames"] = {
+        name: frame.prompt for name, frame in checkpoint.start_frames.items()
+    }
     draft.manifest["source"] = {"checkpoint": checkpoint.path.name, "sha256": checkpoint.sha256}
     draft.manifest["precision"] = "fp8" if fp8_scales else "fp32"
     draft.manifest["cache_layout"] = "token_major"
-    draft.manifest["versions"] = {"aapt_deploy": __version__, "torch": torch.__version__.split("+")[0], "onnx": onnx.__version__}
+    draft.manifest["versions"] = {
+        "aapt_deploy": __version__,
+        "torch": torch.__version__.split("+")[0],
+        "onnx": onnx.__version__,
+    }
     draft.manifest["parity"] = [row._asdict() for row in table]
 
 
 def hollow_graphs(profile: Profile, fp8_scales: Scales | None) -> dict[str, nn.Module]:
-    """The graphs' modules without weights. Raises InputError for scales that do not fit."""
+    """Return the graphs' modules without weights. Raises InputError if scales do not fit."""
     generator, vae = checkpoints.hollow(profile)
     if fp8_scales:
         try:
             fp8.apply(generator, fp8_scales, quantise=False)
         except ValueError as error:
-            raise InputError(f"these scales are not of this checkpoint: {error}", "calibrate again: leave --scales out") from None
+            raise InputError(
+                f"these scales are not of this checkpoint: {error}",
+                "calibrate again: leave --scales out",
+            ) from None
     return graph_modules(profile, generator, vae)
 
 
 def coverage(profile: Profile, fp8_scales: Scales | None) -> list[fp8.Coverage]:
-    """What share of each graph's operations is in FP8; empty without scales."""
+    """Return the share of each graph's operations in FP8; empty without scales."""
     if fp8_scales is None:
         return []
     modules = hollow_graphs(profile, fp8_scales)
@@ -133,19 +163,30 @@ def coverage(profile: Profile, fp8_scales: Scales | None) -> list[fp8.Coverage]:
 
 
 def to_onnx(module: nn.Module, signature: GraphSignature, profile: Profile) -> onnx.ModelProto:
-    """Trace one graph with static shapes, its weights hollow. Inputs are the signature's inputs, then its state; outputs likewise."""
+    """Trace one graph with static shapes and hollow weights.
+
+    Inputs are the signature's inputs, then its state; outputs likewise.
+    """
     specs = [*signature.inputs, *signature.state]
-    example = random_inputs([(s.name, s.shape, s.dtype) for s in specs], seed=0, cache_len=profile.cache_tokens)
+    shapes = [(s.name, s.shape, s.dtype) for s in specs]
+    example = random_inputs(shapes, seed=0, cache_len=profile.cache_tokens)
     recurrent = [s.name + NEXT for s in signature.state] if signature.name == "decoder" else []
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module, tuple(example), dynamo=True, opset_version=onnx_function.OPSET, verbose=False, optimize=False,
-            input_names=[s.name for s in specs], output_names=[*(s.name for s in signature.outputs), *recurrent],
-        )  # fmt: skip
+            module,
+            tuple(example),
+            dynamo=True,
+            opset_version=onnx_function.OPSET,
+            verbose=False,
+            optimize=False,
+            input_names=[s.name for s in specs],
+            output_names=[*(s.name for s in signature.outputs), *recurrent],
+        )
         assert program is not None, "torch.onnx.export returned nothing"
         graph = program.model.graph
-        weights = [graph.initializers.pop(name) for name in module.state_dict() if name in graph.initializers]
-        for weight in weights:  # an input while the graph is simplified: what has no value cannot be folded away
+        names = [name for name in module.state_dict() if name in graph.initializers]
+        weights = [graph.initializers.pop(name) for name in names]
+        for weight in weights:  # an input while the graph is simplified: it cannot be folded away
             weight.const_value = None
             graph.inputs.append(weight)
         optimizer.optimize(program.model)
@@ -163,13 +204,15 @@ def _hollow_out(model: onnx.ModelProto, weights: set[str | None]) -> None:
         graph.input.remove(value)
         if value.name in read:
             kind = value.type.tensor_type
-            graph.initializer.append(graph_file.hollow(value.name, kind.elem_type, [d.dim_value for d in kind.shape.dim]))
+            shape = [d.dim_value for d in kind.shape.dim]
+            graph.initializer.append(graph_file.hollow(value.name, kind.elem_type, shape))
 
 
 def _write(model: onnx.ModelProto, path: Path, module: nn.Module, weights: Weights) -> list[str]:
-    """Write a graph with its weights. Returns their names in the module."""
+    """Write a graph with its weights. Return their names in the module."""
     names = [tensor.name for tensor in graph_file.hollows(model)]
-    turned = graph_file.turn_weights(model)  # float weights of a MatMul, which engines want as [in, out]
+    # float weights of a MatMul, which engines want as [in, out]
+    turned = graph_file.turn_weights(model)
 
     def read(name: str) -> graph_file.Bytes:
         value = weights.tensor(name)
@@ -186,10 +229,14 @@ def _free_bytes() -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter talks to both streams and warns about its own internals; none of it is about the user's checkpoint."""
+    """Silence torch's exporter, which prints to both streams and warns about its own internals.
+
+    None of it is about the user's checkpoint.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    to, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with warnings.catch_warnings(), to, err:
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -201,25 +248,38 @@ def _quiet() -> Iterator[None]:
 
 
 def _describe(model: onnx.ModelProto, checkpoint: Stored) -> None:
-    """Replace the exporter's notes, stack traces with this machine's paths among them, by ours."""
+    """Replace the exporter's notes, which have this machine's paths, by ours."""
     for graph in (model.graph, *model.functions):
         values = (*graph.input, *graph.output) if isinstance(graph, onnx.GraphProto) else ()
         for item in (graph, *graph.node, *graph.value_info, *values):
             item.ClearField("metadata_props")
-    facts = {"aapt.version": __version__, "aapt.profile": checkpoint.profile.name, "aapt.checkpoint_sha256": checkpoint.sha256}
+    facts = {
+        "aapt.version": __version__,
+        "aapt.profile": checkpoint.profile.name,
+        "aapt.checkpoint_sha256": checkpoint.sha256,
+    }
     model.producer_name, model.producer_version = "aapt_deploy", __version__
     for key, value in facts.items():
         model.metadata_props.add(key=key, value=value)
 
 
-def _check_whole(path: Path, module: nn.Module, signature: GraphSignature, profile: Profile, used: list[str], weights: Weights) -> list[Parity]:
+def _check_whole(
+    path: Path,
+    module: nn.Module,
+    signature: GraphSignature,
+    profile: Profile,
+    used: list[str],
+    weights: Weights,
+) -> list[Parity]:
     """Fill the module, compare, and empty it again."""
     shapes = {name: module.state_dict()[name] for name in used}
     for name in used:
         checkpoints.put(module, name, weights.tensor(name))
     try:
         rows = check_parity(path, module, signature, profile, weights.scales is not None)
-        return [*rows, check_products(path, module, signature, profile)] if any(isinstance(m, fp8.Linear8) for m in _users(module, used)) else rows
+        if any(isinstance(m, fp8.Linear8) for m in _users(module, used)):
+            rows.append(check_products(path, module, signature, profile))
+        return rows
     finally:
         for name, empty in shapes.items():
             checkpoints.put(module, name, empty)
@@ -244,7 +304,7 @@ def _check_reduced(folder: Path, graph: str, profile: Profile, weights: Weights)
 
 
 def _reduced(whole: Scales | None, depth: int) -> Scales | None:
-    """The scales of the first and the last block, as those of a generator with two."""
+    """Return the scales of the first and the last block, as a generator's with two."""
     if whole is None:
         return None
     linear = {}

@@ -1,8 +1,9 @@
-"""How far an exported graph in ONNX Runtime is from the PyTorch module that it came from.
+"""Compare an exported graph in ONNX Runtime with the PyTorch module that it came from.
 
-A graph in float32 is compared as a whole, and to the last digits. In FP8 a sum that falls on the edge of two e4m3 codes may round either way,
-6 to 12 % apart, and what follows differs by that: two right graphs are some hundredths apart. So a graph in FP8 is compared as a whole for gross
-mistakes, and each of its FP8 products alone, on the very input that ONNX Runtime had there, to the last digits.
+A graph in float32 is compared as a whole, and to the last digits. In FP8 a sum on the edge of two
+e4m3 codes may round either way, 6 to 12 % apart, and what follows differs by that. Two right graphs
+are some hundredths apart. So a graph in FP8 is compared as a whole for gross mistakes. Each of its
+FP8 products is compared alone, on the very input that ONNX Runtime had there, to the last digits.
 """
 
 import tempfile
@@ -21,8 +22,10 @@ from aapt_deploy.models.aapt.graphs import random_inputs
 from aapt_deploy.models.fp8 import Linear8
 from aapt_deploy.profiles import Profile
 
-FP32_TOLERANCE = 2e-4  # largest difference relative to the output's largest value; fp32 graphs differ by about 1e-6
-FP8_TOLERANCE = 0.1  # root mean square, relative to the output's; the demo's is 0.03 apart, and 0.05 from float32
+# Largest difference relative to the output's largest value; fp32 graphs differ by about 1e-6.
+FP32_TOLERANCE = 2e-4
+# Root mean square, relative to the output's; the demo's is 0.03 apart, and 0.05 from float32.
+FP8_TOLERANCE = 0.1
 PIXEL_TOLERANCE = 1  # of 255: a value on the edge of two may round either way
 
 
@@ -37,13 +40,19 @@ class Parity(NamedTuple):
 
 
 def parity_cases(signature: GraphSignature, profile: Profile) -> list[tuple[str, int]]:
-    """(name, valid cache tokens) of the inputs that a graph is checked on."""
+    """Return (name, valid cache tokens) of the inputs that a graph is checked on."""
     if signature.name != "generator":
         return [("random", 0)]
-    return [("empty cache", profile.text.tokens), ("half-full cache", profile.cache_tokens // 2), ("full cache", profile.cache_tokens)]
+    return [
+        ("empty cache", profile.text.tokens),
+        ("half-full cache", profile.cache_tokens // 2),
+        ("full cache", profile.cache_tokens),
+    ]
 
 
-def check_parity(path: Path, module: nn.Module, signature: GraphSignature, profile: Profile, in_fp8: bool = False) -> list[Parity]:
+def check_parity(
+    path: Path, module: nn.Module, signature: GraphSignature, profile: Profile, in_fp8: bool = False
+) -> list[Parity]:
     """Run one exported graph in ONNX Runtime and in PyTorch on the same random inputs."""
     session = _session(path)
     specs = [*signature.inputs, *signature.state]
@@ -53,13 +62,19 @@ def check_parity(path: Path, module: nn.Module, signature: GraphSignature, profi
         with torch.no_grad():
             wanted = module(*inputs)
         got = session.run(None, {s.name: x.numpy() for s, x in zip(specs, inputs, strict=True)})
-        rows.append(compare(signature.name, case, list(wanted) if isinstance(wanted, tuple) else [wanted], got, in_fp8))
+        outputs = list(wanted) if isinstance(wanted, tuple) else [wanted]
+        rows.append(compare(signature.name, case, outputs, got, in_fp8))
     return rows
 
 
-def compare(graph: str, case: str, wanted: list[Tensor], got: list[np.ndarray], in_fp8: bool = False) -> Parity:
-    """Differences between two sets of outputs; uint8 pictures may differ by PIXEL_TOLERANCE, numbers by FP32_TOLERANCE of their range, and those
-    of a graph in FP8 by FP8_TOLERANCE of their root mean square."""
+def compare(
+    graph: str, case: str, wanted: list[Tensor], got: list[np.ndarray], in_fp8: bool = False
+) -> Parity:
+    """Compare two sets of outputs.
+
+    uint8 pictures may differ by PIXEL_TOLERANCE, numbers by FP32_TOLERANCE of their range. Those of
+    a graph in FP8 may differ by FP8_TOLERANCE of their root mean square.
+    """
     error = relative = 0.0
     ok = len(wanted) == len(got)
     for want, have in zip(wanted, got, strict=True):
@@ -80,24 +95,35 @@ def compare(graph: str, case: str, wanted: list[Tensor], got: list[np.ndarray], 
     return Parity(graph, case, error, relative, ok)
 
 
-def check_products(path: Path, module: nn.Module, signature: GraphSignature, profile: Profile) -> Parity:
-    """Each FP8 product of a graph against PyTorch, on the input that it has in ONNX Runtime; a full cache where there is one."""
+def check_products(
+    path: Path, module: nn.Module, signature: GraphSignature, profile: Profile
+) -> Parity:
+    """Compare each FP8 product of a graph with PyTorch, on its input in ONNX Runtime.
+
+    The cache is full if there is one.
+    """
     model = onnx.load(path, load_external_data=False)
     makers = {name: node for node in model.graph.node for name in node.output}
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear8)}
-    products: dict[str, tuple[str, str]] = {}  # layer -> its input before Q, its output before the bias
+    # layer -> its input before Q, its output before the bias
+    products: dict[str, tuple[str, str]] = {}
     for node in model.graph.node:
-        if node.op_type == "MatMul" and (name := _weight_of(node, makers).removesuffix(".weight")) in layers:
+        weight = _weight_of(node, makers) if node.op_type == "MatMul" else ""
+        if (name := weight.removesuffix(".weight")) in layers:
             products[name] = (makers[makers[node.input[0]].input[0]].input[0], node.output[0])
-    inputs = {value.name for value in model.graph.input}
-    watched = sorted({name for pair in products.values() for name in pair} - {value.name for value in model.graph.output} - inputs)
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in watched)
+    known = {value.name for value in (*model.graph.output, *model.graph.input)}
+    watched = sorted({name for pair in products.values() for name in pair} - known)
+    new = [onnx.helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, None) for x in watched]
+    model.graph.output.extend(new)
     specs = [*signature.inputs, *signature.state]
-    fed = random_inputs([(s.name, s.shape, s.dtype) for s in specs], 0, profile.cache_tokens)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:  # beside the graph, whose external data it shares
+    inputs = random_inputs([(s.name, s.shape, s.dtype) for s in specs], 0, profile.cache_tokens)
+    fed = {s.name: x.numpy() for s, x in zip(specs, inputs, strict=True)}
+    # beside the graph, whose external data it shares
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
         file.write(model.SerializeToString())
         file.flush()
-        found = dict(zip(watched, _session(Path(file.name)).run(watched, {s.name: x.numpy() for s, x in zip(specs, fed, strict=True)}), strict=True))
+        outputs = _session(Path(file.name)).run(watched, fed)
+    found = dict(zip(watched, outputs, strict=True))
     wanted, got = [], []
     for name, (x, y) in products.items():
         layer = layers[name]
@@ -110,14 +136,22 @@ def check_products(path: Path, module: nn.Module, signature: GraphSignature, pro
 
 
 def _weight_of(product: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str:
-    """The FP8 constant behind a MatMul: MatMul <- Transpose <- DequantizeLinear <- constant. "" where there is none."""
+    """Return the FP8 constant behind a MatMul; "" if there is none.
+
+    MatMul <- Transpose <- DequantizeLinear <- constant
+    """
     turned = makers.get(product.input[1])
-    scaled = makers.get(turned.input[0]) if turned is not None and turned.op_type == "Transpose" else None
-    return str(scaled.input[0]) if scaled is not None and scaled.op_type == "DequantizeLinear" else ""
+    if turned is None or turned.op_type != "Transpose":
+        return ""
+    scaled = makers.get(turned.input[0])
+    if scaled is None or scaled.op_type != "DequantizeLinear":
+        return ""
+    return str(scaled.input[0])
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # or Q/DQ pairs wander through the graph, and round twice
+    # else Q/DQ pairs move through the graph, and round twice
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,7 +1,7 @@
-"""What this machine can run, and the fix for what it cannot: the checks behind `aapt doctor`.
+"""Check what this machine can run, with a fix for what it cannot (`aapt doctor`).
 
-A check looks, it does not guess: packages are imported, the embedded checkpoint is hashed, ONNX Runtime runs a graph. What TensorRT does on a
-machine is asked by backends/trt/doctor/ask.py.
+A check looks, it does not guess: it imports packages, hashes the embedded checkpoint, and runs a
+graph in ONNX Runtime. backends/trt/doctor/ask.py checks TensorRT.
 """
 
 import importlib
@@ -42,29 +42,34 @@ PACKAGES = (  # import name, distribution, what it is for, needed to stream, ext
 
 def examine() -> list[Check]:
     """All checks, in the order of the report."""
-    return [_python(), _cores(), *(_package(*row) for row in PACKAGES), _checkpoint(), _runtime(), _ffmpeg(), _gpu()]
+    return [
+        _python(),
+        _cores(),
+        *(_package(*row) for row in PACKAGES),
+        _checkpoint(),
+        _runtime(),
+        _ffmpeg(),
+        _gpu(),
+    ]
 
 
 def _python() -> Check:
     ok = sys.version_info >= (3, 11)
-    return Check("python", ok, True, platform.python_version(), "" if ok else "install Python 3.11 or newer")
+    fix = "" if ok else "install Python 3.11 or newer"
+    return Check("python", ok, True, platform.python_version(), fix)
 
 
 def _cores() -> Check:
     count = cores()
-    return Check(
-        "cpu cores",
-        count >= 2,
-        False,
-        str(count),
-        "" if count >= 2 else "the demo profile is tuned for two cores; aapt profile tells if one is enough",
-    )
+    fix = "the demo profile is tuned for two cores; aapt profile tells if one is enough"
+    return Check("cpu cores", count >= 2, False, str(count), "" if count >= 2 else fix)
 
 
 def _package(module: str, distribution: str, purpose: str, needed: bool, extra: str) -> Check:
     try:
         importlib.import_module(module)
-        return Check(module, True, needed, f"{importlib.metadata.version(distribution)}, for {purpose}")
+        version = importlib.metadata.version(distribution)
+        return Check(module, True, needed, f"{version}, for {purpose}")
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         wanted = f"'aapt_deploy[{extra}]'" if extra else "aapt_deploy"
         return Check(module, False, needed, f"{error}; for {purpose}", f"pip install {wanted}")
@@ -73,7 +78,7 @@ def _package(module: str, distribution: str, purpose: str, needed: bool, extra: 
 def _attempt(name: str, needed: bool, look: Callable[[], str], fix: str) -> Check:
     try:
         return Check(name, True, needed, look())
-    except Exception as error:  # whatever it is, it is the finding; ONNX Runtime's own exception types are private
+    except Exception as error:  # any error is the finding; ONNX Runtime's types are private
         return Check(name, False, needed, str(error), fix)
 
 
@@ -91,7 +96,10 @@ def _checkpoint() -> Check:
 
 
 def _runtime() -> Check:
-    """Run the smallest graph there is: y = x + x, opset 24, written out byte by byte so that no exporter is needed."""
+    """Run the smallest graph there is: y = x + x, opset 24.
+
+    It is written byte by byte, so that no exporter is needed.
+    """
 
     def look() -> str:
         import numpy as np
@@ -106,7 +114,7 @@ def _runtime() -> Check:
     return _attempt("onnxruntime runs", True, look, "pip install --force-reinstall onnxruntime")
 
 
-# ModelProto: ir_version 10, opset 24, graph "g" with one Add node and float tensors x, y of shape [1].
+# ModelProto: ir_version 10, opset 24, graph "g": one Add node, float tensors x and y of shape [1]
 _VALUE = b"\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01"
 _GRAPH = (
     b"\x0a\x0e" + b"\x0a\x01x" + b"\x0a\x01x" + b"\x12\x01y" + b"\x22\x03Add"
@@ -117,11 +125,28 @@ _ADD_GRAPH = b"\x08\x0a" + b"\x42\x04\x0a\x00\x10\x18" + b"\x3a" + bytes([len(_G
 
 def _ffmpeg() -> Check:
     path = shutil.which("ffmpeg")
-    return Check("ffmpeg", path is not None, False, path or "not on PATH; only needed to pipe a stream into it", "" if path else "install ffmpeg")
+    return Check(
+        "ffmpeg",
+        path is not None,
+        False,
+        path or "not on PATH; only needed to pipe a stream into it",
+        "" if path else "install ffmpeg",
+    )
 
 
 def _gpu() -> Check:
     driver = Path("/proc/driver/nvidia/version")
     if not driver.exists():
-        return Check("nvidia driver", False, False, "none; the CPU engine needs none", "an H100 with a current driver is needed for TensorRT plans")
-    return Check("nvidia driver", True, False, driver.read_text().splitlines()[0] + "; TensorRT itself: aapt doctor --tensorrt")
+        return Check(
+            "nvidia driver",
+            False,
+            False,
+            "none; the CPU engine needs none",
+            "an H100 with a current driver is needed for TensorRT plans",
+        )
+    return Check(
+        "nvidia driver",
+        True,
+        False,
+        driver.read_text().splitlines()[0] + "; TensorRT itself: aapt doctor --tensorrt",
+    )

@@ -1,19 +1,23 @@
-"""Step latency against the frame budget: what `aapt profile` measures.
+"""Measure step latency against the frame budget (`aapt profile`).
 
-The rollout knows nothing of clocks. It is given engines that are wrapped in a stopwatch, so what is timed is exactly what `stream` runs:
+The rollout has no clocks. It gets engines wrapped in a stopwatch, so what is timed is exactly what
+`stream` runs:
 
     prompt      text -> its keys and values        once per prompt
     generator   all passes of one block
     commit      keeping the block in the cache
     decoder     one latent frame -> four frames
-    hand-off    everything else in the loop: noise, camera rays, sampler arithmetic, copying the frames out
+    hand-off    everything else in the loop: noise, camera rays, sampler arithmetic, copying the
+                frames out
     encode      frames -> H.264, outside the step: a consumer's cost
-    step        prompt + generator + commit + decoder + hand-off, wall clock from one block's frames to the next
+    step        prompt + generator + commit + decoder + hand-off, wall clock from one block's frames
+                to the next
 
-Where the decoder works beside the generator (Engines.overlapped), a block is generated while the one before is decoded: a step is then as long as the
-longer of the two, and frames are encoded when all is measured, because the engines would work on meanwhile.
+If the decoder works beside the generator (Engines.overlapped), a block is generated while the one
+before is decoded. A step is then as long as the longer of the two. Frames are encoded when all is
+measured, because the engines would work on meanwhile.
 
-A cold block is among the first COLD_BLOCKS, while caches fill and memory is touched for the first time.
+A cold block is among the first COLD_BLOCKS, while caches fill and memory is touched first.
 """
 
 import json
@@ -21,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -56,7 +61,9 @@ class StageTimes:
     @classmethod
     def of(cls, seconds: list[float]) -> "StageTimes":
         ms = np.array(seconds) * 1000
-        return cls(len(ms), *(round(float(v), 3) for v in (*np.percentile(ms, (50, 95, 99)), ms.max())))
+        return cls(
+            len(ms), *(round(float(v), 3) for v in (*np.percentile(ms, (50, 95, 99)), ms.max()))
+        )
 
 
 @dataclass(frozen=True)
@@ -77,31 +84,45 @@ class Latency:
     deadline_misses: int
     machine: dict[str, str | int]
     samples_ms: list[float] = field(repr=False)
-    floor_ms: dict[str, float] = field(default_factory=dict)  # of stages, by arithmetic (models/cost.py); where the target's rates are known
-    layers: dict[str, list[LayerTime]] = field(default_factory=dict, repr=False)  # by graph; of backends that can tell
+    floor_ms: dict[str, float] = field(
+        default_factory=dict
+    )  # of stages, by arithmetic (models/cost.py); where the target's rates are known
+    layers: dict[str, list[LayerTime]] = field(
+        default_factory=dict, repr=False
+    )  # by graph; of backends that can tell
 
     @property
     def within_budget(self) -> bool:
         """p95 of a step inside the budget, and almost no block late."""
-        return self.steady["step"].p95_ms <= self.budget_ms and self.deadline_misses <= MISS_SHARE * self.blocks
+        return (
+            self.steady["step"].p95_ms <= self.budget_ms
+            and self.deadline_misses <= MISS_SHARE * self.blocks
+        )
 
     def json(self) -> str:
         return json.dumps({**asdict(self), "within_budget": self.within_budget})
 
 
 class Stopwatch:
-    """A tap that adds up, in seconds by stage, what the engines' calls take, block by block: two blocks may be under way in two threads."""
+    """A tap that adds up what the engines' calls take, in seconds by stage, block by block.
+
+    Two blocks may be in progress in two threads.
+    """
 
     def __init__(self) -> None:
         self.making: dict[str, float] = {}  # the block that is being generated
         self.made: deque[dict[str, float]] = deque()  # blocks that wait to be decoded
         self.decoding: dict[str, float] = {}
 
-    def __call__(self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def __call__(
+        self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
         start = time.perf_counter()
         answer = call(**arguments)
         spent = self.decoding if graph == "decoder" else self.making
-        stage = {"run": graph, "commit": "commit", "reset": "prompt" if arguments else "reset"}[method]
+        stage = {"run": graph, "commit": "commit", "reset": "prompt" if arguments else "reset"}[
+            method
+        ]
         spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
         if method == "commit":
             self.made.append(self.making)
@@ -109,33 +130,53 @@ class Stopwatch:
         return answer
 
     def next_block(self) -> dict[str, float]:
-        """What the oldest block took that was not asked for yet."""
+        """Return what the oldest block took that was not returned yet."""
         spent, self.decoding = self.made.popleft() | self.decoding, {}
         return spent
 
 
 def measure_bundle(
-    bundle: Bundle, backend: str, precision: str | None, blocks: int, warn: Callable[[str], None], progress: Callable[[str], None]
+    bundle: Bundle,
+    backend: str,
+    precision: str | None,
+    blocks: int,
+    warn: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> Latency:
     """Measure an engine of `bundle` from its first start frame."""
-    begin, total = all_starts(bundle)[0], COLD_BLOCKS + blocks
-    return measure(
-        lambda: open_engines(bundle, backend, precision, warn), bundle.profile, begin, blocks, lambda done: progress(f"{done} of {total} blocks")
-    )
+    open_all = lambda: open_engines(bundle, backend, precision, warn)  # noqa: E731
+    done = _counting(progress, blocks)
+    return measure(open_all, bundle.profile, all_starts(bundle)[0], blocks, done)
 
 
-def measure_random(profile: Profile, precision: str | None, blocks: int, progress: Callable[[str], None]) -> Latency:
-    """Measure random weights in the shape of `profile`, drawn on the GPU in seconds: what a size costs, before there is a checkpoint or a file."""
+def measure_random(
+    profile: Profile, precision: str | None, blocks: int, progress: Callable[[str], None]
+) -> Latency:
+    """Measure random weights in the shape of `profile`, drawn on the GPU in seconds.
+
+    It shows what a size costs before a checkpoint or a file exists.
+    """
     from aapt_deploy.backends.torch_cuda import engine
 
-    total = COLD_BLOCKS + blocks
-    return measure(
-        lambda: engine.open_random(profile, precision), profile, coarse_start(profile), blocks, lambda done: progress(f"{done} of {total} blocks")
-    )
+    open_all = lambda: engine.open_random(profile, precision)  # noqa: E731
+    return measure(open_all, profile, coarse_start(profile), blocks, _counting(progress, blocks))
 
 
-def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blocks: int, progress: Callable[[int], None]) -> Latency:
-    """Run `blocks` steady blocks after COLD_BLOCKS cold ones and report. `progress` hears the number of blocks done."""
+def _counting(progress: Callable[[str], None], blocks: int) -> Callable[[int], None]:
+    return lambda done: progress(f"{done} of {COLD_BLOCKS + blocks} blocks")
+
+
+def measure(
+    open_all: Callable[[], Engines],
+    profile: Profile,
+    begin: Start,
+    blocks: int,
+    progress: Callable[[int], None],
+) -> Latency:
+    """Run `blocks` steady blocks after COLD_BLOCKS cold ones and report.
+
+    Call `progress` with the number of blocks done.
+    """
     start = time.perf_counter()
     watch, engines = Stopwatch(), open_all()
     opened = time.perf_counter()
@@ -145,13 +186,12 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
     kept: list[np.ndarray] = []
     steering = Steering(family_of(profile).cruise, begin.text)
     try:
-        frames = rollout(Tapped(engines, watch), profile, begin.image, lambda block: steering, seed=0)
+        tapped, video = Tapped(engines, watch), profile.video
+        frames = rollout(tapped, profile, begin.image, lambda block: steering, seed=0)
         next(frames)
         watch.decoding.clear()
-        with (
-            TemporaryDirectory() as folder,
-            open_sink(f"{folder}/encode.mp4", None, profile.video.width, profile.video.height, profile.video.fps) as sink,
-        ):
+        size = video.width, video.height, video.fps
+        with TemporaryDirectory() as folder, open_sink(f"{folder}/encode.mp4", None, *size) as sink:
             first = 0.0
             for block in range(COLD_BLOCKS + blocks):
                 before = time.perf_counter()
@@ -162,9 +202,10 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
                 if spent.get("prompt"):
                     stages["prompt"].append(spent["prompt"])
                 if steady:
-                    inside = {name: spent.get(name, 0.0) for name in ("generator", "decoder", "commit")}
-                    for name, seconds in (inside | {"step": step, "hand-off": _hand_off(step, spent, beside)}).items():
-                        stages[name].append(seconds)
+                    stages["step"].append(step)
+                    stages["hand-off"].append(_hand_off(step, spent, beside))
+                    for name in ("generator", "decoder", "commit"):
+                        stages[name].append(spent.get(name, 0.0))
                 else:
                     cold.append(step)
                 if not beside:
@@ -173,21 +214,32 @@ def measure(open_all: Callable[[], Engines], profile: Profile, begin: Start, blo
                 elif len(kept) < ENCODED_BLOCKS:
                     kept.append(shown)
                 progress(block + 1)
-            stages["encode"] += [_seconds(lambda shown=shown: sink.write(shown)) for shown in kept]  # type: ignore[misc]
+            stages["encode"] += [_seconds(partial(sink.write, shown)) for shown in kept]
         layers = engines.layer_times(LAYER_RUNS) if isinstance(engines, Layered) else {}
     finally:
         engines.close()
     steps = stages["step"]
     return Latency(
-        profile.name, engines.backend, engines.precision, blocks, len(profile.sampler.timesteps), round(profile.step_budget_ms, 1),
-        {name: StageTimes.of(times) for name, times in stages.items() if times}, [round(1000 * s, 2) for s in cold],
-        round(1000 * first, 1), round(1000 * (opened - start), 1), round(profile.video.temporal_stride * len(steps) / sum(steps), 1),
-        sum(1000 * s > profile.step_budget_ms for s in steps), machine(), [round(1000 * s, 3) for s in steps], layers=layers,
-    )  # fmt: skip
+        profile=profile.name,
+        backend=engines.backend,
+        precision=engines.precision,
+        blocks=blocks,
+        passes_per_block=len(profile.sampler.timesteps),
+        budget_ms=round(profile.step_budget_ms, 1),
+        steady={name: StageTimes.of(times) for name, times in stages.items() if times},
+        cold_step_ms=[round(1000 * s, 2) for s in cold],
+        first_frame_ms=round(1000 * first, 1),
+        open_ms=round(1000 * (opened - start), 1),
+        sustained_fps=round(video.temporal_stride * len(steps) / sum(steps), 1),
+        deadline_misses=sum(1000 * s > profile.step_budget_ms for s in steps),
+        machine=machine(),
+        samples_ms=[round(1000 * s, 3) for s in steps],
+        layers=layers,
+    )
 
 
 def _hand_off(step: float, spent: dict[str, float], beside: bool) -> float:
-    """What of a step no stage accounts for."""
+    """Return what of a step no stage accounts for."""
     decoder = spent.get("decoder", 0.0)
     others = sum(spent.values()) - decoder
     return max(0.0, step - max(decoder, others)) if beside else step - decoder - others

@@ -1,12 +1,15 @@
-"""`aapt quality`: what one engine of a checkpoint loses against another, pass by pass and over a whole rollout.
+"""Compare two engines of a checkpoint, pass by pass and over a whole rollout (`aapt quality`).
 
-    teacher-forced   both get the same inputs, block by block, along the reference's rollout; each keeps its own cache. Error of the clean latent,
-                     relative to the latent's own size, and of the frames decoded from it
-    free-running     each on its own from the same start and noise: PSNR and SSIM by frame and second, and whether sharpness and brightness leave the
-                     reference's. Two rollouts part after some seconds without either being worse, so pictures are compared for the first only
+    teacher-forced   both get the same inputs, block by block, along the reference's rollout; each
+                     keeps its own cache. Error of the clean latent, relative to the latent's own
+                     size, and of the frames decoded from it
+    free-running     each on its own from the same start and noise: PSNR and SSIM by frame and
+                     second, and whether sharpness and brightness leave the reference's. Two
+                     rollouts part after some seconds without either being worse, so pictures are
+                     compared for the first only
     degenerate       blocks that are flat, or that stand still while the reference's move
 
-The profile's [quality] holds the thresholds. Whether a checkpoint is good is another question: `aapt train evaluate`.
+The profile's [quality] sets the thresholds. `aapt train evaluate` tests if a checkpoint is good.
 """
 
 import contextlib
@@ -22,22 +25,19 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.backends.table import BACKENDS, open_engines, refuse_unknown, to_get
+from aapt_deploy.backends.trial import Report, left_and_right
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.files import refuse_irregular, whole, writing
 from aapt_deploy.errors import UsageError
 from aapt_deploy.measure.machine import machine
-from aapt_deploy.models.aapt.camera import CRUISE, Velocity
-from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines, Tapped
-from aapt_deploy.rollout.loop import Steering, rollout
-from aapt_deploy.rollout.starts import Start, all_starts
+from aapt_deploy.rollout.starts import all_starts
+from aapt_deploy.video.metrics import LUMA, psnr_db
 
 SSIM_WINDOW = 8  # pixels
 FLAT = 1.0  # deviation of luma, in levels, below which a picture shows nothing
 PICTURES = (".png", ".svg", ".pdf")  # suffixes of plots
 STILL = 0.1  # share of the reference's change between blocks below which a block stands still
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -67,56 +67,88 @@ class Loss:
     blocks: int
     thresholds: dict[str, float]
     machine: dict[str, str | int]
-    frame_psnr_db: list[float] = field(default_factory=list)  # free-running, frame by frame, over all starts
+    # free-running, frame by frame, over all starts
+    frame_psnr_db: list[float] = field(default_factory=list)
     frame_ssim: list[float] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
-        """Each threshold that is missed, in words."""
+        """Describe each threshold that is missed."""
         t, first, error = self.thresholds, self.seconds[0], float(np.mean(self.latent_error))
-        found = [
-            f"latent error {error:.4f} is above {t['latent_error']}" * (not error <= t["latent_error"]),
-            f"PSNR {first.psnr_db:.1f} dB is below {t['psnr_db']}" * (not first.psnr_db >= t["psnr_db"]),
-            f"SSIM {first.ssim:.4f} is below {t['ssim']}" * (not first.ssim >= t["ssim"]),
-            f"drift {self.drift:.3f} is above {t['drift']}" * (not self.drift <= t["drift"]),
-            f"drift of {self.drift_per_s:.3f} per second is above {t['drift_per_s']}" * (not self.drift_per_s <= t["drift_per_s"]),
-            f"{self.flat_blocks} of {self.blocks} blocks are flat" * bool(self.flat_blocks),
-            f"{self.still_blocks} of {self.blocks} blocks stand still" * bool(self.still_blocks),
+        psnr, similar, drift, per_s = first.psnr_db, first.ssim, self.drift, self.drift_per_s
+        blocks = f"of {self.blocks} blocks"
+        found = [  # a NaN passes no threshold
+            (error <= t["latent_error"], f"latent error {error:.4f} is above {t['latent_error']}"),
+            (psnr >= t["psnr_db"], f"PSNR {psnr:.1f} dB is below {t['psnr_db']}"),
+            (similar >= t["ssim"], f"SSIM {similar:.4f} is below {t['ssim']}"),
+            (drift <= t["drift"], f"drift {drift:.3f} is above {t['drift']}"),
+            (
+                per_s <= t["drift_per_s"],
+                f"drift of {per_s:.3f} per second is above {t['drift_per_s']}",
+            ),
+            (not self.flat_blocks, f"{self.flat_blocks} {blocks} are flat"),
+            (not self.still_blocks, f"{self.still_blocks} {blocks} stand still"),
         ]
-        return [text for text in found if text]
+        return [text for passed, text in found if not passed]
 
     def json(self) -> str:
         return json.dumps({**asdict(self), "failures": self.failures})
 
 
 class Twins:
-    """A tap that gives a second engine the same calls. The rollout gets the reference's answers; how the other's differ is noted."""
+    """A tap that makes the same calls to a second engine.
+
+    The rollout gets the reference's answers. The tap stores how the other's differ.
+    """
 
     def __init__(self, candidate: Engines) -> None:
         self.candidate = candidate
         self.errors: list[float] = []  # per pass
         self.decoded: list[float] = []  # mean square error of a block's frames
 
-    def __call__(self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def __call__(
+        self, graph: str, method: str, call: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
         expected = call(**arguments)
         found = getattr(self.candidate[graph], method)(**arguments)
         if (graph, method) == ("generator", "run"):
             a, b = expected["clean"].astype(np.float64), found["clean"]
             self.errors.append(float(np.sqrt(np.square(b - a).mean() / np.square(a).mean())))
         elif (graph, method) == ("decoder", "run"):
-            self.decoded.append(float(np.square(expected["frames"].astype(np.float64) - found["frames"]).mean()))
+            difference = expected["frames"].astype(np.float64) - found["frames"]
+            self.decoded.append(float(np.square(difference).mean()))
         return expected
 
 
-def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, warn: Report, report: Report, elsewhere: Bundle | None = None) -> Loss:
-    """Compare two engines of `bundle`, named "<backend>-<precision>", from every start frame. The reference may be another bundle's, `elsewhere`.
+def compare(
+    bundle: Bundle,
+    reference: str,
+    candidate: str,
+    seconds: int,
+    warn: Report,
+    report: Report,
+    elsewhere: Bundle | None = None,
+) -> Loss:
+    """Compare two engines of `bundle`, "<backend>-<precision>", from every start frame.
 
-    Raises UsageError for a name the bundle has no engine of, for an engine compared with itself, and for bundles of two checkpoints.
+    The reference may be an engine of another bundle, `elsewhere`.
+
+    Raises UsageError if the bundle lacks the engine, if an engine is compared with itself, or if
+    the bundles are of two checkpoints.
     """
-    if reference == candidate and (elsewhere is None or elsewhere.path.resolve() == bundle.path.resolve()):
-        raise UsageError(f"{candidate} is compared with itself", f"engines of {bundle.path}: {', '.join(sorted(bundle.engines))}")
-    if elsewhere is not None and (_source(elsewhere) != _source(bundle) or elsewhere.profile != bundle.profile):
-        raise UsageError(f"{elsewhere.path} and {bundle.path} are not of one checkpoint and profile", "export both from the same checkpoint")
+    alone = elsewhere is None or elsewhere.path.resolve() == bundle.path.resolve()
+    if reference == candidate and alone:
+        raise UsageError(
+            f"{candidate} is compared with itself",
+            f"engines of {bundle.path}: {', '.join(sorted(bundle.engines))}",
+        )
+    if elsewhere is not None and (
+        _source(elsewhere) != _source(bundle) or elsewhere.profile != bundle.profile
+    ):
+        raise UsageError(
+            f"{elsewhere.path} and {bundle.path} are not of one checkpoint and profile",
+            "export both from the same checkpoint",
+        )
     with contextlib.ExitStack() as stack:
         opened = []
         for holder, name in ((elsewhere or bundle, reference), (bundle, candidate)):
@@ -126,57 +158,80 @@ def compare(bundle: Bundle, reference: str, candidate: str, seconds: int, warn: 
 
 
 def _source(bundle: Bundle) -> Any:
-    """The hash of the checkpoint that a bundle was made of."""
+    """Return the hash of the checkpoint that a bundle was made of."""
     return bundle.manifest["source"]["sha256"]
 
 
 def _open(bundle: Bundle, name: str, warn: Report) -> Engines:
     backend, _, precision = name.rpartition("-")
     if not backend:
-        raise UsageError(f"{name!r} names no engine", "engines are named BACKEND-PRECISION, for example onnxruntime-fp32")
+        raise UsageError(
+            f"{name!r} names no engine",
+            "engines are named BACKEND-PRECISION, for example onnxruntime-fp32",
+        )
     refuse_unknown(backend, precision)
     if name not in bundle.engines and BACKENDS[backend].needs_build:
         built = ", ".join(sorted(bundle.engines)) or "none"
-        raise UsageError(f"bundle {bundle.path} has no engine {name!r}", f"built: {built}; {to_get(bundle, backend, precision)}")
+        raise UsageError(
+            f"bundle {bundle.path} has no engine {name!r}",
+            f"built: {built}; {to_get(bundle, backend, precision)}",
+        )
     return open_engines(bundle, backend, precision, warn)
 
 
-def _compare(bundle: Bundle, names: tuple[str, str], opened: list[Engines], seconds: int, report: Report) -> Loss:
+def _compare(
+    bundle: Bundle, names: tuple[str, str], opened: list[Engines], seconds: int, report: Report
+) -> Loss:
     profile, starts = bundle.profile, all_starts(bundle)
-    per_second = max(1, profile.video.fps // profile.video.temporal_stride)  # blocks; a slower video is judged block by block
+    # blocks; a slower video is judged block by block
+    per_second = max(1, profile.video.fps // profile.video.temporal_stride)
     blocks, passes = seconds * per_second, len(profile.sampler.timesteps)
     forced, decoded, free, frames = [], [], [], []
     for number, begin in enumerate(starts, start=1):
         reference, candidate = opened
         twins = Twins(candidate)
-        for _ in islice(_frames(Tapped(reference, twins), profile, begin), 1 + blocks):
+        for _ in islice(left_and_right(Tapped(reference, twins), profile, begin), 1 + blocks):
             pass
         forced.append(np.array(twins.errors).reshape(blocks, passes).mean(1))
         decoded.append(np.mean(twins.decoded[1:]))
-        streams = [_frames(engines, profile, begin) for engines in opened]
+        streams = [left_and_right(engines, profile, begin) for engines in opened]
         found = [_figures(*pair) for pair in _pairs(streams[0], streams[1], blocks)]
-        free.append(np.array([[*pictures.mean(0), *others] for pictures, others in found]))  # [blocks, 7]
+        rows = [[*pictures.mean(0), *others] for pictures, others in found]
+        free.append(np.array(rows))  # [blocks, 7]
         frames.append(np.concatenate([pictures for pictures, _ in found]))  # [frames, 2]
         report(f"{number} of {len(starts)} starts, {seconds} s each")
     figures = np.stack(free)  # [starts, blocks, 7]
-    by_second = [_second(figures[:, i : i + per_second].reshape(-1, figures.shape[2])) for i in range(0, blocks, per_second)]
+    seconds_of = [figures[:, i : i + per_second] for i in range(0, blocks, per_second)]
+    by_second = [_second(rows.reshape(-1, figures.shape[2])) for rows in seconds_of]
+    shares = [share for s in by_second for share in (s.sharpness, s.brightness)]
     reference_change, change, deviation = figures[..., 4], figures[..., 5], figures[..., 6]
+    by_frame = np.mean(frames, axis=0)  # [frames, 2]
     return Loss(
-        profile.name, *names, by_second, [round(float(e), 6) for e in np.mean(forced, axis=0)], _decibels(float(np.mean(decoded))),
-        round(max(abs(x - 1) for s in by_second for x in (s.sharpness, s.brightness)), 4), round(_slope(by_second), 4), int((deviation < FLAT).sum()),
-        int((change < STILL * reference_change).sum()), deviation.size, asdict(profile.quality), machine(),
-        [_decibels(float(e)) for e in np.mean(frames, axis=0)[:, 0]], [round(float(x), 4) for x in np.mean(frames, axis=0)[:, 1]],
-    )  # fmt: skip
+        profile=profile.name,
+        reference=names[0],
+        candidate=names[1],
+        seconds=by_second,
+        latent_error=[round(float(e), 6) for e in np.mean(forced, axis=0)],
+        decoder_psnr_db=_decibels(float(np.mean(decoded))),
+        drift=round(max(abs(share - 1) for share in shares), 4),
+        drift_per_s=round(_slope(by_second), 4),
+        flat_blocks=int((deviation < FLAT).sum()),
+        still_blocks=int((change < STILL * reference_change).sum()),
+        blocks=deviation.size,
+        thresholds=asdict(profile.quality),
+        machine=machine(),
+        frame_psnr_db=[_decibels(float(e)) for e in by_frame[:, 0]],
+        frame_ssim=[round(float(x), 4) for x in by_frame[:, 1]],
+    )
 
 
-def _frames(engines: Engines, profile: Profile, begin: Start) -> Iterator[np.ndarray]:
-    """A rollout that flies and turns, first left, then right."""
-    steer = lambda block: Steering(Velocity(CRUISE.forward, yaw=0.2 * (1 - 2 * (block // 4 % 2))), begin.text)  # noqa: E731
-    return rollout(engines, profile, begin.image, steer, seed=0)
+def _pairs(
+    reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blocks: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield blocks of luma [1 + T, H, W] of both, and the square errors [T] of the frames.
 
-
-def _pairs(reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blocks: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of luma [1 + T, H, W] of both, each with the frame before, and the square errors [T] of the frames."""
+    Each block has the frame before it in front.
+    """
     before = [luma(next(stream))[-1:] for stream in (reference, candidate)]
     for a, b in islice(zip(reference, candidate, strict=False), blocks):
         pair = luma(a), luma(b)
@@ -185,51 +240,63 @@ def _pairs(reference: Iterator[np.ndarray], candidate: Iterator[np.ndarray], blo
         before = [pair[0][-1:], pair[1][-1:]]
 
 
-def _figures(a: np.ndarray, b: np.ndarray, square_errors: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """[square error, SSIM] of every frame, [T, 2], and of the block [sharpness, brightness, change of a, change of b, deviation of b].
+def _figures(
+    a: np.ndarray, b: np.ndarray, square_errors: np.ndarray
+) -> tuple[np.ndarray, list[float]]:
+    """Return [square error, SSIM] of every frame, [T, 2], and the figures of the block.
 
+    The latter are sharpness, brightness, change of a, change of b, deviation of b.
     a, b: luma [1 + T, H, W] with the frame before; square_errors [T].
     """
     similar = [ssim(x, y) for x, y in zip(a[1:], b[1:], strict=True)]
     changes = [float(np.abs(x[-1] - x[0]).mean()) for x in (a, b)]
     sharp = gradient(b[1:]) / max(gradient(a[1:]), 1e-6)
-    return np.stack([square_errors, similar], 1), [sharp, float(b[1:].mean() / max(a[1:].mean(), 1e-6)), *changes, float(b[-1].std())]
+    bright = float(b[1:].mean() / max(a[1:].mean(), 1e-6))
+    return np.stack([square_errors, similar], 1), [sharp, bright, *changes, float(b[-1].std())]
 
 
 def _second(rows: np.ndarray) -> Second:
-    return Second(_decibels(float(rows[:, 0].mean())), *(round(float(x), 4) for x in rows[:, 1:4].mean(0)))
+    shares = (round(float(x), 4) for x in rows[:, 1:4].mean(0))
+    return Second(_decibels(float(rows[:, 0].mean())), *shares)
 
 
 def _slope(seconds: list[Second]) -> float:
-    """Largest slope of sharpness or brightness against the reference, per second; 0 for a single second."""
+    """Return the largest slope of sharpness or brightness against the reference, per second.
+
+    It is 0 for a single second.
+    """
     if len(seconds) < 2:
         return 0.0
-    return max(
-        abs(float(np.polyfit(range(len(seconds)), values, 1)[0])) for values in zip(*((s.sharpness, s.brightness) for s in seconds), strict=True)
-    )
+    curves = ([s.sharpness for s in seconds], [s.brightness for s in seconds])
+    return max(abs(float(np.polyfit(range(len(seconds)), curve, 1)[0])) for curve in curves)
 
 
 def _decibels(square_error: float) -> float:
-    return round(10 * float(np.log10(255**2 / max(square_error, 1e-9))), 2)
+    return round(psnr_db(square_error), 2)
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> float64 [T, H, W], 0..255 (BT.601)."""
-    y: np.ndarray = frames @ np.array([0.299, 0.587, 0.114])
+    """Return luma float64 [T, H, W], 0..255 (BT.601), of uint8 [T, H, W, 3]."""
+    y: np.ndarray = frames @ LUMA
     return y
 
 
 def gradient(y: np.ndarray) -> float:
-    """Mean absolute difference of neighbouring pixels of luma [T, H, W]."""
+    """Return the mean absolute difference of neighbouring pixels of luma [T, H, W]."""
     return float(np.abs(np.diff(y, axis=1)).mean() + np.abs(np.diff(y, axis=2)).mean())
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two luma pictures [H, W], 0..255, over all 8x8 windows (Wang et al. 2004)."""
+    """Return the structural similarity of two luma pictures [H, W], 0..255.
+
+    Over all 8x8 windows (Wang et al. 2004).
+    """
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     ma, mb, aa, bb, ab = (_box(x) for x in (a, b, a * a, b * b, a * b))
     va, vb, cov = aa - ma * ma, bb - mb * mb, ab - ma * mb
-    return float(((2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean())
+    return float(
+        ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean()
+    )
 
 
 def _box(x: np.ndarray) -> np.ndarray:
@@ -241,20 +308,26 @@ def _box(x: np.ndarray) -> np.ndarray:
 
 
 def plotter(path: Path | None) -> Callable[[Loss], None]:
-    """What draws a Loss into the picture `path`, or nothing for None. All that would keep it from that is met here, before anything is measured.
+    """Return a function that plots a Loss to `path`; for None, one that does nothing.
 
-    Raises UsageError for a suffix of no picture, OutputError where no file can be written, ModuleNotFoundError without matplotlib; what it returns
-    raises OutputError, and leaves an older picture as it was.
+    Suffix, matplotlib and writability are checked now, before anything is measured.
+
+    Raises UsageError if the suffix is not a picture's, OutputError if no file can be written, and
+    ModuleNotFoundError without matplotlib. The function raises OutputError, and leaves an older
+    picture as it was.
     """
     if path is None:
         return lambda loss: None
     if path.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot {path} has the suffix {path.suffix!r} of no picture", f"suffixes: {', '.join(PICTURES)}")
+        raise UsageError(
+            f"--plot {path} has the suffix {path.suffix!r} of no picture",
+            f"suffixes: {', '.join(PICTURES)}",
+        )
     import matplotlib.backends.backend_agg  # noqa: F401  it is here, or is not
 
     with _writing(path):
         refuse_irregular(path)
-        tempfile.TemporaryFile(dir=path.parent).close()  # only to see whether a file can be written there
+        tempfile.TemporaryFile(dir=path.parent).close()  # can a file be written there?
     return lambda loss: _save(plot(loss, path.suffix[1:].lower()), path)
 
 
@@ -268,7 +341,10 @@ def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def plot(loss: Loss, kind: str) -> bytes:
-    """Errors by block, figures by frame and by second, as one picture; `kind` as in PICTURES, without the dot."""
+    """Plot errors by block, figures by frame and by second, as one picture.
+
+    `kind` as in PICTURES, without the dot.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

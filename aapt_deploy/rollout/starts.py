@@ -50,10 +50,15 @@ def all_starts(bundle: Bundle) -> list[Start]:
 
 def coarse_start(profile: Profile) -> Start:
     """A coarse random picture and no prompt."""
+    return _start(profile, coarse_picture(profile, np.random.default_rng(0)), "")
+
+
+def coarse_picture(profile: Profile, rng: np.random.Generator) -> np.ndarray:
+    """Draw a picture uint8 [H, W, 3] of random colours in squares of 16 pixels."""
     video = profile.video
-    coarse = np.random.default_rng(0).integers(0, 256, (-(-video.height // 16), -(-video.width // 16), 3), np.uint8)
+    coarse = rng.integers(0, 256, (-(-video.height // 16), -(-video.width // 16), 3), np.uint8)
     image = coarse.repeat(16, axis=0).repeat(16, axis=1)[: video.height, : video.width]
-    return _start(profile, np.ascontiguousarray(image), "")
+    return np.ascontiguousarray(image)
 
 
 def start_frame_prompts(bundle: Bundle) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Checkpoints from nothing: data, losses, the loop, and how long a world holds.
 
-run.py         one training run: stages in their order, resumed where it stopped
+run.py         a whole run: VAE, latents, stages, and a checkpoint after each
 stages.py      the stages of the generator
+latents.py     all clips as latents, cached
 loop.py        updates, averages, saving and resuming
 recipe.py      every number of the recipe
 processes.py   one process or many

@@ -1,8 +1,10 @@
-"""How training runs on this machine, or on many: what no loss and no recipe has to know.
+"""Run training in this process, or in many.
 
-Under `torchrun`, processes form a mesh of `data` x `context`. Weights, gradients and optimiser are sharded over all of them (FSDP2); each row of the
-mesh takes its share of an update's batches; the processes of a row share one batch, each with a part of every frame's tokens, and in attention with
-a part of the heads (models/aapt/context.py). Batches, losses and files are those of one process: a run may go on with another number of them.
+Under `torchrun`, processes form a mesh of `data` x `context`. Weights, gradients and optimiser are
+sharded over all of them (FSDP2). Each row of the mesh takes its share of an update's batches. The
+processes of a row share one batch: each has a part of every frame's tokens and, in attention, a
+part of the heads (models/aapt/context.py). Batches, losses and files equal those of one process, so
+a run may resume with another number of them.
 """
 
 import os
@@ -39,7 +41,9 @@ class Setup:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(
+            torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.bf16
+        ):
             yield
 
     @property
@@ -50,7 +54,9 @@ class Setup:
     @property
     def rows(self) -> tuple[int, int]:
         """Which of how many rows of the mesh this process is in."""
-        return (0, 1) if self.mesh is None else (self.mesh.get_local_rank("data"), self.mesh.size(0))
+        return (
+            (0, 1) if self.mesh is None else (self.mesh.get_local_rank("data"), self.mesh.size(0))
+        )
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -93,32 +99,53 @@ ALONE = Setup()
 
 
 def has_bf16(device: str) -> bool:
-    """Whether products in bf16 are done by hardware. A CPU that has to emulate them takes 100 times longer than in float32 (docs/log.md)."""
-    return device != "cpu" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    """Return whether hardware multiplies in bf16.
+
+    A CPU that emulates it takes 100 times longer than in float32 (docs/log.md).
+    """
+    return device != "cpu" or any(
+        torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
 
 
 def joined(device: str, bf16: bool, checkpointing: bool, context: int) -> Setup:
-    """The setup of this process among those that `torchrun` started; ALONE's where it did not. On a GPU each process takes the one of its local rank.
+    """Return the setup of this process among those that `torchrun` started, if it did.
 
-    Raises UsageError when `context` does not divide the processes or for an unknown device, and MachineError for one that is not here.
+    On a GPU each process takes the one of its local rank.
+
+    Raises UsageError if `context` does not divide the processes, or for an unknown device.
+    Raises MachineError if the device is missing.
     """
     if device not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device!r} is neither cpu nor cuda", "for example --device cuda")
+        raise UsageError(
+            f"--device {device!r} is neither cpu nor cuda", "for example --device cuda"
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("there is no GPU that PyTorch can use", "train with --device cpu, or look at what `aapt doctor` says")
+        raise MachineError(
+            "there is no GPU that PyTorch can use",
+            "train with --device cpu, or look at what `aapt doctor` says",
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if context < 1 or world % context:
-        raise UsageError(f"--context {context} does not divide {world} processes", "start a multiple of it with torchrun --nproc-per-node")
+        raise UsageError(
+            f"--context {context} does not divide {world} processes",
+            "start a multiple of it with torchrun --nproc-per-node",
+        )
     if world == 1:
         return Setup(device, bf16, checkpointing)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
-    return Setup(device, bf16, checkpointing, init_device_mesh(device, (world // context, context), mesh_dim_names=("data", "context")))
+    return Setup(
+        device,
+        bf16,
+        checkpointing,
+        init_device_mesh(device, (world // context, context), mesh_dim_names=("data", "context")),
+    )
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every process must ask."""
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full
@@ -132,7 +159,9 @@ def own(tensor: Tensor) -> Tensor:
 def fill(target: Tensor, full: Tensor) -> None:
     """Copy all of a tensor into one that may be sharded."""
     if isinstance(target, DTensor):
-        full = distribute_tensor(full.to(target.device), target.device_mesh, target.placements).to_local()
+        full = distribute_tensor(
+            full.to(target.device), target.device_mesh, target.placements
+        ).to_local()
     own(target).copy_(full)
 
 

@@ -1,4 +1,7 @@
-"""What a checkpoint streams, to look at: a video and a row of its frames, from each start frame. Nothing is measured here; `evaluate` does that."""
+"""Stream a checkpoint to look at: a video and a row of frames from each start frame.
+
+Nothing is measured here; `evaluate` does that.
+"""
 
 import shutil
 from itertools import islice
@@ -21,9 +24,9 @@ TURN = 0.2  # radians per second, to the left and to the right in turn
 
 
 def write_samples(path: Path, out: Path, seconds: int) -> Path:
-    """Stream `seconds` from every start frame of the checkpoint at `path` into `out`: NAME.mp4, their frames in sheet.png, and in TensorBoard.
+    """Stream `seconds` from every start frame of the checkpoint at `path` into `out`.
 
-    `out` appears when all is in it.
+    NAME.mp4, their frames in sheet.png, and the sheet for TensorBoard. `out` appears when complete.
     """
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -34,19 +37,23 @@ def write_samples(path: Path, out: Path, seconds: int) -> Path:
 
 
 def _write(loaded: checkpoint.Checkpoint, out: Path, seconds: int) -> None:
-    profile, per_second = loaded.profile, loaded.profile.video.fps // loaded.profile.video.temporal_stride
+    profile, video = loaded.profile, loaded.profile.video
+    per_second = video.fps // video.temporal_stride
     blocks, rows = seconds * per_second, []
 
     for name, frame in loaded.start_frames.items():
         text = token_ids(parse(frame.prompt)) if profile.text.tokens else None
 
         def steer(block: int, text: np.ndarray | None = text) -> Steering:
-            return Steering(Velocity(CRUISE.forward, yaw=TURN if block // (2 * per_second) % 2 else -TURN), text)
+            yaw = TURN if block // (2 * per_second) % 2 else -TURN
+            return Steering(Velocity(CRUISE.forward, yaw=yaw), text)
 
         engines, row = EagerEngines(loaded, torch.get_num_threads(), "fp32"), []
         chosen = set(np.linspace(0, blocks, COLUMNS).round().astype(int).tolist())
-        with open_sink(str(out / f"{name}.mp4"), None, profile.video.width, profile.video.height, profile.video.fps) as sink:
-            for block, frames in enumerate(islice(rollout(engines, profile, frame.image.numpy(), steer, 0), 1 + blocks)):
+        shown = islice(rollout(engines, profile, frame.image.numpy(), steer, 0), 1 + blocks)
+        path = str(out / f"{name}.mp4")
+        with open_sink(path, None, video.width, video.height, video.fps) as sink:
+            for block, frames in enumerate(shown):
                 sink.write(frames)
                 if block in chosen:
                     row.append(frames[-1])
@@ -54,4 +61,5 @@ def _write(loaded: checkpoint.Checkpoint, out: Path, seconds: int) -> None:
     if rows:
         sheet = np.ascontiguousarray(np.concatenate(rows))
         write_image(out / "sheet.png", sheet)
-        Events(out, 0).picture(0, f"seconds 0 to {seconds}", (out / "sheet.png").read_bytes(), *sheet.shape[:2])
+        png = (out / "sheet.png").read_bytes()
+        Events(out, 0).picture(0, f"seconds 0 to {seconds}", png, *sheet.shape[:2])

@@ -1,9 +1,19 @@
-"""Curves and pictures for TensorBoard, without TensorBoard: its event files are simple, and the package brings 40 MB of others.
+"""Write curves and pictures for TensorBoard, without TensorBoard.
 
-A file is a row of records, each `length u64 | masked crc32c of it | data | masked crc32c of that`, little-endian (TFRecord); the data is a protocol
-buffer `Event {1: wall_time double, 2: step int64, 3: file_version string, 5: Summary {1: repeated Value}}` with `Value {1: tag string, 2: float,
-4: Image {1: height, 2: width, 3: channels, 4: encoded bytes}}`. A record is written at once, and a run that goes on opens another file, so that a
-killed one loses nothing.
+Its event files are simple, and the package brings 40 MB of others.
+
+A file is a row of records (TFRecord, little-endian):
+
+    length u64 | masked crc32c of it | data | masked crc32c of that
+
+The data is a protocol buffer:
+
+    Event   {1: wall_time double, 2: step int64, 3: file_version string, 5: Summary}
+    Summary {1: repeated Value}
+    Value   {1: tag string, 2: float, 4: Image}
+    Image   {1: height, 2: width, 3: channels, 4: encoded bytes}
+
+A record is written at once, and a resumed run opens another file, so a killed one loses nothing.
 """
 
 import struct
@@ -68,7 +78,10 @@ class Events:
 
     def scalars(self, step: int, figures: Mapping[str, float]) -> None:
         """A point on each curve."""
-        values = [_bytes(1, name.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", figure) for name, figure in figures.items()]
+        values = [
+            _bytes(1, name.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", figure)
+            for name, figure in figures.items()
+        ]
         self._write(step, _bytes(5, b"".join(_bytes(1, value) for value in values)))
 
     def picture(self, step: int, name: str, png: bytes, height: int, width: int) -> None:

@@ -45,26 +45,42 @@ def test_every_graph_agrees_with_pytorch(made: Made) -> None:
         ("decoder", "random"),
     ]  # fmt: skip
     assert [row for row in made.parity if not row.ok] == []
-    assert max(row.relative for row in made.parity if row.graph != "decoder") < FP32_TOLERANCE / 10  # the decoder's pixels are whole numbers
+    assert (
+        max(row.relative for row in made.parity if row.graph != "decoder") < FP32_TOLERANCE / 10
+    )  # the decoder's pixels are whole numbers
 
 
 def test_a_bundle_holds_what_the_signature_lists(bundle: Path, tiny: Profile) -> None:
     for name, signature in signatures(tiny).items():
         proto = graph(bundle, name).graph
-        dims = {value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim) for value in (*proto.input, *proto.output)}
-        types = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name for v in (*proto.input, *proto.output)}
-        assert [value.name for value in proto.input] == [spec.name for spec in (*signature.inputs, *signature.state)]
+        dims = {
+            value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+            for value in (*proto.input, *proto.output)
+        }
+        types = {
+            v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name
+            for v in (*proto.input, *proto.output)
+        }
+        assert [value.name for value in proto.input] == [
+            spec.name for spec in (*signature.inputs, *signature.state)
+        ]
         recurrent = [spec.name + NEXT for spec in signature.state] if name == "decoder" else []
-        assert [value.name for value in proto.output] == [spec.name for spec in signature.outputs] + recurrent
+        assert [value.name for value in proto.output] == [
+            spec.name for spec in signature.outputs
+        ] + recurrent
         for spec in (*signature.inputs, *signature.outputs, *signature.state):
             assert (dims[spec.name], types[spec.name]) == (spec.shape, spec.dtype)
 
 
-def test_graphs_carry_the_op_its_meaning_and_where_they_come_from(bundle: Path, tiny: Profile, loaded: Checkpoint) -> None:
+def test_graphs_carry_the_op_its_meaning_and_where_they_come_from(
+    bundle: Path, tiny: Profile, loaded: Checkpoint
+) -> None:
     for name in GRAPHS:
         model = graph(bundle, name)
         onnx.checker.check_model(model)
-        assert {entry.domain: entry.version for entry in model.opset_import if entry.domain == ""} == {"": 24}
+        assert {
+            entry.domain: entry.version for entry in model.opset_import if entry.domain == ""
+        } == {"": 24}
         assert (model.producer_name, model.producer_version) == ("aapt_deploy", __version__)
         assert {entry.key: entry.value for entry in model.metadata_props if entry.key.startswith("aapt.")} == {
             "aapt.version": __version__, "aapt.profile": "tiny-cpu", "aapt.checkpoint_sha256": loaded.sha256,
@@ -74,7 +90,9 @@ def test_graphs_carry_the_op_its_meaning_and_where_they_come_from(bundle: Path, 
         assert len(nodes) == (tiny.model.depth if name == "generator" else 0)
         assert functions == ([(DOMAIN, NAME)] if name == "generator" else [])
         if name == "generator":
-            assert (DOMAIN, VERSION) in [(entry.domain, entry.version) for entry in model.opset_import]
+            assert (DOMAIN, VERSION) in [
+                (entry.domain, entry.version) for entry in model.opset_import
+            ]
 
 
 def test_no_graph_names_the_machine_it_was_made_on(bundle: Path) -> None:
@@ -82,22 +100,35 @@ def test_no_graph_names_the_machine_it_was_made_on(bundle: Path) -> None:
     assert [name for name in GRAPHS if home in (bundle / f"{name}.onnx").read_bytes()] == []
 
 
-def test_the_manifest_says_where_the_bundle_comes_from(bundle: Path, loaded: Checkpoint, made: Made) -> None:
+def test_the_manifest_says_where_the_bundle_comes_from(
+    bundle: Path, loaded: Checkpoint, made: Made
+) -> None:
     manifest = Bundle.open(bundle).manifest
     assert manifest["source"] == {"checkpoint": "tiny.safetensors", "sha256": loaded.sha256}
     assert manifest["precision"] == "fp32"
     assert manifest["cache_layout"] == "token_major"
-    assert manifest["versions"] == {"aapt_deploy": __version__, "torch": torch.__version__.split("+")[0], "onnx": onnx.__version__}
+    assert manifest["versions"] == {
+        "aapt_deploy": __version__,
+        "torch": torch.__version__.split("+")[0],
+        "onnx": onnx.__version__,
+    }
     assert manifest["parity"] == [row._asdict() for row in made.parity]
     assert str(loaded.path.parent) not in (bundle / "manifest.json").read_text()
 
 
-def test_start_frames_and_checkpoint_come_along(bundle: Path, loaded: Checkpoint, tiny: Profile) -> None:
+def test_start_frames_and_checkpoint_come_along(
+    bundle: Path, loaded: Checkpoint, tiny: Profile
+) -> None:
     opened = Bundle.open(bundle)
     opened.verify()
-    assert opened.manifest["start_frames"] == {name: frame.prompt for name, frame in loaded.start_frames.items()}
+    assert opened.manifest["start_frames"] == {
+        name: frame.prompt for name, frame in loaded.start_frames.items()
+    }
     for name, frame in loaded.start_frames.items():
-        assert np.array_equal(read_image(opened.checked(f"start/{name}.png"), tiny.video.width, tiny.video.height), frame.image.numpy())
+        assert np.array_equal(
+            read_image(opened.checked(f"start/{name}.png"), tiny.video.width, tiny.video.height),
+            frame.image.numpy(),
+        )
     assert opened.checked(Bundle.CHECKPOINT).read_bytes() == loaded.path.read_bytes()
 
 
@@ -111,7 +142,10 @@ def test_progress_names_every_graph(made: Made) -> None:
 
 def tampered(model: onnx.ModelProto) -> None:
     """Make one weight of the graph one tenth larger: the largest there is, in the tensor that has most of them."""
-    weights = max((w for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT), key=lambda w: np.prod(w.dims))
+    weights = max(
+        (w for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT),
+        key=lambda w: np.prod(w.dims),
+    )
     values = onnx.numpy_helper.to_array(weights).copy()
     values.flat[np.abs(values).argmax()] *= 1.1
     weights.CopyFrom(onnx.numpy_helper.from_array(values, weights.name))
@@ -137,7 +171,9 @@ def test_a_graph_that_disagrees_with_pytorch_leaves_no_bundle(
     if existing:
         path.mkdir()
         (path / "manifest.json").write_text("old")
-    with pytest.raises(ParityError, match=r"exported graphs disagree with PyTorch: generator \(") as caught:
+    with pytest.raises(
+        ParityError, match=r"exported graphs disagree with PyTorch: generator \("
+    ) as caught:
         export_bundle(loaded, path, existing, silent)
     assert caught.value.exit_code == 8
     assert caught.value.hint
@@ -164,10 +200,20 @@ def test_what_counts_as_a_difference() -> None:
         compare("g", "c", [want, want], [exact])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
-def test_an_export_that_is_stopped_leaves_no_half_bundle(loaded: Checkpoint, tmp_path: Path, number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_an_export_that_is_stopped_leaves_no_half_bundle(
+    loaded: Checkpoint, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     path = tmp_path / "bundle"
-    with subprocess.Popen([*COMMAND, "export", str(loaded.path), "-o", str(path)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    with subprocess.Popen(
+        [*COMMAND, "export", str(loaded.path), "-o", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
         assert process.stderr is not None
         said = [next(line for line in process.stderr if "exporting prompt" in line)]
         time.sleep(0.1)
@@ -203,16 +249,26 @@ def test_large_weights_lie_beside_their_graphs_and_everything_works(
     opened = Bundle.open(path)
     listed = set(opened.manifest["files"])
     assert {f"{name}.onnx.data" for name in GRAPHS} <= listed
-    assert all((path / f"{name}.onnx.data").stat().st_size > (path / f"{name}.onnx").stat().st_size / 10 for name in GRAPHS)
+    assert all(
+        (path / f"{name}.onnx.data").stat().st_size > (path / f"{name}.onnx").stat().st_size / 10
+        for name in GRAPHS
+    )
     build.build_engine(opened, "onnxruntime", None, Options(silent))
     opened.verify()
-    assert {"generator.onnx.data", "decoder.onnx.data"} <= {Path(name).name for name in opened.manifest["files"] if "fp32/" in name}
+    assert {"generator.onnx.data", "decoder.onnx.data"} <= {
+        Path(name).name for name in opened.manifest["files"] if "fp32/" in name
+    }
     for precision in ("fp32", "int8"):
-        here, inline = open_engines(opened, "onnxruntime", precision), open_engines(Bundle.open(bundle), "onnxruntime", precision)
+        here, inline = (
+            open_engines(opened, "onnxruntime", precision),
+            open_engines(Bundle.open(bundle), "onnxruntime", precision),
+        )
         for a, b in zip(frames_of(here, opened, 4), frames_of(inline, opened, 4), strict=True):
             assert np.array_equal(a, b)
     moved = path.rename(tmp_path / "elsewhere")
-    weights = next(name for name in opened.manifest["files"] if name.endswith("fp32/1/generator.onnx.data"))
+    weights = next(
+        name for name in opened.manifest["files"] if name.endswith("fp32/1/generator.onnx.data")
+    )
     content = bytearray((moved / weights).read_bytes())
     content[len(content) // 2] ^= 1
     (moved / weights).write_bytes(content)
@@ -221,5 +277,7 @@ def test_large_weights_lie_beside_their_graphs_and_everything_works(
 
 
 def test_exported_graphs_load_in_onnx_runtime_with_the_function_alone(bundle: Path) -> None:
-    session = onnxruntime.InferenceSession(bundle / "generator.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        bundle / "generator.onnx", providers=["CPUExecutionProvider"]
+    )
     assert session.get_modelmeta().custom_metadata_map["aapt.profile"] == "tiny-cpu"

@@ -38,9 +38,13 @@ def run(profile: Profile, folder: Path) -> tuple[int, dict[str, float]]:
     return count, found
 
 
-def test_a_hundred_million_parameters_take_a_minute_and_three_times_their_weights(tiny: Profile, tmp_path: Path) -> None:
+def test_a_hundred_million_parameters_take_a_minute_and_three_times_their_weights(
+    tiny: Profile, tmp_path: Path
+) -> None:
     """CPU seconds, which on a quiet machine are the time it takes; memory is everything, Python and PyTorch included."""
-    count, found = run(tiny.replace(model=dataclasses.replace(tiny.model, dim=768, depth=7, heads=12)), tmp_path)
+    count, found = run(
+        tiny.replace(model=dataclasses.replace(tiny.model, dim=768, depth=7, heads=12)), tmp_path
+    )
     assert 95e6 < count < 105e6
     assert found["cpu_s"] < 60
     assert found["peak"] < 3 * 4 * count
@@ -52,10 +56,17 @@ def test_a_billion_parameters_are_streamed_into_their_files(tiny: Profile, tmp_p
     if shutil.disk_usage(tmp_path).free < 12e9:
         pytest.skip("needs 12 GB of disk")
     try:
-        count, found = run(tiny.replace(model=dataclasses.replace(tiny.model, dim=2048, depth=10, heads=16)), tmp_path)
+        count, found = run(
+            tiny.replace(model=dataclasses.replace(tiny.model, dim=2048, depth=10, heads=16)),
+            tmp_path,
+        )
         assert count > 1e9
         assert found["peak"] < 2 * 4 * count
         opened = Bundle.open(tmp_path / "bundle")
-        assert opened.manifest["files"]["generator.onnx.data"]["bytes"] > 2e9 > opened.manifest["files"]["generator.onnx"]["bytes"] * 1000
+        assert (
+            opened.manifest["files"]["generator.onnx.data"]["bytes"]
+            > 2e9
+            > opened.manifest["files"]["generator.onnx"]["bytes"] * 1000
+        )
     finally:
         shutil.rmtree(tmp_path)

@@ -12,7 +12,14 @@ from aapt_deploy.measure.diff import Change, difference
 
 def record(**changes: Any) -> dict[str, Any]:
     times = {"count": 10, "p50_ms": 20.0, "p95_ms": 22.0, "p99_ms": 23.0, "max_ms": 24.0}
-    base = {"profile": "p", "backend": "tensorrt", "precision": "fp8_e4m3", "blocks": 10, "passes_per_block": 1, "machine": {"gpu": "H100"}}
+    base = {
+        "profile": "p",
+        "backend": "tensorrt",
+        "precision": "fp8_e4m3",
+        "blocks": 10,
+        "passes_per_block": 1,
+        "machine": {"gpu": "H100"},
+    }
     return base | {"steady": {"step": times, "decoder": times}, "layers": {}} | changes
 
 
@@ -22,7 +29,9 @@ def written(folder: Path, name: str, content: Any) -> Path:
     return path
 
 
-def test_two_real_records_are_compared_stage_by_stage(bundle: Path, aapt: Any, tmp_path: Path) -> None:
+def test_two_real_records_are_compared_stage_by_stage(
+    bundle: Path, aapt: Any, tmp_path: Path
+) -> None:
     paths = []
     for precision in ("fp32", "int8"):
         ran = aapt("profile", bundle, "--precision", precision, "--blocks", 10, "--json")
@@ -36,23 +45,44 @@ def test_two_real_records_are_compared_stage_by_stage(bundle: Path, aapt: Any, t
     for kind in ("p50_ms", "p95_ms"):
         assert [change["name"] for change in found["stages"][kind]] == list(one["steady"])
         for change in found["stages"][kind]:
-            assert change["before_ms"] == one["steady"][change["name"]][kind] and change["after_ms"] == two["steady"][change["name"]][kind]
+            assert (
+                change["before_ms"] == one["steady"][change["name"]][kind]
+                and change["after_ms"] == two["steady"][change["name"]][kind]
+            )
     assert "precision" in ran.err and "stages, p50" in ran.err and ran.out.count("\n") == 1
 
 
-def test_layers_are_sorted_by_what_changed_and_new_and_gone_ones_are_told(tmp_path: Path, aapt: Any) -> None:
-    layers = lambda **ms: {"generator": [{"name": name, "ms": value, "kind": "", "tactic": "", "share": 0.1} for name, value in ms.items()]}
+def test_layers_are_sorted_by_what_changed_and_new_and_gone_ones_are_told(
+    tmp_path: Path, aapt: Any
+) -> None:
+    layers = lambda **ms: {
+        "generator": [
+            {"name": name, "ms": value, "kind": "", "tactic": "", "share": 0.1}
+            for name, value in ms.items()
+        ]
+    }
     a = written(tmp_path, "a.json", record(layers=layers(attention=5.0, reformat=1.0, gemm=3.0)))
-    b = written(tmp_path, "b.json", record(layers=layers(gemm=3.5, attention=2.0, fused=0.2), machine={"gpu": "H200"}))
+    b = written(
+        tmp_path,
+        "b.json",
+        record(layers=layers(gemm=3.5, attention=2.0, fused=0.2), machine={"gpu": "H200"}),
+    )
     found = difference(a, b)
     assert found.layers["generator"] == [
         Change("attention", 5.0, 2.0), Change("reformat", 1.0, None), Change("gemm", 3.0, 3.5), Change("fused", None, 0.2),
     ]  # fmt: skip
     assert [change.delta_ms for change in found.layers["generator"]] == [-3.0, -1.0, 0.5, 0.2]
-    assert [change.ratio for change in found.layers["generator"]] == [0.4, None, pytest.approx(3.5 / 3, abs=1e-4), None]
+    assert [change.ratio for change in found.layers["generator"]] == [
+        0.4,
+        None,
+        pytest.approx(3.5 / 3, abs=1e-4),
+        None,
+    ]
     assert found.differs == {"machine.gpu": ("H100", "H200")}
     ran = aapt("diff", a, b)
-    assert ran.code == 0 and "layers of generator" in ran.err and "-3.000" in ran.err and not ran.out
+    assert (
+        ran.code == 0 and "layers of generator" in ran.err and "-3.000" in ran.err and not ran.out
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,8 +111,19 @@ def test_a_missing_file_and_a_missing_bundle_are_told(tmp_path: Path, aapt: Any)
 
 
 @pytest.mark.parametrize(
-    ("words", "path"), [("quality B --seconds", "aapt quality"), ("profile B --blocks", "aapt profile"), ("train run --recipe", "aapt train run")]
+    ("words", "path"),
+    [
+        ("quality B --seconds", "aapt quality"),
+        ("profile B --blocks", "aapt profile"),
+        ("train run --recipe", "aapt train run"),
+    ],
 )
-def test_an_option_without_its_value_leads_to_its_own_commands_help(aapt: Any, words: str, path: str) -> None:
+def test_an_option_without_its_value_leads_to_its_own_commands_help(
+    aapt: Any, words: str, path: str
+) -> None:
     ran = aapt(*words.split())
-    assert ran.code == 2 and "requires" in ran.error and ran.err.splitlines()[-1] == f"hint: see: {path} --help"
+    assert (
+        ran.code == 2
+        and "requires" in ran.error
+        and ran.err.splitlines()[-1] == f"hint: see: {path} --help"
+    )

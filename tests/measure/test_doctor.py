@@ -34,9 +34,26 @@ def test_what_this_test_runs_on_is_found() -> None:
         "python", "cpu cores", "numpy", "onnxruntime", "av", "safetensors", "torch", "onnx", "onnxscript", "tensorrt", "demo checkpoint",
         "onnxruntime runs", "ffmpeg", "nvidia driver",
     ]  # fmt: skip
-    for name in ("python", "numpy", "onnxruntime", "av", "safetensors", "torch", "onnx", "onnxscript", "onnxruntime runs"):
+    for name in (
+        "python",
+        "numpy",
+        "onnxruntime",
+        "av",
+        "safetensors",
+        "torch",
+        "onnx",
+        "onnxscript",
+        "onnxruntime runs",
+    ):
         assert checks[name].ok, checks[name]
-    assert {name for name, check in checks.items() if check.needed} == {"python", "numpy", "onnxruntime", "av", "safetensors", "onnxruntime runs"}
+    assert {name for name, check in checks.items() if check.needed} == {
+        "python",
+        "numpy",
+        "onnxruntime",
+        "av",
+        "safetensors",
+        "onnxruntime runs",
+    }
     assert "opset 24 runs" in checks["onnxruntime runs"].found
 
 
@@ -46,10 +63,19 @@ def test_every_failed_check_has_a_fix() -> None:
 
 @pytest.mark.parametrize(
     ("package", "fix", "needed"),
-    [("av", "pip install aapt_deploy", True), ("torch", "pip install 'aapt_deploy[export]'", False), ("tensorrt", "[tensorrt]'", False)],
+    [
+        ("av", "pip install aapt_deploy", True),
+        ("torch", "pip install 'aapt_deploy[export]'", False),
+        ("tensorrt", "[tensorrt]'", False),
+    ],
 )
 @pytest.mark.parametrize(
-    "error", [ModuleNotFoundError("No module named 'x'"), OSError("libx.so: cannot open shared object file")], ids=["gone", "broken"]
+    "error",
+    [
+        ModuleNotFoundError("No module named 'x'"),
+        OSError("libx.so: cannot open shared object file"),
+    ],
+    ids=["gone", "broken"],
 )
 def test_a_missing_or_broken_package_comes_with_its_install_command(
     monkeypatch: pytest.MonkeyPatch, package: str, fix: str, needed: bool, error: Exception
@@ -95,7 +121,9 @@ def test_the_report_and_its_verdict(aapt: Any, monkeypatch: pytest.MonkeyPatch) 
     assert good.code == 0, good.err
     checks = json.loads(good.out)
     assert good.out.count("\n") == 1
-    assert all(any(line.startswith(check["name"]) for line in good.err.splitlines()) for check in checks)
+    assert all(
+        any(line.startswith(check["name"]) for line in good.err.splitlines()) for check in checks
+    )
     without(monkeypatch, "av", ModuleNotFoundError("No module named 'av'"))
     bad = aapt("doctor")
     assert bad.code == 3

@@ -14,7 +14,14 @@ from aapt_deploy.cli import reports
 from aapt_deploy.cli.measure import _floors
 from aapt_deploy.errors import BundleError
 from aapt_deploy.measure import latency
-from aapt_deploy.measure.latency import COLD_BLOCKS, STAGES, Latency, StageTimes, measure, measure_bundle
+from aapt_deploy.measure.latency import (
+    COLD_BLOCKS,
+    STAGES,
+    Latency,
+    StageTimes,
+    measure,
+    measure_bundle,
+)
 from aapt_deploy.models import cost
 from aapt_deploy.profiles import Profile, Target
 from aapt_deploy.rollout.starts import Start
@@ -37,7 +44,11 @@ class Slow(FakeEngines):
 
 
 def begin(profile: Profile) -> Start:
-    return Start(np.zeros((profile.video.height, profile.video.width, 3), np.uint8), "", np.array([[0, 5, 10, 15]]))
+    return Start(
+        np.zeros((profile.video.height, profile.video.width, 3), np.uint8),
+        "",
+        np.array([[0, 5, 10, 15]]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +59,23 @@ def slow(tiny: Profile) -> Latency:
 
 @pytest.fixture(scope="module")
 def real(bundle: Path) -> Latency:
-    return measure_bundle(Bundle.open(bundle), "onnxruntime", None, 12, unexpected, lambda text: None)
+    return measure_bundle(
+        Bundle.open(bundle), "onnxruntime", None, 12, unexpected, lambda text: None
+    )
 
 
 def test_every_stage_is_there_and_the_step_holds_them_all(real: Latency, tiny: Profile) -> None:
     assert set(real.steady) == set(STAGES)
-    assert {name: real.steady[name].count for name in STAGES if name != "prompt"} == dict.fromkeys(set(STAGES) - {"prompt"}, 12)
+    assert {name: real.steady[name].count for name in STAGES if name != "prompt"} == dict.fromkeys(
+        set(STAGES) - {"prompt"}, 12
+    )
     inside = [real.steady[name].p50_ms for name in ("generator", "decoder", "commit", "hand-off")]
     assert real.steady["step"].p50_ms >= max(inside) > 0
-    assert real.steady["step"].max_ms <= sum(real.steady[name].max_ms for name in ("generator", "decoder", "commit", "hand-off")) + 0.01
+    assert (
+        real.steady["step"].max_ms
+        <= sum(real.steady[name].max_ms for name in ("generator", "decoder", "commit", "hand-off"))
+        + 0.01
+    )
     assert len(real.samples_ms) == 12
     assert len(real.cold_step_ms) == COLD_BLOCKS
     assert real.first_frame_ms > real.open_ms > 0
@@ -83,11 +102,19 @@ def test_frames_per_second_are_those_of_the_steps(slow: Latency) -> None:
     assert not slow.within_budget
 
 
-@pytest.mark.parametrize(("p95_ms", "misses", "good"), [(166.7, 0, True), (166.8, 0, False), (20.0, 1, True), (20.0, 2, False), (500.0, 9, False)])
+@pytest.mark.parametrize(
+    ("p95_ms", "misses", "good"),
+    [(166.7, 0, True), (166.8, 0, False), (20.0, 1, True), (20.0, 2, False), (500.0, 9, False)],
+)
 def test_the_verdict(real: Latency, p95_ms: float, misses: int, good: bool) -> None:
     """p95 of the step inside the budget, and at most one block in a hundred late."""
     steady = {**real.steady, "step": replace(real.steady["step"], p95_ms=p95_ms)}
-    assert replace(real, steady=steady, blocks=100, deadline_misses=misses, budget_ms=166.7).within_budget is good
+    assert (
+        replace(
+            real, steady=steady, blocks=100, deadline_misses=misses, budget_ms=166.7
+        ).within_budget
+        is good
+    )
 
 
 def test_percentiles() -> None:
@@ -133,12 +160,16 @@ def test_a_bundle_without_that_engine_is_refused(bare: Path) -> None:
         measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, unexpected, lambda text: None)
 
 
-def test_floors_stand_beside_their_stages(real: Latency, capsys: pytest.CaptureFixture[str]) -> None:
+def test_floors_stand_beside_their_stages(
+    real: Latency, capsys: pytest.CaptureFixture[str]
+) -> None:
     reports.latency(real)
     assert "roofline" not in capsys.readouterr().err
     half = real.steady["step"].p50_ms / 2
     reports.latency(replace(real, floor_ms={"step": half}))
-    rows = [line for line in capsys.readouterr().err.splitlines() if "step" in line and "50%" in line]
+    rows = [
+        line for line in capsys.readouterr().err.splitlines() if "step" in line and "50%" in line
+    ]
     assert len(rows) == 1 and f"{half:.2f}" in rows[0]
 
 
@@ -147,13 +178,19 @@ def test_a_gpu_profile_s_floors_are_those_of_its_plan(tiny: Profile) -> None:
     shape = tiny.replace(target=Target("cuda", "H100", 90, 80))
     planned = cost.plan(shape)
     by_name = {stage.name: stage.floor_ms for stage in planned.stages}
-    assert _floors(shape) == {"step": planned.floor_ms, "generator": 2 * (by_name["generator"] or 0), "decoder": by_name["decoder"]}
+    assert _floors(shape) == {
+        "step": planned.floor_ms,
+        "generator": 2 * (by_name["generator"] or 0),
+        "decoder": by_name["decoder"],
+    }
 
 
 # --- the command ---
 
 
-def test_the_command_says_the_verdict_and_exits_by_it(bundle: Path, aapt: Any, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_says_the_verdict_and_exits_by_it(
+    bundle: Path, aapt: Any, tiny: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = aapt("profile", bundle, "--blocks", 10, "--json")
     assert good.code == 0, good.err
     assert "verdict: within budget" in good.err
@@ -165,10 +202,14 @@ def test_the_command_says_the_verdict_and_exits_by_it(bundle: Path, aapt: Any, t
             return TooSlow(self.profile, graph, self.calls)
 
         def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
-            time.sleep(0.1 if self.graph == "generator" and int(inputs["block"]) >= COLD_BLOCKS else 0)
+            time.sleep(
+                0.1 if self.graph == "generator" and int(inputs["block"]) >= COLD_BLOCKS else 0
+            )
             return super().run(**inputs)
 
-    monkeypatch.setattr(latency, "open_engines", lambda bundle, backend, precision, warn: TooSlow(tiny))
+    monkeypatch.setattr(
+        latency, "open_engines", lambda bundle, backend, precision, warn: TooSlow(tiny)
+    )
     bad = aapt("profile", bundle, "--blocks", 10, "--json")
     assert bad.code == 3
     assert "verdict: OVER BUDGET" in bad.err

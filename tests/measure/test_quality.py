@@ -37,7 +37,11 @@ class Spoilt:
         return self["generator"]
 
     def __getitem__(self, graph: str) -> Engine:
-        return SpoiltEngine(self.engines[graph], self.change) if graph == self.graph else self.engines[graph]
+        return (
+            SpoiltEngine(self.engines[graph], self.change)
+            if graph == self.graph
+            else self.engines[graph]
+        )
 
     def close(self) -> None:
         self.engines.close()
@@ -80,25 +84,44 @@ def test_an_engine_against_its_like_loses_nothing(spoil: Callable[[str, Change],
     assert loss.seconds[0].ssim == 1 and loss.seconds[0].psnr_db == loss.decoder_psnr_db > 100
 
 
-def test_a_known_error_of_the_latent_is_found_at_its_size(spoil: Callable[[str, Change], Loss]) -> None:
+def test_a_known_error_of_the_latent_is_found_at_its_size(
+    spoil: Callable[[str, Change], Loss],
+) -> None:
     """Five hundredths on every pass: the error of one pass, not what a rollout makes of it."""
     loss = spoil("generator", lambda out: out | {"clean": out["clean"] * np.float32(1.05)})
     assert loss.latent_error == pytest.approx([0.05] * 6, rel=1e-4)
     assert loss.seconds[0].psnr_db < 60 and loss.decoder_psnr_db > 100
 
 
-def test_a_known_error_of_the_decoder_is_found_at_its_size(spoil: Callable[[str, Change], Loss]) -> None:
-    loss = spoil("decoder", lambda out: out | {"frames": np.where(out["frames"] > 127, out["frames"] - 3, out["frames"] + 3)})
+def test_a_known_error_of_the_decoder_is_found_at_its_size(
+    spoil: Callable[[str, Change], Loss],
+) -> None:
+    loss = spoil(
+        "decoder",
+        lambda out: (
+            out | {"frames": np.where(out["frames"] > 127, out["frames"] - 3, out["frames"] + 3)}
+        ),
+    )
     assert loss.decoder_psnr_db == pytest.approx(20 * np.log10(255 / 3), abs=0.01)
-    assert loss.frame_psnr_db == pytest.approx([20 * np.log10(255 / 3)] * 24, abs=0.01) and len(loss.frame_ssim) == 24
-    assert np.mean(loss.frame_ssim) == pytest.approx(loss.seconds[0].ssim, abs=1e-4) and max(loss.frame_ssim) < 1
+    assert (
+        loss.frame_psnr_db == pytest.approx([20 * np.log10(255 / 3)] * 24, abs=0.01)
+        and len(loss.frame_ssim) == 24
+    )
+    assert (
+        np.mean(loss.frame_ssim) == pytest.approx(loss.seconds[0].ssim, abs=1e-4)
+        and max(loss.frame_ssim) < 1
+    )
     assert loss.latent_error == [0.0] * 6
 
 
 def test_flat_and_still_blocks_are_counted(spoil: Callable[[str, Change], Loss]) -> None:
     flat = spoil("decoder", lambda out: out | {"frames": np.full_like(out["frames"], 90)})
-    assert flat.flat_blocks == flat.still_blocks == flat.blocks == 12, "six from each of two start frames"
-    assert any("are flat" in text for text in flat.failures) and any("stand still" in text for text in flat.failures)
+    assert flat.flat_blocks == flat.still_blocks == flat.blocks == 12, (
+        "six from each of two start frames"
+    )
+    assert any("are flat" in text for text in flat.failures) and any(
+        "stand still" in text for text in flat.failures
+    )
 
 
 def test_real_engines_are_within_the_thresholds(bundle: Path) -> None:
@@ -107,7 +130,9 @@ def test_real_engines_are_within_the_thresholds(bundle: Path) -> None:
     int8 = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 2, unexpected, lambda text: None)
     assert eager.failures == int8.failures == []
     assert max(eager.latent_error) < 1e-4 < max(int8.latent_error)
-    assert eager.decoder_psnr_db > 50 > int8.decoder_psnr_db > 25, "random weights spread their values widely"
+    assert eager.decoder_psnr_db > 50 > int8.decoder_psnr_db > 25, (
+        "random weights spread their values widely"
+    )
     assert len(int8.seconds) == 2 and int8.blocks == 24 and len(int8.latent_error) == 12
 
 
@@ -125,7 +150,21 @@ def test_real_engines_are_within_the_thresholds(bundle: Path) -> None:
     ],
 )
 def test_each_threshold_fails_alone(field: str, value: object, words: str) -> None:
-    good = Loss("p", "a", "b", [quality.Second(40.0, 0.95, 1.0, 1.0)], [0.01, 0.02], 50.0, 0.01, 0.001, 0, 0, 2, THRESHOLDS, {})
+    good = Loss(
+        "p",
+        "a",
+        "b",
+        [quality.Second(40.0, 0.95, 1.0, 1.0)],
+        [0.01, 0.02],
+        50.0,
+        0.01,
+        0.001,
+        0,
+        0,
+        2,
+        THRESHOLDS,
+        {},
+    )
     assert good.failures == []
     (failure,) = dataclasses.replace(good, **{field: value}).failures
     assert words in failure
@@ -148,31 +187,71 @@ def test_ssim_by_hand() -> None:
 def test_a_video_of_less_than_a_block_a_second_is_judged_block_by_block(copied: Path) -> None:
     profile = copied / "profile.toml"
     profile.write_text(profile.read_text().replace("fps = 24", "fps = 2"))
-    rewrite_manifest(copied, lambda manifest: manifest["files"].update({"profile.toml": _describe(profile)}))
+    rewrite_manifest(
+        copied, lambda manifest: manifest["files"].update({"profile.toml": _describe(profile)})
+    )
     opened = Bundle.open(copied)
     assert opened.profile.video.fps == 2
     loss = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 3, unexpected, lambda text: None)
-    assert len(loss.seconds) == len(loss.latent_error) == 3 and loss.blocks == 6, "three from each of two start frames"
+    assert len(loss.seconds) == len(loss.latent_error) == 3 and loss.blocks == 6, (
+        "three from each of two start frames"
+    )
 
 
-def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(bundle: Path, copied: Path, exported: Exported) -> None:
+def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(
+    bundle: Path, copied: Path, exported: Exported
+) -> None:
     opened, other = Bundle.open(bundle), Bundle.open(copied)
-    same = compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, other)
+    same = compare(
+        opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, other
+    )
     assert same.failures == [] and max(same.latent_error) == 0
     with pytest.raises(UsageError, match="compared with itself"):
-        compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, Bundle.open(bundle))
+        compare(
+            opened,
+            "onnxruntime-fp32",
+            "onnxruntime-fp32",
+            1,
+            unexpected,
+            lambda text: None,
+            Bundle.open(bundle),
+        )
     with pytest.raises(UsageError, match="not of one checkpoint and profile"):
-        compare(opened, "torch-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, Bundle.open(exported.path))
+        compare(
+            opened,
+            "torch-fp32",
+            "onnxruntime-fp32",
+            1,
+            unexpected,
+            lambda text: None,
+            Bundle.open(exported.path),
+        )
 
 
 # --- the command ---
 
 
-def test_the_command_reports_plots_and_passes(aapt: Callable[..., Ran], bundle: Path, tmp_path: Path) -> None:
-    ran = aapt("quality", bundle, "--precision", "int8", "--seconds", 1, "--plot", tmp_path / "q.png", "--json")
+def test_the_command_reports_plots_and_passes(
+    aapt: Callable[..., Ran], bundle: Path, tmp_path: Path
+) -> None:
+    ran = aapt(
+        "quality",
+        bundle,
+        "--precision",
+        "int8",
+        "--seconds",
+        1,
+        "--plot",
+        tmp_path / "q.png",
+        "--json",
+    )
     assert ran.code == 0, ran.err
     record = json.loads(ran.out)
-    assert record["failures"] == [] and record["candidate"] == "onnxruntime-int8" and len(record["latent_error"]) == 6
+    assert (
+        record["failures"] == []
+        and record["candidate"] == "onnxruntime-int8"
+        and len(record["latent_error"]) == 6
+    )
     assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
     assert "within the profile's thresholds" in ran.err
 
@@ -191,7 +270,17 @@ def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
-    ran = aapt("quality", bundle, "--precision", "int8", "--seconds", 1, "--plot", tmp_path / place, "--json")
+    ran = aapt(
+        "quality",
+        bundle,
+        "--precision",
+        "int8",
+        "--seconds",
+        1,
+        "--plot",
+        tmp_path / place,
+        "--json",
+    )
     assert ran.code == code and words in ran.error
     assert len(ran.err.splitlines()) == 2 and ran.out == "", "nothing was compared"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
@@ -200,10 +289,16 @@ def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(
 def test_a_missing_matplotlib_is_told_before_anything_is_measured(
     aapt: Callable[..., Ran], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or [
+        "matplotlib"
+    ]:
         monkeypatch.setitem(sys.modules, name, None)
     ran = aapt("quality", bundle, "--seconds", 1, "--plot", tmp_path / "q.png")
-    assert ran.code == MachineError.exit_code and "'matplotlib" in ran.error and "aapt_deploy[train]" in ran.err
+    assert (
+        ran.code == MachineError.exit_code
+        and "'matplotlib" in ran.error
+        and "aapt_deploy[train]" in ran.err
+    )
     assert len(ran.err.splitlines()) == 2 and list(tmp_path.iterdir()) == []
 
 
@@ -222,26 +317,57 @@ def test_a_plot_that_fails_in_the_end_costs_neither_the_figures_nor_an_older_plo
 
     monkeypatch.setattr(quality, "plot", plot_on_a_full_disk)
     try:
-        ran = aapt("quality", bundle, "--precision", "int8", "--seconds", 1, "--plot", tmp_path / "q.png", "--json")
+        ran = aapt(
+            "quality",
+            bundle,
+            "--precision",
+            "int8",
+            "--seconds",
+            1,
+            "--plot",
+            tmp_path / "q.png",
+            "--json",
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert ran.code == OutputError.exit_code and ran.error == f"plot {tmp_path}/q.png cannot be written: File too large"
+    assert (
+        ran.code == OutputError.exit_code
+        and ran.error == f"plot {tmp_path}/q.png cannot be written: File too large"
+    )
     assert json.loads(ran.out)["failures"] == [] and "within the profile's thresholds" in ran.err
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("q.png", b"older")]
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [(".svg", b"<?xml"), (".PDF", b"%PDF")])
 def test_a_plot_is_what_its_suffix_says(tmp_path: Path, suffix: str, begins: bytes) -> None:
-    good = Loss("p", "a", "b", [quality.Second(40.0, 0.95, 1.0, 1.0)], [0.01, 0.02], 50.0, 0.01, 0.001, 0, 0, 2, THRESHOLDS, {})
+    good = Loss(
+        "p",
+        "a",
+        "b",
+        [quality.Second(40.0, 0.95, 1.0, 1.0)],
+        [0.01, 0.02],
+        50.0,
+        0.01,
+        0.001,
+        0,
+        0,
+        2,
+        THRESHOLDS,
+        {},
+    )
     quality.plotter(tmp_path / f"q{suffix}")(good)
     assert (tmp_path / f"q{suffix}").read_bytes().startswith(begins)
 
 
-def test_a_missed_threshold_of_the_profile_is_exit_3(aapt: Callable[..., Ran], copied: Path) -> None:
+def test_a_missed_threshold_of_the_profile_is_exit_3(
+    aapt: Callable[..., Ran], copied: Path
+) -> None:
     profile = copied / "profile.toml"
     text = profile.read_text()
     profile.write_text(text[: text.index("[quality]")] + "[quality]\npsnr_db = 120.0\n")
-    rewrite_manifest(copied, lambda manifest: manifest["files"].update({"profile.toml": _describe(profile)}))
+    rewrite_manifest(
+        copied, lambda manifest: manifest["files"].update({"profile.toml": _describe(profile)})
+    )
     ran = aapt("quality", copied, "--precision", "int8", "--seconds", 1)
     assert ran.code == VerdictError.exit_code, ran.err
     assert "DB IS BELOW 120.0" in ran.err and ran.out == ""
@@ -250,14 +376,28 @@ def test_a_missed_threshold_of_the_profile_is_exit_3(aapt: Callable[..., Ran], c
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--reference", "onnxruntime-int8", "--precision", "int8"), UsageError.exit_code, "onnxruntime-int8 is compared with itself"),
-        (("--reference", "tensorrt-fp8", "--precision", "int8"), UsageError.exit_code, "no engine 'tensorrt-fp8'"),
+        (
+            ("--reference", "onnxruntime-int8", "--precision", "int8"),
+            UsageError.exit_code,
+            "onnxruntime-int8 is compared with itself",
+        ),
+        (
+            ("--reference", "tensorrt-fp8", "--precision", "int8"),
+            UsageError.exit_code,
+            "no engine 'tensorrt-fp8'",
+        ),
         (("--precision", "fp64"), UsageError.exit_code, "precision 'fp64' does not exist"),
         (("--reference", "nope"), UsageError.exit_code, "'nope' names no engine"),
-        (("--reference", "onnxruntime-bf16"), UsageError.exit_code, "precision 'bf16' does not exist for onnxruntime"),
+        (
+            ("--reference", "onnxruntime-bf16"),
+            UsageError.exit_code,
+            "precision 'bf16' does not exist for onnxruntime",
+        ),
     ],
 )
-def test_wrong_engines_are_named(aapt: Callable[..., Ran], bundle: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
+def test_wrong_engines_are_named(
+    aapt: Callable[..., Ran], bundle: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
     ran = aapt("quality", bundle, *arguments)
     assert ran.code == code and words in ran.error
 

@@ -63,8 +63,15 @@ def test_scalars_and_pictures_are_events(tmp_path: Path) -> None:
     version, scalars, picture = map(fields, records(path.read_bytes()))
     assert inner(version, 3) == b"brain.Event:2"
     assert (2, 60) in scalars and (2, 300) in picture
-    values = [fields(value) for field, value in fields(inner(scalars, 5)) if field == 1 and isinstance(value, bytes)]
-    assert [(inner(v, 1), struct.unpack("<f", inner(v, 2))[0]) for v in values] == [(b"loss", 0.5), (b"margin", -3.0)]
+    values = [
+        fields(value)
+        for field, value in fields(inner(scalars, 5))
+        if field == 1 and isinstance(value, bytes)
+    ]
+    assert [(inner(v, 1), struct.unpack("<f", inner(v, 2))[0]) for v in values] == [
+        (b"loss", 0.5),
+        (b"margin", -3.0),
+    ]
     shown = fields(inner(fields(inner(picture, 5)), 1))
     assert inner(shown, 1) == b"frames"
     assert fields(inner(shown, 4)) == [(1, 112), (2, 192), (3, 3), (4, b"not really a png")]

@@ -17,13 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aapt_deploy.bundle.files import locked
-from aapt_deploy.errors import BusyError, CheckpointError, InputError, MachineError, TrainingError, UsageError
+from aapt_deploy.errors import (
+    BusyError,
+    CheckpointError,
+    InputError,
+    MachineError,
+    TrainingError,
+    UsageError,
+)
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.vae import Vae
 from aapt_deploy.profiles import Text, load
 from aapt_deploy.train import loop, run
 from aapt_deploy.train import recipe as recipes
+from aapt_deploy.train.latents import cached_latents
 from aapt_deploy.train.loop import fit, learning_rate
 from aapt_deploy.train.losses.flow import flow_loss
 from aapt_deploy.train.losses.vae_stage import Snippets, fit_linear, vae_loss
@@ -49,7 +57,9 @@ def test_learning_rate_in_closed_form() -> None:
     rates = [learning_rate(optimiser, step) for step in range(500)]
     assert all(a < b for a, b in pairwise(rates[:100]))
     assert all(a > b for a, b in pairwise(rates[100:]))
-    assert learning_rate(Optimiser(steps=5, batch=1, learning_rate=1.0, warmup=100), 4) == pytest.approx(0.05)  # ends inside the warm-up
+    assert learning_rate(
+        Optimiser(steps=5, batch=1, learning_rate=1.0, warmup=100), 4
+    ) == pytest.approx(0.05)  # ends inside the warm-up
 
 
 def quiet_text(text: str) -> None:
@@ -77,7 +87,9 @@ loop.fit(generator, fatal, STAGE.optimiser, Path(sys.argv[1]), 7, quiet)
 def test_a_killed_run_resumes_to_the_bit(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed.state")]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.Popen(arguments, env=ENVIRONMENT | threads, stderr=subprocess.PIPE, text=True)
+    killed = subprocess.Popen(
+        arguments, env=ENVIRONMENT | threads, stderr=subprocess.PIPE, text=True
+    )
 
     straight, loss = trainee()
     average = fit(straight, loss, STAGE.optimiser, tmp_path / "straight.state", 7, quiet)
@@ -101,8 +113,12 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(average[name], resumed_average[name]), name
     states = [load_file(tmp_path / f"{name}.state") for name in ("straight", "killed")]
     assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # Adam's moments too
-    assert any(not torch.equal(average[name], p) for name, p in straight.named_parameters())  # the average is not the last weights
+    assert all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )  # Adam's moments too
+    assert any(
+        not torch.equal(average[name], p) for name, p in straight.named_parameters()
+    )  # the average is not the last weights
 
 
 def test_another_seed_takes_another_path(tmp_path: Path) -> None:
@@ -143,17 +159,37 @@ def test_the_log_and_the_progress_hold_the_mean_loss(tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
     values = iter(range(1, 51))
     optimiser = Optimiser(steps=50, batch=1, learning_rate=1e-3, warmup=10)
-    fit(weight, lambda rng: weight.weight.sum() * 0 + next(values), optimiser, tmp_path / "x.state", 0, lambda step, loss: seen.append((step, loss)))
+    fit(
+        weight,
+        lambda rng: weight.weight.sum() * 0 + next(values),
+        optimiser,
+        tmp_path / "x.state",
+        0,
+        lambda step, loss: seen.append((step, loss)),
+    )
     assert seen == [(20, 10.5), (40, 30.5), (50, 45.5)]
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == seen
     assert lines[0]["lr"] == learning_rate(optimiser, 19)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.curves", "x.jsonl", "x.state"]  # nothing temporary is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "x.curves",
+        "x.jsonl",
+        "x.state",
+    ]  # nothing temporary is left
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
+    tmp_path: Path,
+) -> None:
     generator, loss = trainee()
-    fit(generator, loss, dataclasses.replace(STAGE.optimiser, steps=2), tmp_path / "x.state", 0, quiet)
+    fit(
+        generator,
+        loss,
+        dataclasses.replace(STAGE.optimiser, steps=2),
+        tmp_path / "x.state",
+        0,
+        quiet,
+    )
     good = (tmp_path / "x.state").read_bytes()
 
     def diverging(rng: torch.Generator) -> Tensor:
@@ -168,14 +204,30 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
 def test_a_gradient_that_is_no_number_reaches_neither_weights_nor_state(tmp_path: Path) -> None:
     """The root of zero is a number, its slope is none."""
     module = nn.Linear(2, 2)
-    fit(module, lambda rng: module.weight.square().sum(), Optimiser(2, 1, 1e-3), tmp_path / "x.state", 0, quiet)
+    fit(
+        module,
+        lambda rng: module.weight.square().sum(),
+        Optimiser(2, 1, 1e-3),
+        tmp_path / "x.state",
+        0,
+        quiet,
+    )
     good, weight = (tmp_path / "x.state").read_bytes(), module.weight.detach().clone()
     with pytest.raises(TrainingError, match=r"the gradient's norm of update 3 is nan \(x\)"):
-        fit(module, lambda rng: (module.weight * 0).norm().sqrt(), Optimiser(3, 1, 1e-3), tmp_path / "x.state", 0, quiet)
+        fit(
+            module,
+            lambda rng: (module.weight * 0).norm().sqrt(),
+            Optimiser(3, 1, 1e-3),
+            tmp_path / "x.state",
+            0,
+            quiet,
+        )
     assert torch.equal(module.weight, weight) and (tmp_path / "x.state").read_bytes() == good
 
 
-def test_updates_that_are_done_again_are_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_that_are_done_again_are_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, calls, last = nn.Linear(1, 1), [0], [50]
 
     def loss(rng: torch.Generator) -> Tensor:
@@ -188,7 +240,9 @@ def test_updates_that_are_done_again_are_logged_once(tmp_path: Path, monkeypatch
     optimiser = Optimiser(60, 1, 1e-3)
     with pytest.raises(KeyboardInterrupt):  # before anything was saved
         fit(module, loss, optimiser, tmp_path / "x.state", 0, quiet)
-    logged = lambda: [json.loads(line)["step"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    logged = lambda: [
+        json.loads(line)["step"] for line in (tmp_path / "x.jsonl").read_text().splitlines()
+    ]
     assert logged() == [20, 40]
     last[0] = 0
     fit(module, loss, optimiser, tmp_path / "x.state", 0, quiet)
@@ -202,15 +256,26 @@ def test_gradients_are_clipped_and_frozen_weights_stay(tmp_path: Path) -> None:
     huge: list[float] = []
     optimiser = Optimiser(steps=1, batch=1, learning_rate=1e-3, warmup=1, weight_decay=0.0)
     weight = module.weight.detach().clone()
-    average = fit(module, lambda rng: module.weight.sum() * 1e6, optimiser, tmp_path / "x.state", 0, lambda step, loss: huge.append(loss))
+    average = fit(
+        module,
+        lambda rng: module.weight.sum() * 1e6,
+        optimiser,
+        tmp_path / "x.state",
+        0,
+        lambda step, loss: huge.append(loss),
+    )
     assert average.keys() == {"weight"}
     assert torch.equal(module.bias, before)
-    assert torch.allclose(module.weight, weight - 1e-3, atol=1e-6)  # Adam's first step is the learning rate
+    assert torch.allclose(
+        module.weight, weight - 1e-3, atol=1e-6
+    )  # Adam's first step is the learning rate
     moments = load_file(tmp_path / "x.state")["exp_avg.weight"]
     assert float(moments.norm()) == pytest.approx(0.1 * optimiser.clip_norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "no-step", "nameless", "other", "misshapen", "folder"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "garbage", "no-step", "nameless", "other", "misshapen", "folder"]
+)
 def test_a_damaged_state_is_refused(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "x.state"
     module = nn.Linear(4, 3)
@@ -241,16 +306,31 @@ def test_a_damaged_state_is_refused(damage: str, tmp_path: Path) -> None:
 def test_sixty_updates_lower_the_loss(tmp_path: Path) -> None:
     torch.manual_seed(0)
     generator, latents = Generator(TINY), toy_latents()
-    stage = FlowStage(Optimiser(steps=60, batch=8, learning_rate=1e-2, warmup=10, ema=0.9), blocks=3, previous_noise=0.05)
+    stage = FlowStage(
+        Optimiser(steps=60, batch=8, learning_rate=1e-2, warmup=10, ema=0.9),
+        blocks=3,
+        previous_noise=0.05,
+    )
 
     def measured() -> float:
         rng = torch.Generator().manual_seed(99)
         with torch.no_grad():
-            return sum(float(flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng)) for _ in range(8)) / 8
+            return (
+                sum(
+                    float(flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng))
+                    for _ in range(8)
+                )
+                / 8
+            )
 
     before = measured()
     average = fit(
-        generator, lambda rng: flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng), stage.optimiser, tmp_path / "x.state", 0, quiet
+        generator,
+        lambda rng: flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng),
+        stage.optimiser,
+        tmp_path / "x.state",
+        0,
+        quiet,
     )
     assert measured() < 0.35 * before
     generator.load_state_dict(average, strict=False)
@@ -268,12 +348,21 @@ def test_a_whole_run_ends_in_a_checkpoint_and_resumes(clips: Path, tmp_path: Pat
     assert set(first.start_frames) == set(run.STARTS)
     skipped = [line for line in told if line.startswith("skipped")]
     assert len(skipped) == 2  # each once, though every part meets it
-    assert sorted(line.split()[2] for line in skipped) == ["clip-cut.safetensors:", "clip-small.safetensors:"]
+    assert sorted(line.split()[2] for line in skipped) == [
+        "clip-cut.safetensors:",
+        "clip-small.safetensors:",
+    ]
     assert skipped[1].endswith("(2 so far)")
     assert json.loads((tmp_path / "run" / "record.json").read_text())["skipped"] == 2
 
-    adapted, samples = tmp_path / "run" / "checkpoint-adapted.safetensors", tmp_path / "run" / "samples-adapted"
-    before, seen = (adapted.read_bytes(), adapted.stat().st_mtime_ns), sorted(file.name for file in samples.iterdir())
+    adapted, samples = (
+        tmp_path / "run" / "checkpoint-adapted.safetensors",
+        tmp_path / "run" / "samples-adapted",
+    )
+    before, seen = (
+        (adapted.read_bytes(), adapted.stat().st_mtime_ns),
+        sorted(file.name for file in samples.iterdir()),
+    )
     assert path.read_bytes() == before[0] and {f"{name}.mp4" for name in run.STARTS} < set(seen)
 
     (tmp_path / "run" / "generator-2.safetensors").unlink()
@@ -285,11 +374,20 @@ def test_a_whole_run_ends_in_a_checkpoint_and_resumes(clips: Path, tmp_path: Pat
     (unfinished / "left.mp4").touch()  # by a run that was killed while it wrote samples
     told.clear()
     again = checkpoint.load(run.train(clips, tmp_path / "run", TINY, RECIPE, told.append))
-    assert (adapted.read_bytes(), adapted.stat().st_mtime_ns) == before and path.read_bytes() == before[0]
-    assert len(list(samples.glob("*.mp4"))) == len(run.STARTS) and not unfinished.exists() and not (samples / "left.mp4").exists()
+    assert (
+        adapted.read_bytes(),
+        adapted.stat().st_mtime_ns,
+    ) == before and path.read_bytes() == before[0]
+    assert (
+        len(list(samples.glob("*.mp4"))) == len(run.STARTS)
+        and not unfinished.exists()
+        and not (samples / "left.mp4").exists()
+    )
     assert not any(line.startswith(("VAE", "generator stage 1")) for line in told)
     for module, same in ((first.generator, again.generator), (first.vae, again.vae)):
-        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), same.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(module.parameters(), same.parameters(), strict=True)
+        )
 
     adapted.write_bytes(before[0][:-9])
     run.train(clips, tmp_path / "run", TINY, RECIPE, told.append)
@@ -309,7 +407,7 @@ def test_a_run_s_folder_is_that_of_one_run(clips: Path, tmp_path: Path) -> None:
     others = [
         ("another recipe", TINY, dataclasses.replace(short, seed=1), None),
         ("another profile", TINY.replace(name="other"), short, None),
-        ("another start", TINY, short, run.Start(path)),
+        ("another start", TINY, short, run.WarmStart(path)),
         ("another profile and another recipe", TINY.replace(name="other"), RECIPE, None),
     ]
     kept = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
@@ -317,7 +415,9 @@ def test_a_run_s_folder_is_that_of_one_run(clips: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"was made with {what}$") as caught:
             run.train(clips, tmp_path / "run", profile, recipe, quiet_text, start=start)
         assert "--run" in caught.value.hint
-    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()} == kept
+    assert {
+        file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()
+    } == kept
     run.train(clips, tmp_path / "run", TINY, short, quiet_text)
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
@@ -325,7 +425,10 @@ def test_a_run_s_folder_is_that_of_one_run(clips: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_train_in_one_folder(clips: Path, tmp_path: Path) -> None:
-    with locked(tmp_path, "it"), pytest.raises(BusyError, match=f"run {tmp_path} is being written by process {os.getpid()}"):
+    with (
+        locked(tmp_path, "it"),
+        pytest.raises(BusyError, match=f"run {tmp_path} is being written by process {os.getpid()}"),
+    ):
         run.train(clips, tmp_path, TINY, RECIPE, quiet_text)
 
 
@@ -337,7 +440,9 @@ def test_latents_are_made_again_when_a_clip_changes(tmp_path: Path) -> None:
     vae, cache = Vae(TINY), tmp_path / "latents.safetensors"
 
     def encoded() -> Tensor:
-        return run.cached_latents(cache, vae, clip_files(data, lambda path, reason: None), TINY, told.append).z
+        return cached_latents(
+            cache, vae, clip_files(data, lambda path, reason: None), TINY, told.append
+        ).z
 
     first = encoded()
     told.clear()
@@ -347,13 +452,28 @@ def test_latents_are_made_again_when_a_clip_changes(tmp_path: Path) -> None:
     assert torch.equal(encoded()[0], first[1]) and told
 
 
-@pytest.mark.parametrize("text", [dataclasses.replace(TINY.text, tokens=0), dataclasses.replace(TINY.text, kind="embedding", tokens=8)])
-def test_a_model_without_text_is_trained_and_one_with_an_encoder_refused(text: Text, clips: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        dataclasses.replace(TINY.text, tokens=0),
+        dataclasses.replace(TINY.text, kind="embedding", tokens=8),
+    ],
+)
+def test_a_model_without_text_is_trained_and_one_with_an_encoder_refused(
+    text: Text, clips: Path, tmp_path: Path
+) -> None:
     profile, short = TINY.replace(text=text), dataclasses.replace(RECIPE, flow=RECIPE.flow[:1])
     if not text.tokens:
-        assert checkpoint.load(run.train(clips, tmp_path, profile, short, quiet_text)).profile.text.tokens == 0
+        assert (
+            checkpoint.load(
+                run.train(clips, tmp_path, profile, short, quiet_text)
+            ).profile.text.tokens
+            == 0
+        )
         return
-    with pytest.raises(UsageError, match="prompts of 8 tokens of kind 'embedding'; clips hold the ids of 4 words") as caught:
+    with pytest.raises(
+        UsageError, match="prompts of 8 tokens of kind 'embedding'; clips hold the ids of 4 words"
+    ) as caught:
         run.train(clips, tmp_path, profile, short, quiet_text)
     assert "tokens = 0" in caught.value.hint and not (tmp_path / "latents.safetensors").exists()
 
@@ -368,25 +488,48 @@ def test_a_channel_that_never_moves_has_a_spread_to_divide_by() -> None:
     assert torch.isfinite(flow_loss(generator, latents.draw(TINY, stage, rng), stage, rng))
 
 
-def test_the_command_line_names_every_clip_that_it_skips(aapt: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_names_every_clip_that_it_skips(
+    aapt: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a stderr that is no terminal progress is told every few seconds only."""
-    monkeypatch.setitem(recipes.RECIPES, "demo", dataclasses.replace(RECIPE, flow=RECIPE.flow[:1], sample_seconds=0))
+    monkeypatch.setitem(
+        recipes.RECIPES, "demo", dataclasses.replace(RECIPE, flow=RECIPE.flow[:1], sample_seconds=0)
+    )
     ran = aapt("train", "run", clips, "--run", tmp_path / "run", "--profile", "tiny-cpu")
     assert ran.code == 0, ran.err
-    assert "skipped clip clip-cut.safetensors" in ran.err and "skipped clip clip-small.safetensors" in ran.err
+    assert (
+        "skipped clip clip-cut.safetensors" in ran.err
+        and "skipped clip clip-small.safetensors" in ran.err
+    )
 
 
-@pytest.mark.parametrize(("device", "code"), [("mars", UsageError.exit_code), ("cuda", MachineError.exit_code)])
-def test_a_device_that_is_not_here_is_refused_before_any_work(device: str, code: int, aapt: Any, clips: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "code"), [("mars", UsageError.exit_code), ("cuda", MachineError.exit_code)]
+)
+def test_a_device_that_is_not_here_is_refused_before_any_work(
+    device: str, code: int, aapt: Any, clips: Path, tmp_path: Path
+) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("it is here")
-    ran = aapt("train", "run", clips, "--run", tmp_path / "run", "--profile", "tiny-cpu", "--device", device)
+    ran = aapt(
+        "train",
+        "run",
+        clips,
+        "--run",
+        tmp_path / "run",
+        "--profile",
+        "tiny-cpu",
+        "--device",
+        device,
+    )
     assert ran.code == code and not (tmp_path / "run").exists(), ran.err
 
 
 def test_clips_too_short_for_a_stage_are_refused() -> None:
     latents, stage = toy_latents(), FlowStage(Optimiser(1, 2, 1e-3), blocks=6)
-    with pytest.raises(InputError, match="a stage wants 7 blocks of a clip, the clips have 6") as caught:
+    with pytest.raises(
+        InputError, match="a stage wants 7 blocks of a clip, the clips have 6"
+    ) as caught:
         latents.draw(TINY, stage, torch.Generator())
     assert "--blocks 7" in caught.value.hint
 
@@ -394,7 +537,9 @@ def test_clips_too_short_for_a_stage_are_refused() -> None:
 def test_broken_clips_do_not_stop_the_vae_stage(clips: Path) -> None:
     names: list[str] = []
     snippets = Snippets(clip_files(clips, lambda path, reason: names.append(path.name)), TINY)
-    stage = dataclasses.replace(RECIPE.vae, optimiser=dataclasses.replace(RECIPE.vae.optimiser, batch=16))
+    stage = dataclasses.replace(
+        RECIPE.vae, optimiser=dataclasses.replace(RECIPE.vae.optimiser, batch=16)
+    )
     frames = snippets.draw(stage, torch.Generator().manual_seed(0))
     assert frames.shape == (16, 8, 3, TINY.video.height, TINY.video.width)
     assert float(frames.abs().max()) <= 1
@@ -403,7 +548,11 @@ def test_broken_clips_do_not_stop_the_vae_stage(clips: Path) -> None:
 
 
 def test_clips_that_are_all_broken_are_refused(clips: Path) -> None:
-    broken = [clip for clip in clip_files(clips, lambda path, reason: None) if not clip.path.stem.startswith("clip-0")]
+    broken = [
+        clip
+        for clip in clip_files(clips, lambda path, reason: None)
+        if not clip.path.stem.startswith("clip-0")
+    ]
     with pytest.raises(InputError, match="none can be read"):
         Snippets(broken, TINY).draw(RECIPE.vae, torch.Generator().manual_seed(0))
     with pytest.raises(InputError, match="none of 2 clips can be read"):
@@ -411,13 +560,26 @@ def test_clips_that_are_all_broken_are_refused(clips: Path) -> None:
 
 
 def test_the_vae_loss_counts_pixels_and_gradients_after_the_first_group() -> None:
-    frames = torch.rand(2, 8, 3, TINY.video.height, TINY.video.width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    frames = (
+        torch.rand(
+            2, 8, 3, TINY.video.height, TINY.video.width, generator=torch.Generator().manual_seed(0)
+        )
+        * 2
+        - 1
+    )
     stage = dataclasses.replace(RECIPE.vae, latent_noise=0.0)
     vae = Vae(TINY)
     later = frames[:, 4:]
-    expected = later.abs().mean() + later.diff(dim=-1).abs().mean() + later.diff(dim=-2).abs().mean()
+    expected = (
+        later.abs().mean() + later.diff(dim=-1).abs().mean() + later.diff(dim=-2).abs().mean()
+    )
     with torch.no_grad():
         for p in vae.decoder.parameters():  # it decodes to mid-grey, which is 0
             p.zero_()
-        assert vae_loss(vae, stage, lambda rng: frames, torch.Generator()).item() == pytest.approx(expected.item(), rel=1e-5)
-        assert vae_loss(vae, stage, lambda rng: torch.zeros_like(frames), torch.Generator()).item() == 0
+        assert vae_loss(vae, stage, lambda rng: frames, torch.Generator()).item() == pytest.approx(
+            expected.item(), rel=1e-5
+        )
+        assert (
+            vae_loss(vae, stage, lambda rng: torch.zeros_like(frames), torch.Generator()).item()
+            == 0
+        )

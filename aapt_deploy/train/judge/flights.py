@@ -1,8 +1,9 @@
-"""Flights to judge a generator by: held-out worlds, random cameras, flown by the renderer and by a bundle's engines from the same first frame.
+"""Fly held-out worlds with random cameras, to judge a generator by.
 
-Every block is looked at through its last frame. The renderer flies the first five seconds, in which both see
-the same land, and the last five, to tell what a minute of such flying does to true pictures; between them it only makes sure that no ground is
-in the way.
+The renderer and a bundle's engines fly from the same first frame. Every block is measured on its
+last frame. The renderer draws the first five seconds, in which both see the same land. It also
+draws the last five, which show what a minute of such flying does to true pictures. Between them it
+only checks that no ground is in the way.
 """
 
 import dataclasses
@@ -27,30 +28,42 @@ TURNS = 40  # ways on to try in every later stretch, before another start is tri
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One flight: the world's seed and prompt, a start, and what the camera is told in every block."""
+class FlightPlan:
+    """One flight: the world's seed and prompt, a start, and the camera's command in every block."""
 
     seed: int
     look: Look
     start: Pose
     velocities: tuple[Velocity, ...]
-    true: np.ndarray  # uint8 [1 + m, H, W, 3]: the start frame, then the last frame of each of the first m blocks
-    late: np.ndarray  # uint8 [1 + m, H, W, 3]: of the last 1 + m blocks; none in a flight of no more than that
+    true: (
+        np.ndarray
+    )  # uint8 [1 + m, H, W, 3]: the start frame, then the last frame of each of the first m blocks
+    late: (
+        np.ndarray
+    )  # uint8 [1 + m, H, W, 3]: of the last 1 + m blocks; none in a flight of no more than that
 
     def commands(self, profile: Profile) -> np.ndarray:
-        """Camera motion over each block, float64 [n, 4]: yaw (rad), strafe, pitch (rad), forward (world units)."""
+        """Return the camera's motion over each block, float64 [n, 4].
+
+        yaw (rad), strafe, pitch (rad), forward (world units)
+        """
         seconds = profile.video.temporal_stride / profile.video.fps
         pose, rows = Pose(), []
         for v in self.velocities:
             after = pose.moved(v, seconds)
             # A pitch at its stop does not move, whatever it is told.
-            rows.append((v.yaw * seconds, v.strafe * seconds, after.pitch - pose.pitch, v.forward * seconds))
+            rows.append(
+                (v.yaw * seconds, v.strafe * seconds, after.pitch - pose.pitch, v.forward * seconds)
+            )
             pose = after
         return np.array(rows)
 
 
-def plans(profile: Profile, flights: int, blocks: int) -> Iterator[Plan]:
-    """`flights` plans of `blocks` blocks, one per world, that stay above the ground. Deterministic."""
+def flight_plans(profile: Profile, flights: int, blocks: int) -> Iterator[FlightPlan]:
+    """Find `flights` plans of `blocks` blocks that stay above the ground, one per world.
+
+    Deterministic.
+    """
     found, seed = 0, FIRST_WORLD
     while found < flights:
         plan = _plan(profile, seed, blocks)
@@ -60,13 +73,15 @@ def plans(profile: Profile, flights: int, blocks: int) -> Iterator[Plan]:
             yield plan
 
 
-def _plan(profile: Profile, seed: int, blocks: int) -> Plan | None:
+def _plan(profile: Profile, seed: int, blocks: int) -> FlightPlan | None:
     """The flight over world `seed`, or None where none of PLANS has the room."""
     video, rng = profile.video, np.random.default_rng((seed, 2))
     world = World(seed, Look(), video.width, video.height)
     stretch = min(blocks, TRUE_SECONDS * video.fps // video.temporal_stride)
     for _ in range(PLANS):
-        start = dataclasses.replace(start_pose(world, rng), pitch=0.0)  # where a stream's begins: both meet the stops of pitch together
+        start = dataclasses.replace(
+            start_pose(world, rng), pitch=0.0
+        )  # where a stream's begins: both meet the stops of pitch together
         flown = _flight(profile, world, start, blocks, stretch, rng)
         if flown is not None:
             break
@@ -74,14 +89,21 @@ def _plan(profile: Profile, seed: int, blocks: int) -> Plan | None:
         return None
     velocities, poses = flown
     late = poses[blocks - stretch - 1 :] if blocks > stretch else []
-    frames = np.stack([world.render(pose) for pose in [start, *poses[:stretch], *late]])  # [1 + m (+ 1 + m), H, W, 3]
-    return Plan(seed, world.look, start, velocities, frames[: 1 + stretch], frames[1 + stretch :])
+    frames = np.stack(
+        [world.render(pose) for pose in [start, *poses[:stretch], *late]]
+    )  # [1 + m (+ 1 + m), H, W, 3]
+    return FlightPlan(
+        seed, world.look, start, velocities, frames[: 1 + stretch], frames[1 + stretch :]
+    )
 
 
 def _flight(
     profile: Profile, world: World, start: Pose, blocks: int, stretch: int, rng: np.random.Generator
 ) -> tuple[tuple[Velocity, ...], list[Pose]] | None:
-    """Velocities of `blocks` blocks, and the pose at the end of each, found stretch by stretch; None where the ground is in the way."""
+    """Find velocities of `blocks` blocks and the pose at the end of each, stretch by stretch.
+
+    Return None if the ground is in the way.
+    """
     seconds = profile.video.temporal_stride / profile.video.fps
     velocities: list[Velocity] = []
     poses: list[Pose] = []
@@ -100,12 +122,17 @@ def _flight(
     return tuple(velocities), poses
 
 
-def fly(engines: Engines, profile: Profile, plan: Plan) -> Iterator[np.ndarray]:
-    """The generator's flight: the start frame as decoded and the last frame of each block, uint8 [H, W, 3]."""
+def generated_flight(engines: Engines, profile: Profile, plan: FlightPlan) -> Iterator[np.ndarray]:
+    """Fly the generator.
+
+    Yield the start frame as decoded and the last frame of each block, uint8 [H, W, 3].
+    """
     text = token_ids(plan.look) if profile.text.tokens else None
 
     def steer(block: int) -> Steering:
         return Steering(plan.velocities[block], text)
 
-    for frames in islice(rollout(engines, profile, plan.true[0], steer, plan.seed), 1 + len(plan.velocities)):
+    for frames in islice(
+        rollout(engines, profile, plan.true[0], steer, plan.seed), 1 + len(plan.velocities)
+    ):
         yield frames[-1]

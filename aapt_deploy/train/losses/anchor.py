@@ -1,7 +1,8 @@
-"""What a stream's light, colour and contrast should be, as its prompt and its first frame tell, and how far a latent has strayed from that.
+"""Predict a stream's light, colour and contrast, and measure how far a latent has strayed.
 
-Fitted in closed form on the clips, by ridge regression: from the prompt's words and the first frame's figures, the same figures of a later frame.
-What later frames of true clips deviate from it by is the natural spread, and only what lies beyond a band of it counts as strayed.
+Ridge regression, fitted in closed form on the clips. Features are the prompt's words and the first
+frame's figures; targets are the same figures of a later frame. What later frames of true clips
+deviate by is the natural spread. Only what is beyond a band of it counts as strayed.
 """
 
 from dataclasses import dataclass
@@ -13,13 +14,21 @@ from torch import Tensor
 from aapt_deploy.train.losses.flow import Latents
 
 GRID = (3, 4)  # places of a picture whose levels are looked at
-PAIRS = ((0.0, 1.0), (0.0, 0.7), (0.1, 0.8), (0.3, 1.0))  # of frames of a clip, as parts of its length
+PAIRS = (
+    (0.0, 1.0),
+    (0.0, 0.7),
+    (0.1, 0.8),
+    (0.3, 1.0),
+)  # of frames of a clip, as parts of its length
 RIDGE = 3.0
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A linear guess of a frame's figures. They are levels [C, *GRID] and the logarithm of the deviation around them [C]."""
+    """A linear guess of a frame's figures.
+
+    Figures are levels [C, *GRID] and the logarithm of the deviation around them [C].
+    """
 
     weights: Tensor  # [features, C * places + C]
     spread: Tensor  # [C * places + C] of true frames around the guess
@@ -28,9 +37,12 @@ class Anchor:
     def to(self, device: torch.device) -> "Anchor":
         return Anchor(self.weights.to(device), self.spread.to(device), self.words)
 
-    def excess(self, latent: Tensor, text: Tensor, first: Tensor, band: float) -> tuple[Tensor, Tensor]:
-        """How far beyond `band` spreads: of levels [N, C, *GRID], of logarithms of deviations [N, C]; zero for what is natural.
+    def excess(
+        self, latent: Tensor, text: Tensor, first: Tensor, band: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is beyond `band` spreads; zero for what is natural.
 
+        Of levels [N, C, *GRID] and of log deviations [N, C].
         latent, first [N, C, h, w]: a frame, and the stream's first; text: ids [N, L].
         """
         off = _figures(latent) - _features(text, first, self.words) @ self.weights
@@ -39,16 +51,21 @@ class Anchor:
         return beyond[:, :-c].unflatten(1, (c, *GRID)), beyond[:, -c:]
 
     def pulled(self, target: Tensor, levels: Tensor, deviations: Tensor, pull: float) -> Tensor:
-        """`target` [N, C, h, w] with the part `pull` of an excess taken back."""
+        """Return `target` [N, C, h, w] with the part `pull` of an excess taken back."""
         moved = target - pull * smooth(levels, target)
         base = coarse(moved)
         return base + (-pull * deviations).exp()[..., None, None] * (moved - base)
 
 
 def fit_anchor(latents: Latents) -> Anchor:
-    """The anchor of a set of clips."""
-    m, words = latents.z.shape[1] - 1, int(latents.tokens.max()) + 1 if latents.tokens.numel() else 0
-    pairs = [(latents.z[:, round(a * m)].float(), latents.z[:, round(b * m)].float()) for a, b in PAIRS]
+    """Fit the anchor of a set of clips."""
+    m, words = (
+        latents.z.shape[1] - 1,
+        int(latents.tokens.max()) + 1 if latents.tokens.numel() else 0,
+    )
+    pairs = [
+        (latents.z[:, round(a * m)].float(), latents.z[:, round(b * m)].float()) for a, b in PAIRS
+    ]
     x = torch.cat([_features(latents.tokens, first, words) for first, _ in pairs])
     y = torch.cat([_figures(later) for _, later in pairs])
     weights = torch.linalg.solve(x.mT @ x + RIDGE * torch.eye(x.shape[1]), x.mT @ y)
@@ -68,13 +85,20 @@ def smooth(levels: Tensor, like: Tensor) -> Tensor:
 def _figures(z: Tensor) -> Tensor:
     """[N, C, h, w] -> [N, C * places + C]"""
     levels = F.adaptive_avg_pool2d(z, GRID)
-    return torch.cat([levels.flatten(1), (z - smooth(levels, z)).std((2, 3)).clamp_min(1e-3).log()], dim=1)
+    return torch.cat(
+        [levels.flatten(1), (z - smooth(levels, z)).std((2, 3)).clamp_min(1e-3).log()], dim=1
+    )
 
 
 def _features(text: Tensor, first: Tensor, words: int) -> Tensor:
-    """The prompt's words, and the first frame's rows, levels and deviations; no columns: what stands where does not last."""
+    """Return the prompt's words, and the first frame's rows, levels and deviations.
+
+    No columns: what is where in a row does not last.
+    """
     c = first.shape[1]
     figures = _figures(first)
     levels = figures[:, :-c].unflatten(1, (c, *GRID))
     said = F.one_hot(text, words).sum(1).to(first) if words else first.new_zeros(len(first), 0)
-    return torch.cat([said, levels.mean(3).flatten(1), figures[:, -c:], first.new_ones(len(first), 1)], dim=1)
+    return torch.cat(
+        [said, levels.mean(3).flatten(1), figures[:, -c:], first.new_ones(len(first), 1)], dim=1
+    )

@@ -1,14 +1,18 @@
-"""Colour that holds: self-distillation in which levels that have strayed are pulled back, a little with every block.
+"""Distil the generator into itself, and pull strayed light and colour back with every block.
 
-After the adversarial stages a rollout is sharp and keeps moving, but the level of every channel walks at random (docs/log.md): nothing ever compares
-a frame with what it should look like, and a segment of a second is too short for a discriminator to tell. The generator is its own teacher here, as
-it was before the first of these stages, and learns to say the same but for the levels, from two kinds of history:
+After the adversarial stages a rollout is sharp and keeps moving, but the level of every channel
+walks at random (docs/log.md). Nothing compares a frame with what it should look like, and a segment
+of a second is too short for a discriminator to see it. The generator before the first of these
+stages is the teacher. The student learns the same, but for the levels, from two kinds of history:
 
-    true clips      the teacher sees them as they are; the student sees another clip's levels mixed in, and keeps 1 - `restored` of the error
-    own flights     minutes long, streamed once at the start of the stage; both see them as they are, and what lies outside the natural band around
-                    what prompt and first frame promise (anchor.py) is pulled back by the part `pull`
+    true clips    the teacher sees them as they are; the student sees another clip's levels mixed
+                  in, and keeps 1 - `restored` of the error
+    own flights   minutes long, streamed once at the start of the stage; both see them as they are,
+                  and what is outside the natural band around what prompt and first frame predict
+                  (anchor.py) is pulled back by the part `pull`
 
-Not here: detail and contrast that fade within seconds (trajectory.py), motion and content (adversarial.py). An addition to AAPT's recipe.
+Not here: detail and contrast that fade within seconds (trajectory.py), motion and content
+(adversarial.py). An addition to AAPT's recipe.
 """
 
 import torch
@@ -24,21 +28,34 @@ from aapt_deploy.train.losses.trajectory import rounded
 from aapt_deploy.train.recipe import AnchoredStage
 
 MIXED = 0.85  # share of clips with another clip's levels; the others have small errors alone
-LEVELS, PLACES = (-0.5, 0.9), (-0.4, 0.5)  # how far towards the other clip: channel means, and what differs over the picture
+LEVELS, PLACES = (
+    (-0.5, 0.9),
+    (-0.4, 0.5),
+)  # how far towards the other clip: channel means, and what differs over the picture
 OWN = 0.15  # deviation of small errors, in latent units; a fifth of it in the last channel
 LARGEST = 30.0  # of a latent that has not run away
 
 
 def anchored_loss(
-    student: Generator, teacher: Generator, true: Batch, errors: Tensor, own: Batch, anchor: Anchor, stage: AnchoredStage, rng: torch.Generator
-) -> Tensor:  # fmt: skip
-    """Distance of the student's pass to the teacher's with its levels pulled back, in deviations of a step, a scalar.
+    student: Generator,
+    teacher: Generator,
+    true: Batch,
+    errors: Tensor,
+    own: Batch,
+    anchor: Anchor,
+    stage: AnchoredStage,
+    rng: torch.Generator,
+) -> Tensor:
+    """Return the distance of the student's pass to the teacher's with its levels pulled back.
 
-    errors [B, 1, C, h, w]: what is wrong with the levels that the student sees of `true`. The sink block is true in both kinds, and stays.
+    It is in deviations of a step, a scalar. errors [B, 1, C, h, w]: what is wrong with the levels
+    that the student sees of `true`. The sink block is true in both kinds of history, and stays.
     """
     device, (b, n) = true.clean.device, true.clean.shape[:2]
-    both = Batch(*(torch.cat(pair) for pair in zip(vars(true).values(), vars(own).values(), strict=True)))
-    noise, ones = torch.randn(both.clean.shape, generator=rng).to(device), torch.ones(2 * b, n, device=device)
+    pairs = zip(vars(true).values(), vars(own).values(), strict=True)
+    both = Batch(*(torch.cat(pair) for pair in pairs))
+    noise = torch.randn(both.clean.shape, generator=rng).to(device)
+    ones = torch.ones(2 * b, n, device=device)
     fixed = (both.condition, ones, both.text, both.rope_time)
     with torch.no_grad():
         target = teacher(noise, both.previous, *fixed).float()
@@ -48,13 +65,17 @@ def anchored_loss(
         flat = own.previous[:, 1:].flatten(0, 1)  # [B (n - 1), C, h, w]
         text, first = (x.repeat_interleave(n - 1, 0) for x in (own.text, own.previous[:, 0]))
         excess = anchor.excess(flat, text, first, stage.band)
-        target[b:, 1:] = anchor.pulled(target[b:, 1:].flatten(0, 1), *excess, stage.pull).unflatten(0, (b, n - 1))
+        pulled = anchor.pulled(target[b:, 1:].flatten(0, 1), *excess, stage.pull)
+        target[b:, 1:] = pulled.unflatten(0, (b, n - 1))
     answer = student(noise, seen, *fixed).float()
     return rounded((answer - target) / student.step_spread)
 
 
 def level_errors(latents: Latents, previous: Tensor, rng: torch.Generator) -> Tensor:
-    """For each of the histories [B, n, C, h, w] an error of its levels: [B, 1, C, h, w], on the way to another clip's frame."""
+    """Draw an error of the levels [B, 1, C, h, w] for each of the histories [B, n, C, h, w].
+
+    It leads towards another clip's frame.
+    """
     b, _, c = previous.shape[:3]
     clips, frames = (torch.randint(size, (b,), generator=rng) for size in latents.z.shape[:2])
     this, other = previous[:, 1], latents.z[clips, frames].float().to(previous)
@@ -70,18 +91,24 @@ def level_errors(latents: Latents, previous: Tensor, rng: torch.Generator) -> Te
 
 
 @torch.no_grad()
-def own_flights(generator: Generator, latents: Latents, stage: AnchoredStage, rng: torch.Generator) -> Latents:
-    """`stage.flights` rollouts in one pass a block, `stage.flight_blocks` long, from true first frames along the cameras of one clip after the other.
+def own_flights(
+    generator: Generator, latents: Latents, stage: AnchoredStage, rng: torch.Generator
+) -> Latents:
+    """Stream `stage.flights` rollouts of `stage.flight_blocks` blocks, one pass a block.
 
-    Those that run away are left out. Raises TrainingError when all do.
+    They start at true first frames and follow the cameras of one clip after the other. Those that
+    run away are left out. Raises TrainingError if all do.
     """
     device, m = generator.step_spread.device, latents.conditions.shape[1]
-    clips = torch.randint(len(latents.z), (-(-stage.flight_blocks // m), stage.flights), generator=rng)
+    shape = -(-stage.flight_blocks // m), stage.flights
+    clips = torch.randint(len(latents.z), shape, generator=rng)
     tokens, previous = latents.tokens[clips[0]], latents.z[clips[0], 0].float().to(device)
     streams, made, conditions = Streams(generator, tokens.to(device)), [previous], []
     for block in range(stage.flight_blocks):
-        condition = latents.conditions[clips[block // m], block % m].float()  # autocast stacks no float16 on a CPU
-        rope_time = torch.from_numpy(temporal_rope(generator.profile, torch.full((stage.flights,), block).numpy())).to(device)
+        condition = latents.conditions[clips[block // m], block % m]
+        condition = condition.float()  # autocast stacks no float16 on a CPU
+        blocks = torch.full((stage.flights,), block).numpy()
+        rope_time = torch.from_numpy(temporal_rope(generator.profile, blocks)).to(device)
         noise = torch.randn(previous.shape, generator=rng).to(device)
         previous = streams.sample(noise, previous, condition.to(device), rope_time, (1.0,)).float()
         made.append(previous)

@@ -1,9 +1,12 @@
-"""Consistency distillation (AAPT App. B, stage 2): the generator learns to say in one pass where the teacher's path ends.
+"""Distil the teacher's path into one pass, by consistency (AAPT App. B, stage 2).
 
-Times 0 = t_0 < t_1 < ... < t_K = 1 are fixed. For a random i, data and noise are mixed to x at t_{i+1}; the teacher, which is the diffusion-adapted
-generator, takes one straight step to t_i; and the student's answer at t_{i+1} is pulled to its own answer at t_i, which carries no gradient. At t_0
-the answer is x itself: `layers.posterior` leaves the network no say there. No guidance and no averaged target, one time per clip, true previous
-frames. The result is blurry, and only the start of the adversarial stage.
+Times 0 = t_0 < t_1 < ... < t_K = 1 are fixed. For a random i, data and noise are mixed to x at
+t_{i+1}. The teacher, which is the diffusion-adapted generator, takes one straight step to t_i. The
+student's answer at t_{i+1} is pulled to its own answer at t_i, which carries no gradient. At t_0
+the answer is x itself: `layers.posterior` gives the network no weight there.
+
+No guidance and no averaged target, one time per clip, true previous frames. The result is blurry,
+and only the start of the adversarial stage.
 """
 
 import torch
@@ -16,15 +19,23 @@ from aapt_deploy.train.recipe import ConsistencyStage
 
 
 def times(stage: ConsistencyStage) -> Tensor:
-    """The K + 1 fixed times, from 0 to 1: evenly spaced, then shifted."""
+    """Return the K + 1 fixed times, from 0 to 1: evenly spaced, then shifted."""
     return shifted(torch.arange(stage.intervals + 1) / stage.intervals, stage.shift)
 
 
-def consistency_loss(student: Generator, teacher: Generator, batch: Batch, stage: ConsistencyStage, rng: torch.Generator) -> Tensor:
-    """Mean squared distance of the student's answers at neighbouring times of one path, a scalar."""
+def consistency_loss(
+    student: Generator,
+    teacher: Generator,
+    batch: Batch,
+    stage: ConsistencyStage,
+    rng: torch.Generator,
+) -> Tensor:
+    """Return the mean squared distance of answers at neighbouring times of a path, a scalar."""
     clean = batch.clean
     b, n = clean.shape[:2]
-    previous = batch.previous + stage.previous_noise * blemishes(batch.previous.shape, rng).to(clean.device)
+    previous = batch.previous + stage.previous_noise * blemishes(batch.previous.shape, rng).to(
+        clean.device
+    )
     i = torch.randint(stage.intervals, (b, 1), generator=rng)  # one for the whole clip
     now, after = (times(stage)[j].expand(b, n).to(clean.device) for j in (i + 1, i))
     now_, after_ = now[..., None, None, None], after[..., None, None, None]

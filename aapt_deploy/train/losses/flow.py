@@ -1,12 +1,14 @@
-"""Flow matching for a block-causal generator (AAPT App. B, stage 1), with histories that look like the generator's own.
+"""Match flows in a block-causal generator (AAPT App. B, stage 1), on histories like its own.
 
-x_t = (1 - t) x0 + t eps. The network predicts x0; the loss is its squared error in units of the posterior deviation given the previous frame
-(`layers.posterior`): at small t that is the squared error of the velocity, as in the paper; at t = 1 it does not vanish against it.
-Times may differ from block to block (`one_time` is off), because at inference a block's neighbours in the cache were written at the sampler's last
-time.
+x_t = (1 - t) x0 + t eps. The network predicts x0. The loss is its squared error in units of the
+posterior deviation given the previous frame (`layers.posterior`). At small t that is the squared
+error of the velocity, as in the paper; at t = 1 it does not vanish against it. Times may differ
+from block to block (`one_time` is off): at inference the cache of a block's neighbours was written
+at the sampler's last time.
 
-A generator trained on true histories alone drifts within seconds when it feeds on its own frames. Self-resampling shows it its own errors
-without a rollout: a true frame is noised part of the way, finished by the generator, and used as the history of the next block.
+A generator trained on true histories alone drifts within seconds when it reads its own frames.
+Self-resampling shows it its own errors without a rollout. A true frame is noised part of the way,
+finished by the generator, and used as the history of the next block.
 """
 
 from dataclasses import dataclass
@@ -43,41 +45,70 @@ class Batch:
 
 @dataclass(frozen=True)
 class Latents:
-    """All clips as latents. z [N, 1 + m, C, h, w] (any float type), conditions [N, m, 6, h, w], tokens [N, L]."""
+    """All clips as latents.
+
+    z [N, 1 + m, C, h, w] (any float type), conditions [N, m, 6, h, w], tokens [N, L].
+    """
 
     z: Tensor
     conditions: Tensor
     tokens: Tensor
 
     def step_spread(self) -> Tensor:
-        """Deviation of each channel around the latent before it: [C, 1, 1]. A channel that never moves gets a small one: losses divide by it."""
-        return (self.z[:, 1:].float() - self.z[:, :-1].float()).std(dim=(0, 1, 3, 4)).clamp_min(SMALLEST_SPREAD)[:, None, None]
+        """Return the deviation of each channel around the latent before it, [C, 1, 1].
 
-    def draw(self, profile: Profile, stage: FlowStage | ConsistencyStage | TrajectoryStage | AnchoredStage, rng: torch.Generator) -> Batch:
-        """A batch of block 0 and `stage.blocks` consecutive later blocks of random clips. Raises InputError for clips that are too short."""
+        A channel that never moves gets a small one, because losses divide by it.
+        """
+        steps = self.z[:, 1:].float() - self.z[:, :-1].float()
+        return steps.std(dim=(0, 1, 3, 4)).clamp_min(SMALLEST_SPREAD)[:, None, None]
+
+    def draw(
+        self,
+        profile: Profile,
+        stage: FlowStage | ConsistencyStage | TrajectoryStage | AnchoredStage,
+        rng: torch.Generator,
+    ) -> Batch:
+        """Draw block 0 and `stage.blocks` consecutive later blocks of random clips.
+
+        Raises InputError if the clips are too short.
+        """
         clips, m = self.z.shape[0], self.conditions.shape[1]
         b, n = stage.optimiser.batch, stage.blocks
         if n >= m:
             raise InputError(
                 f"a stage wants {1 + n} blocks of a clip, the clips have {m}",
-                f"make longer ones, as those were made, with: aapt train data FOLDER --blocks {1 + n}",
+                "make longer ones, as those were made, with: "
+                f"aapt train data FOLDER --blocks {1 + n}",
             )
         chosen = torch.randint(clips, (b,), generator=rng)
         first = torch.randint(1, m - n + 1, (b,), generator=rng)
-        blocks = torch.cat([torch.zeros(b, 1, dtype=torch.long), first[:, None] + torch.arange(n)], dim=1)  # [B, 1 + n]
+        sink, later = torch.zeros(b, 1, dtype=torch.long), first[:, None] + torch.arange(n)
+        blocks = torch.cat([sink, later], dim=1)  # [B, 1 + n]
         rows = chosen[:, None]
-        away = torch.randint(1, FAR, (b, 1), generator=rng) * (torch.rand(b, 1, generator=rng) < stage.far_sink)
+        distance = torch.randint(1, FAR, (b, 1), generator=rng)
+        away = distance * (torch.rand(b, 1, generator=rng) < stage.far_sink)
         index = torch.cat([blocks[:, :1], blocks[:, 1:] + away], dim=1)
         rope = torch.from_numpy(temporal_rope(profile, index.numpy()))
-        return Batch(self.z[rows, blocks + 1].float(), self.z[rows, blocks].float(), self.conditions[rows, blocks].float(), self.tokens[chosen], rope)
+        return Batch(
+            self.z[rows, blocks + 1].float(),
+            self.z[rows, blocks].float(),
+            self.conditions[rows, blocks].float(),
+            self.tokens[chosen],
+            rope,
+        )
 
     def clips(self, count: int, blocks: int, rng: torch.Generator) -> "Clips":
-        """`count` pieces of random clips, each of a frame and the `blocks` blocks after it."""
+        """Draw `count` pieces of random clips: a frame and the `blocks` blocks after it."""
         m = self.conditions.shape[1]
         assert blocks <= m, f"{blocks=} of a clip that has {m}"
         chosen = torch.randint(len(self.z), (count, 1), generator=rng)
-        rows = torch.randint(m - blocks + 1, (count, 1), generator=rng) + torch.arange(1 + blocks)  # [B, 1 + n]
-        return Clips(self.z[chosen, rows].float(), self.conditions[chosen, rows[:, :-1]].float(), self.tokens[chosen[:, 0]])
+        first = torch.randint(m - blocks + 1, (count, 1), generator=rng)
+        rows = first + torch.arange(1 + blocks)  # [B, 1 + n]
+        return Clips(
+            self.z[chosen, rows].float(),
+            self.conditions[chosen, rows[:, :-1]].float(),
+            self.tokens[chosen[:, 0]],
+        )
 
 
 @dataclass(frozen=True)
@@ -93,48 +124,56 @@ class Clips:
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """The timestep shift of App. B: s t / (1 + (s - 1) t)."""
+    """Shift times as in App. B: s t / (1 + (s - 1) t)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def flow_loss(generator: Generator, batch: Batch, stage: FlowStage, rng: torch.Generator) -> Tensor:
-    """Mean squared error, in posterior deviations, over the blocks of a batch, a scalar."""
+    """Return the mean squared error over a batch, in posterior deviations, a scalar."""
     clean, previous = batch.clean, batch.previous
     b, n = clean.shape[:2]
     if coin(rng, 1) < stage.resampled:
         previous = resample_history(generator, batch, rng)
     previous = previous + stage.previous_noise * blemishes(previous.shape, rng).to(clean.device)
-    t = shifted(torch.rand(b, 1 if stage.one_time else n, generator=rng), stage.shift).clamp_min(SMALLEST_T).expand(b, n).to(clean.device)
+    drawn = torch.rand(b, 1 if stage.one_time else n, generator=rng)
+    t = shifted(drawn, stage.shift).clamp_min(SMALLEST_T).expand(b, n).to(clean.device)
     noise = torch.randn(clean.shape, generator=rng).to(clean.device)
     t_ = t[..., None, None, None]  # [B, n, 1, 1, 1]
     noisy = (1 - t_) * clean + t_ * noise
-    predicted: Tensor = generator(noisy, previous, batch.condition, t, batch.text, batch.rope_time).float()
+    fixed = (batch.text, batch.rope_time)
+    predicted: Tensor = generator(noisy, previous, batch.condition, t, *fixed).float()
     spread = t_ if stage.velocity else posterior(noisy, previous, t_, generator.step_spread)[2]
     return (((predicted - clean) / spread) ** 2).mean()
 
 
 def blemishes(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """Errors of random strength, of the two kinds a generator makes: pixel by pixel, and constant over a token's patch."""
+    """Draw errors of random strength, of the two kinds that a generator makes.
+
+    They are pixel by pixel, and constant over a token's patch.
+    """
     b, n, c, h, w = shape
     fine = torch.rand(b, n, 1, 1, 1, generator=rng) * torch.randn(shape, generator=rng)
-    coarse = torch.randn(b, n, c, -(-h // 2), -(-w // 2), generator=rng).repeat_interleave(2, -2).repeat_interleave(2, -1)[..., :h, :w]
+    coarse = torch.randn(b, n, c, -(-h // 2), -(-w // 2), generator=rng)
+    coarse = coarse.repeat_interleave(2, -2).repeat_interleave(2, -1)[..., :h, :w]
     return fine + torch.rand(b, n, 1, 1, 1, generator=rng) * coarse
 
 
 @torch.no_grad()
 def resample_history(generator: Generator, batch: Batch, rng: torch.Generator) -> Tensor:
-    """Recycled latents as the generator itself would have made them: [B, n, C, h, w].
+    """Return recycled latents as the generator itself would have made them: [B, n, C, h, w].
 
-    Each block's true latent is noised to a random time and denoised by the generator in one or two passes. Block i's result stands in for the
-    recycled latent of block i + 1; the sink and the first block after it keep theirs, because their predecessors are not in the batch.
+    Each block's true latent is noised to a random time and denoised by the generator in one or two
+    passes. Block i's result replaces the recycled latent of block i + 1. The sink and the first
+    block after it keep theirs, because their predecessors are not in the batch.
     """
     clean = batch.clean
     b = clean.shape[0]
     t = 0.35 + 0.65 * torch.rand(b, 1, generator=rng).expand(b, clean.shape[1]).to(clean.device)
     single = coin(rng, 2) < 0.5
-    x = (1 - t[..., None, None, None]) * clean + t[..., None, None, None] * torch.randn(clean.shape, generator=rng).to(clean.device)
-    previous = batch.previous
-    for now, after in [(t, torch.zeros_like(t))] if single else [(t, t / 2), (t / 2, torch.zeros_like(t))]:
-        predicted = generator(x, previous, batch.condition, now, batch.text, batch.rope_time).float()
+    t_, noise = t[..., None, None, None], torch.randn(clean.shape, generator=rng).to(clean.device)
+    x = (1 - t_) * clean + t_ * noise
+    previous, fixed, zero = batch.previous, (batch.text, batch.rope_time), torch.zeros_like(t)
+    for now, after in [(t, zero)] if single else [(t, t / 2), (t / 2, zero)]:
+        predicted = generator(x, previous, batch.condition, now, *fixed).float()
         x = predicted + (x - predicted) * (after / now)[..., None, None, None]
     return torch.cat([batch.previous[:, :2], x[:, 1:-1]], dim=1)

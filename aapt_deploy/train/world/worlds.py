@@ -1,8 +1,10 @@
-"""The world to learn: an endless landscape seen through a free camera, its look chosen by a prompt.
+"""Render the world to learn: an endless landscape, a free camera, a look chosen by a prompt.
 
-A voxel-space renderer in plain NumPy. The ground is a height map on a torus; each picture column casts one ray over the ground, samples
-heights at log-spaced depths and keeps, per pixel, the first depth that reaches its row (a running minimum replaces a depth buffer). Light,
-colour and cloud shadow are baked into textures once per world. Deterministic by seed. About 100 frames/s at 192x112 on one core.
+A voxel-space renderer in plain NumPy. The ground is a height map on a torus; each picture column
+casts one ray over the ground, samples heights at log-spaced depths and keeps, per pixel, the first
+depth that reaches its row (a running minimum replaces a depth buffer). Light, colour and cloud
+shadow are baked into textures once per world. Deterministic by seed. About 100 frames/s at 192x112
+on one core.
 
 It does no caves, towns or reflections: one surface, one sky.
 """
@@ -21,7 +23,10 @@ DEPTHS = np.geomspace(3.0, 460.0, 150).astype(np.float32)  # world units along t
 SUPERSAMPLE = 2  # rows drawn per picture row
 MIPS = 5  # colour textures, each blurred to twice the previous footprint
 
-# Ground by place: heights in world units, how much of them is ridged, camera altitude, water level, colours from low to high.
+Pair = tuple[np.ndarray, np.ndarray]
+
+# Ground by place: heights in world units, how much of them is ridged, camera altitude, water level,
+# colours from low to high.
 PLACES = {
     "mountains": {"amplitude": 74.0, "ridged": 0.80, "slope": 2.25, "altitude": 54.0, "water": 4.0},
     "desert": {"amplitude": 26.0, "ridged": 0.55, "slope": 2.35, "altitude": 30.0, "water": -99.0},
@@ -29,8 +34,9 @@ PLACES = {
     "forest": {"amplitude": 38.0, "ridged": 0.15, "slope": 1.85, "altitude": 38.0, "water": 9.0},
 }
 GROUND = {  # (place, season) -> low, middle, high colour
-    "mountains": {"spring": ("6f9a4a", "7d7a62", "e9eef2"), "summer": ("5f8a3c", "80735a", "c9c4bb"),
-                  "autumn": ("b5803a", "7d6650", "e2ddd6"), "winter": ("dfe6ec", "a9b1bd", "f6f9fc")},
+    "mountains": {
+        "spring": ("6f9a4a", "7d7a62", "e9eef2"), "summer": ("5f8a3c", "80735a", "c9c4bb"),
+        "autumn": ("b5803a", "7d6650", "e2ddd6"), "winter": ("dfe6ec", "a9b1bd", "f6f9fc")},
     "desert": {"spring": ("c9a566", "d9b273", "b5915c"), "summer": ("d89a52", "e8b566", "c07a42"),
                "autumn": ("b8703f", "cf8a50", "99552f"), "winter": ("d8cdb8", "e9e3d6", "f4f1ea")},
     "islands": {"spring": ("e2d3a0", "79b04c", "5c8a3e"), "summer": ("ecdba6", "58a045", "3f7f3a"),
@@ -47,14 +53,20 @@ SKY = {  # time -> zenith, horizon, sunlight, ambient, sun elevation (rad)
 }
 CLEARANCE = 7.0  # least height of a flight above the ground, world units
 FLIGHT_PLANS = 400  # random flights tried in a world before one is lifted over its hills
-VIEW_DISTANCE = {"clear": 330.0, "cloudy": 240.0, "foggy": 105.0}  # world units at which haze hides 1 - 1/e
+VIEW_DISTANCE = {
+    "clear": 330.0,
+    "cloudy": 240.0,
+    "foggy": 105.0,
+}  # world units at which haze hides 1 - 1/e
 
 
 def _rgb(code: str) -> np.ndarray:
     return np.array([int(code[i : i + 2], 16) for i in (0, 2, 4)], np.float32) / 255
 
 
-def _noise(rng: np.random.Generator, slope: float, lowest: float = 1.5, size: int = SIZE) -> np.ndarray:
+def _noise(
+    rng: np.random.Generator, slope: float, lowest: float = 1.5, size: int = SIZE
+) -> np.ndarray:
     """Torus noise [size, size] with power falling as frequency^-slope, normalised to 0..1."""
     fy, fx = np.fft.fftfreq(size)[:, None] * size, np.fft.rfftfreq(size)[None] * size
     radius = np.hypot(fy, fx)
@@ -71,7 +83,9 @@ def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
     n = image.shape[0]
     fy, fx = np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None]
     kernel = np.exp(-2 * (math.pi * sigma) ** 2 * (fy**2 + fx**2))[..., None]
-    blurred: np.ndarray = np.fft.irfft2(np.fft.rfft2(image, axes=(0, 1)) * kernel, s=(n, n), axes=(0, 1)).astype(np.float32)
+    blurred: np.ndarray = np.fft.irfft2(
+        np.fft.rfft2(image, axes=(0, 1)) * kernel, s=(n, n), axes=(0, 1)
+    ).astype(np.float32)
     return blurred
 
 
@@ -100,7 +114,9 @@ class World:
 
     def __init__(self, seed: int, look: Look, width: int = 192, height: int = 112) -> None:
         rng = np.random.default_rng(seed)
-        self.look = Look(*(value or str(rng.choice(ATTRIBUTES[name])) for name, value in vars(look).items()))
+        self.look = Look(
+            *(value or str(rng.choice(ATTRIBUTES[name])) for name, value in vars(look).items())
+        )
         place, season, time, weather = (str(value) for value in vars(self.look).values())
         self.width, self.height = width, height
         self.ground = PLACES[place]
@@ -126,8 +142,14 @@ class World:
             bare = bare + 1.6 * _smooth(_noise(rng, 1.0, 28), 0.45, 0.75)
         surface = np.maximum(bare, g["water"]).astype(np.float32)
         low, middle, high = (_rgb(code) for code in GROUND[place][season])
-        level = (bare - max(g["water"], 0)) / (g["amplitude"] - max(g["water"], 0)) + 0.28 * (_noise(rng, 1.2, 6) - 0.5)
-        colour = _mix(_mix(low, middle, _smooth(level, 0.12, 0.45)[..., None]), high, _smooth(level, 0.52, 0.82)[..., None])
+        level = (bare - max(g["water"], 0)) / (g["amplitude"] - max(g["water"], 0)) + 0.28 * (
+            _noise(rng, 1.2, 6) - 0.5
+        )
+        colour = _mix(
+            _mix(low, middle, _smooth(level, 0.12, 0.45)[..., None]),
+            high,
+            _smooth(level, 0.52, 0.82)[..., None],
+        )
         patches = _noise(rng, 1.0, 10) - 0.5
         colour = colour * (1 + 0.42 * patches[..., None])
         gy, gx = (np.roll(surface, -1, axis) - np.roll(surface, 1, axis) for axis in (0, 1))
@@ -138,9 +160,13 @@ class World:
         colour = colour * light
         wet = (bare < g["water"])[..., None]
         depth = np.clip((g["water"] - bare) / 9, 0, 1)[..., None]
-        shine = _mix(_rgb(WATER[season]), 0.5 * self.horizon + 0.2 * self.zenith, np.float32(0.35)) * (self.ambient + 0.6 * self.sunlight)
+        shine = _mix(
+            _rgb(WATER[season]), 0.5 * self.horizon + 0.2 * self.zenith, np.float32(0.35)
+        ) * (self.ambient + 0.6 * self.sunlight)
         colour = np.where(wet, _mix(_mix(colour, shine, 0.55), shine, depth), colour)
-        mips = [np.clip(colour, 0, 1).astype(np.float32)] + [_blur(colour, 0.55 * 2**i) for i in range(1, MIPS)]
+        mips = [np.clip(colour, 0, 1).astype(np.float32)] + [
+            _blur(colour, 0.55 * 2**i) for i in range(1, MIPS)
+        ]
         return Textures(surface, np.stack(mips), _noise(rng, 1.5, 2, 256))
 
     def _light(self, surface: np.ndarray, gx: np.ndarray, gy: np.ndarray) -> np.ndarray:
@@ -151,8 +177,14 @@ class World:
         shadow = np.ones_like(surface)
         for reach in range(2, 64, 4):
             there = np.roll(surface, (-round(sy * reach), -round(sx * reach)), (0, 1))
-            shadow = np.minimum(shadow, 1 - _smooth(there - surface - reach * math.tan(self.sun_elevation), 0.0, 3.0))
-        light: np.ndarray = self.ambient + self.sunlight * (np.clip(facing, 0, None) * (0.15 + 0.85 * shadow))[..., None]
+            shadow = np.minimum(
+                shadow,
+                1 - _smooth(there - surface - reach * math.tan(self.sun_elevation), 0.0, 3.0),
+            )
+        light: np.ndarray = (
+            self.ambient
+            + self.sunlight * (np.clip(facing, 0, None) * (0.15 + 0.85 * shadow))[..., None]
+        )
         return light
 
     def ground_height(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -166,36 +198,42 @@ class World:
         return _mix(near, _mix(flat[j1 * SIZE + i], flat[j1 * SIZE + i1], fx), fy)
 
     def render(self, pose: Pose) -> np.ndarray:
-        """The picture from `pose`: uint8 [height, width, 3].
+        """Return the picture from `pose`: uint8 [height, width, 3].
 
-        Rows are drawn twice as fine and averaged: ridges crawl less, for a third of the cost of full supersampling.
+        Rows are drawn twice as fine and averaged: ridges crawl less, for a third of the cost of
+        full supersampling.
         """
         fine = self._draw(pose, self.height * SUPERSAMPLE, focal_length(self.width) * SUPERSAMPLE)
         picture: np.ndarray = fine.reshape(self.height, SUPERSAMPLE, self.width, 3).mean(axis=1)
         return (picture * 255 + 0.5).astype(np.uint8)
 
     def _draw(self, pose: Pose, h: int, f: float) -> np.ndarray:
-        """The picture with `h` rows and a vertical focal length of `f` rows: float32 [h, width, 3] in 0..1."""
+        """Draw `h` rows with a vertical focal length of `f` rows: float32 [h, width, 3] in 0..1."""
         w = self.width
         sin, cos = math.sin(pose.heading), math.cos(pose.heading)
         across = ((np.arange(w) + 0.5 - w / 2) / focal_length(w)).astype(np.float32)  # [w]
-        ahead_x, ahead_y = sin + across * cos, cos - across * sin  # ground direction of each column per unit depth
-        ground = self.ground_height(pose.x + DEPTHS[:, None] * ahead_x, pose.y + DEPTHS[:, None] * ahead_y)  # [K, w]
+        # ground direction of each column per unit depth
+        ahead = ahead_x, ahead_y = sin + across * cos, cos - across * sin
+        far = DEPTHS[:, None]  # [K, 1]
+        ground = self.ground_height(pose.x + far * ahead_x, pose.y + far * ahead_y)  # [K, w]
         horizon_row = h / 2 + f * math.tan(pose.pitch)
-        rows = horizon_row + f * (pose.z - ground) / DEPTHS[:, None]  # [K, w]: screen row of each sample
+        rows = horizon_row + f * (pose.z - ground) / far  # [K, w]: screen row of each sample
         top = np.minimum.accumulate(rows, axis=0)
-        first = np.clip(np.ceil(top - 0.5), 0, h).astype(np.int64)  # first pixel row that sample k covers
-        counts = np.bincount((first + np.arange(w) * (h + 1)).ravel(), minlength=w * (h + 1)).reshape(w, h + 1)
-        hit = len(DEPTHS) - np.cumsum(counts[:, :h], axis=1).T  # [h, w]: index of the first covering sample, K for sky
+        first = np.clip(np.ceil(top - 0.5), 0, h)  # first pixel row that sample k covers
+        cells = (first.astype(np.int64) + np.arange(w) * (h + 1)).ravel()
+        counts = np.bincount(cells, minlength=w * (h + 1)).reshape(w, h + 1)
+        # [h, w]: index of the first covering sample, K for sky
+        hit = len(DEPTHS) - np.cumsum(counts[:, :h], axis=1).T
         picture = self._sky(pose, (horizon_row - np.arange(h) - 0.5) / f, across)
         r, c = np.nonzero(hit < len(DEPTHS))
-        picture[r, c] = self._shade(pose, picture[r, c], (r, c), hit[r, c], (rows, top), (ahead_x, ahead_y))
+        picture[r, c] = self._shade(pose, picture[r, c], (r, c), hit[r, c], (rows, top), ahead)
         clipped: np.ndarray = np.clip(picture, 0, 1)
         return clipped
 
-    def _shade(self, pose: Pose, sky: np.ndarray, pixel: tuple[np.ndarray, np.ndarray], k: np.ndarray,
-               screen: tuple[np.ndarray, np.ndarray], ahead: tuple[np.ndarray, np.ndarray]) -> np.ndarray:  # fmt: skip
-        """Ground colour [n, 3] of the pixels whose first covering sample is `k`."""
+    def _shade(
+        self, pose: Pose, sky: np.ndarray, pixel: Pair, k: np.ndarray, screen: Pair, ahead: Pair
+    ) -> np.ndarray:
+        """Return the ground colour [n, 3] of pixels whose first covering sample is `k`."""
         r, c = pixel
         rows, top = screen
         back = np.maximum(k - 1, 0)
@@ -211,16 +249,21 @@ class World:
         i1, j1, base = (i + 1) % SIZE, (j + 1) % SIZE, mip * SIZE * SIZE
         take = self._flat_colour.take
         near = _mix(take(base + j * SIZE + i, axis=0), take(base + j * SIZE + i1, axis=0), fx)
-        colour = _mix(near, _mix(take(base + j1 * SIZE + i, axis=0), take(base + j1 * SIZE + i1, axis=0), fx), fy)
+        far = _mix(take(base + j1 * SIZE + i, axis=0), take(base + j1 * SIZE + i1, axis=0), fx)
+        colour = _mix(near, far, fy)
         haze = 1 - np.exp(-((depth / self.view_distance) ** 1.5))
         haze = np.maximum(haze, _smooth(depth, 330, 450))[:, None].astype(np.float32)
         return _mix(colour, _mix(sky, self.horizon, np.float32(0.7)), haze)
 
     def _sky(self, pose: Pose, tangents: np.ndarray, across: np.ndarray) -> np.ndarray:
-        """The sky behind everything: float32 [h, w, 3], from each row's tangent of elevation and each column's of azimuth."""
+        """Draw the sky behind everything: float32 [h, w, 3].
+
+        From each row's tangent of elevation and each column's of azimuth.
+        """
         rise = tangents.astype(np.float32)[:, None]  # [h, 1]
         glow = _smooth(rise, -0.02, 0.62)[..., None]
-        sky = np.broadcast_to(_mix(self.horizon, self.zenith, glow), (len(rise), self.width, 3)).astype(np.float32)
+        rows = _mix(self.horizon, self.zenith, glow)
+        sky = np.broadcast_to(rows, (len(rise), self.width, 3)).astype(np.float32)
         azimuth = pose.heading + np.arctan(across)[None]  # [1, w]
         up = np.maximum(rise, 0.0)
         if self.cover:
@@ -228,10 +271,13 @@ class World:
             u, v = far * np.sin(azimuth) * 16 + 64, far * np.cos(azimuth) * 16 + 64
             cloud = _bilinear(self.textures.clouds, u, v)
             amount = self.cover * _smooth(cloud, 0.45, 0.80) * _smooth(up, 0.03, 0.22)
-            sky = _mix(sky, np.clip(self.ambient + 0.62 * self.sunlight, 0, 1), 0.85 * amount[..., None])
-        apart = (np.mod(azimuth - self.sun_azimuth + math.pi, 2 * math.pi) - math.pi) ** 2 + (np.arctan(rise) - min(self.sun_elevation, 0.34)) ** 2
+            white = np.clip(self.ambient + 0.62 * self.sunlight, 0, 1)
+            sky = _mix(sky, white, 0.85 * amount[..., None])
+        turn = np.mod(azimuth - self.sun_azimuth + math.pi, 2 * math.pi) - math.pi
+        apart = turn**2 + (np.arctan(rise) - min(self.sun_elevation, 0.34)) ** 2
         shine = 0.9 * np.exp(-apart / 0.004) + 0.35 * np.exp(-apart / 0.12)
-        sunny: np.ndarray = sky + (shine * (0.25 + 0.75 * (self.cover == 0.30)))[..., None] * self.sunlight * (0.45 if self.cover == 0 else 0.8)
+        shine = (shine * (0.25 + 0.75 * (self.cover == 0.30)))[..., None]
+        sunny: np.ndarray = sky + shine * self.sunlight * (0.45 if self.cover == 0 else 0.8)
         return sunny
 
 
@@ -245,12 +291,16 @@ def _bilinear(texture: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     fu, fv = (u - u0).astype(np.float32), (v - v0).astype(np.float32)
     i, j = u0.astype(np.int32) % n, v0.astype(np.int32) % n
     i1, j1 = (i + 1) % n, (j + 1) % n
-    return _mix(_mix(texture[j, i], texture[j, i1], fu), _mix(texture[j1, i], texture[j1, i1], fu), fv)
+    near = _mix(texture[j, i], texture[j, i1], fu)
+    return _mix(near, _mix(texture[j1, i], texture[j1, i1], fu), fv)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A flight: frames uint8 [1 + 4n, H, W, 3], the pose of frame 0 and of the last frame of each block [n + 1], and the prompt."""
+    """A flight.
+
+    frames uint8 [1 + 4n, H, W, 3]; the pose of frame 0 and of the last frame of each block [n + 1].
+    """
 
     frames: np.ndarray
     poses: tuple[Pose, ...]
@@ -258,13 +308,16 @@ class Clip:
 
 
 def random_velocities(rng: np.random.Generator, blocks: int) -> list[Velocity]:
-    """A flight plan, one velocity per block: held for a while, then eased into the next."""
+    """Draw a velocity per block: each lasts for a while, then eases into the next."""
     keys: list[Velocity] = []
     plan: list[Velocity] = []
     while len(plan) < blocks:
         calm = rng.random() < 0.35
         target = Velocity(
-            forward=LIMITS.forward * float(rng.uniform(0.25, 1.0)) * (1 if rng.random() < 0.9 else -0.3) * (rng.random() < 0.93),
+            forward=LIMITS.forward
+            * float(rng.uniform(0.25, 1.0))
+            * (1 if rng.random() < 0.9 else -0.3)
+            * (rng.random() < 0.93),
             strafe=LIMITS.strafe * float(rng.uniform(-1, 1)) * (rng.random() < 0.35),
             yaw=0.0 if calm else LIMITS.yaw * float(rng.uniform(-1, 1)),
             pitch=LIMITS.pitch * float(rng.uniform(-1, 1)) * (rng.random() < 0.35),
@@ -276,17 +329,21 @@ def random_velocities(rng: np.random.Generator, blocks: int) -> list[Velocity]:
 
 
 def _blend(a: Velocity, b: Velocity, t: float) -> Velocity:
-    return Velocity(*(x + (y - x) * t for x, y in zip(vars(a).values(), vars(b).values(), strict=True)))
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    return Velocity(*(x + (y - x) * t for x, y in pairs))
 
 
 def start_pose(world: World, rng: np.random.Generator) -> Pose:
-    """Somewhere above the ground with an open view."""
-    x, y, heading = float(rng.uniform(0, SIZE)), float(rng.uniform(0, SIZE)), float(rng.uniform(0, 2 * math.pi))
+    """Draw a pose above the ground."""
+    x, y, heading = (float(rng.uniform(0, high)) for high in (SIZE, SIZE, 2 * math.pi))
     return Pose(x, y, world.altitude, heading, float(rng.uniform(-0.06, 0.04)))
 
 
 def headroom(world: World, poses: list[Pose]) -> float:
-    """Smallest height of the camera above the ground below it and just before it, over a flight at one altitude."""
+    """Return the camera's smallest height above the ground, over a flight at one altitude.
+
+    The ground is that below it and just before it.
+    """
     half = FIELD_OF_VIEW / 2
     reach = np.array([0.0, 7.0, 14.0])[:, None, None]
     x, y, heading = (np.array([getattr(p, name) for p in poses]) for name in ("x", "y", "heading"))
@@ -295,7 +352,9 @@ def headroom(world: World, poses: list[Pose]) -> float:
     return poses[0].z - float(ground.max())
 
 
-def fly(world: World, rng: np.random.Generator, blocks: int, fps: int = 24, stride: int = 4) -> Clip:
+def fly(
+    world: World, rng: np.random.Generator, blocks: int, fps: int = 24, stride: int = 4
+) -> Clip:
     """Render one random flight of 1 + stride * blocks frames that never touches the ground."""
     missing = 0.0
     for _ in range(FLIGHT_PLANS):

@@ -35,15 +35,23 @@ def test_the_op_runs_wherever_training_does() -> None:
     """No GPU here: the dispatcher says whether a rollout on CUDA tensors would find a kernel, without one for inference being loaded."""
     asked = "torch._C._dispatch_has_computed_kernel_for_dispatch_key('aapt::block_causal_attention', 'CUDA')"
     code = f"import torch, aapt_deploy.train.losses.student_forcing\nprint({asked})"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert found == "True\n"
 
 
 @pytest.mark.parametrize("cached", [0, 3, 5])
 def test_the_gradient_of_the_op_is_that_of_its_arithmetic(cached: int) -> None:
     rng = torch.Generator().manual_seed(cached)
-    q, k, v = (torch.randn(2, 3, 2, 4, dtype=torch.float64, generator=rng, requires_grad=True) for _ in range(3))
-    caches = [torch.randn(2, 5, 2, 4, dtype=torch.float64, generator=rng, requires_grad=True) for _ in range(2)]
+    q, k, v = (
+        torch.randn(2, 3, 2, 4, dtype=torch.float64, generator=rng, requires_grad=True)
+        for _ in range(3)
+    )
+    caches = [
+        torch.randn(2, 5, 2, 4, dtype=torch.float64, generator=rng, requires_grad=True)
+        for _ in range(2)
+    ]
     length = torch.tensor([cached], dtype=torch.int32)
 
     def op(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,19 +61,34 @@ def test_the_gradient_of_the_op_is_that_of_its_arithmetic(cached: int) -> None:
     op(q, k, v, *caches)[0].square().sum().backward()
     for cache in caches:
         assert cache.grad is not None
-        assert torch.equal(cache.grad[:, cached:], torch.zeros(2, 5 - cached, 2, 4, dtype=torch.float64))
+        assert torch.equal(
+            cache.grad[:, cached:], torch.zeros(2, 5 - cached, 2, 4, dtype=torch.float64)
+        )
         assert bool(cache.grad[:, :cached].all())
 
 
 # --- the rollout ---
 
 
-def test_the_rollout_under_training_equals_that_of_inference_bit_for_bit(loaded: Checkpoint) -> None:
+def test_the_rollout_under_training_equals_that_of_inference_bit_for_bit(
+    loaded: Checkpoint,
+) -> None:
     """Same image, noise, camera and prompt through `aapt_deploy.rollout.loop` and through Streams."""
-    profile, seed, velocity, text = loaded.profile, 3, Velocity(forward=20.0, yaw=0.3), np.array([[1, 5, 10, 15]])
+    profile, seed, velocity, text = (
+        loaded.profile,
+        3,
+        Velocity(forward=20.0, yaw=0.3),
+        np.array([[1, 5, 10, 15]]),
+    )
     engines = EagerEngines(loaded, 1, "fp32")
     image = next(iter(loaded.start_frames.values())).image.numpy()
-    inference = [frames.copy() for frames in islice(rollout(engines, profile, image, lambda block: Steering(velocity, text), seed), 1 + BLOCKS)]
+    inference = [
+        frames.copy()
+        for frames in islice(
+            rollout(engines, profile, image, lambda block: Steering(velocity, text), seed),
+            1 + BLOCKS,
+        )
+    ]
 
     decoder, rng, pose = engines["decoder"], np.random.default_rng(seed), Pose()
     decoder.reset()
@@ -74,10 +97,21 @@ def test_the_rollout_under_training_equals_that_of_inference_bit_for_bit(loaded:
     with torch.no_grad():
         streams = Streams(loaded.generator, torch.from_numpy(text))
         for block in range(BLOCKS):
-            before, pose = pose, pose.moved(velocity, profile.video.temporal_stride / profile.video.fps)
-            noise = torch.from_numpy(np.float32(profile.sampler.temperature) * rng.standard_normal(previous.shape, np.float32))
-            condition, rope_time = (torch.from_numpy(x) for x in (condition_map(profile, before, pose), temporal_rope(profile, block)[None]))
-            previous = streams.sample(noise, previous, condition, rope_time, profile.sampler.timesteps)
+            before, pose = (
+                pose,
+                pose.moved(velocity, profile.video.temporal_stride / profile.video.fps),
+            )
+            noise = torch.from_numpy(
+                np.float32(profile.sampler.temperature)
+                * rng.standard_normal(previous.shape, np.float32)
+            )
+            condition, rope_time = (
+                torch.from_numpy(x)
+                for x in (condition_map(profile, before, pose), temporal_rope(profile, block)[None])
+            )
+            previous = streams.sample(
+                noise, previous, condition, rope_time, profile.sampler.timesteps
+            )
             frames.append(decoder.run(latent=previous.numpy())["frames"].copy())
     assert len(frames) == len(inference)
     assert all(np.array_equal(a, b) for a, b in zip(frames, inference, strict=True))
@@ -90,7 +124,13 @@ def test_streams_of_a_batch_do_not_meet() -> None:
     def run(rows: slice) -> Tensor:
         streams, x = Streams(generator, batch.text[rows]), batch.previous[rows, 0]
         for j in range(3):
-            x = streams.sample(batch.clean[rows, j], x, batch.condition[rows, j], batch.rope_time[rows, j], (1.0, 0.5))
+            x = streams.sample(
+                batch.clean[rows, j],
+                x,
+                batch.condition[rows, j],
+                batch.rope_time[rows, j],
+                (1.0, 0.5),
+            )
         return x
 
     with torch.no_grad():
@@ -104,8 +144,16 @@ def test_gradients_flow_through_the_cache() -> None:
     generator, batch = drawn_generator(), batch_of(blocks=2, batch=1)
     noise = batch.clean[:, 0].clone().requires_grad_()
     streams = Streams(generator, batch.text)
-    streams.sample(noise, batch.previous[:, 0], batch.condition[:, 0], batch.rope_time[:, 0], (1.0,))
-    clean, _, _ = streams.step(batch.clean[:, 1], batch.previous[:, 1], batch.condition[:, 1], torch.ones(1), batch.rope_time[:, 1])
+    streams.sample(
+        noise, batch.previous[:, 0], batch.condition[:, 0], batch.rope_time[:, 0], (1.0,)
+    )
+    clean, _, _ = streams.step(
+        batch.clean[:, 1],
+        batch.previous[:, 1],
+        batch.condition[:, 1],
+        torch.ones(1),
+        batch.rope_time[:, 1],
+    )
     clean.square().sum().backward()
     assert noise.grad is not None and float(noise.grad.abs().max()) > 0
 
@@ -121,7 +169,9 @@ class Recorder(Generator):
         self.passes: list[tuple[bool, tuple[Tensor, ...], int]] = []
 
     def step(self, noisy, previous, condition, t, rope_time, k_cache, v_cache, cache_len):  # type: ignore[no-untyped-def]
-        self.passes.append((torch.is_grad_enabled(), (noisy.detach(), previous, condition, t), int(cache_len)))
+        self.passes.append(
+            (torch.is_grad_enabled(), (noisy.detach(), previous, condition, t), int(cache_len))
+        )
         return super().step(noisy, previous, condition, t, rope_time, k_cache, v_cache, cache_len)
 
 
@@ -138,9 +188,15 @@ def test_the_forced_loss_asks_for_the_truth_and_shows_its_own_past() -> None:
     for j, (_, (_, previous, condition, _), _) in enumerate(trained):
         assert torch.equal(condition, batch.condition[:, j])
         assert not previous.requires_grad
-        assert torch.equal(previous, batch.previous[:, j]) == (j < 2)  # later ones are the generator's own
+        assert torch.equal(previous, batch.previous[:, j]) == (
+            j < 2
+        )  # later ones are the generator's own
     loss.backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for name, p in generator.named_parameters() if "norm_q" not in name)
+    assert all(
+        p.grad is not None and bool(p.grad.isfinite().all())
+        for name, p in generator.named_parameters()
+        if "norm_q" not in name
+    )
 
 
 def test_the_first_block_of_the_loss_in_closed_form() -> None:
@@ -154,8 +210,12 @@ def test_the_first_block_of_the_loss_in_closed_form() -> None:
     for stream, u in enumerate(times.tolist()):
         t = max(0.05, STAGE.shift * u / (1 + (STAGE.shift - 1) * u))
         clean, previous = batch.clean[stream, 0].double(), batch.previous[stream, 0].double()
-        precision = 1 / 0.7**2 + (1 - t) ** 2 / t**2  # of a Gaussian prior and one Gaussian measurement
-        mean = (previous / 0.7**2 + (1 - t) * ((1 - t) * clean + t * noise[stream].double()) / t**2) / precision
+        precision = (
+            1 / 0.7**2 + (1 - t) ** 2 / t**2
+        )  # of a Gaussian prior and one Gaussian measurement
+        mean = (
+            previous / 0.7**2 + (1 - t) * ((1 - t) * clean + t * noise[stream].double()) / t**2
+        ) / precision
         total += ((mean - clean) ** 2 * precision).mean().item() / 2
     assert loss == pytest.approx(total, rel=1e-4)
 

@@ -17,7 +17,17 @@ from aapt_deploy.errors import InputError, OutputError
 from aapt_deploy.models.aapt.camera import Pose, condition_map
 from aapt_deploy.models.aapt.prompts import PROMPT_TOKENS, Look, token_ids
 from aapt_deploy.profiles import load
-from aapt_deploy.train.world.data import FLIGHTS, ClipFile, clip_files, conditions, import_videos, render_world, render_worlds, write_clip
+from aapt_deploy.train.world import data as clip_data
+from aapt_deploy.train.world.data import (
+    FLIGHTS,
+    ClipFile,
+    clip_files,
+    conditions,
+    import_videos,
+    render_world,
+    render_worlds,
+    write_clip,
+)
 
 TINY = load("tiny-cpu")
 WIDTH, HEIGHT = TINY.video.width, TINY.video.height
@@ -56,7 +66,10 @@ def arrays(blocks: int = BLOCKS) -> dict[str, np.ndarray]:
 
 def test_rendered_clips_are_read_back(rendered: Path) -> None:
     files = clip_files(rendered, unexpected)
-    assert [file.path.name for file in files] == ["clip-00000007-0.safetensors", "clip-00000007-1.safetensors"]
+    assert [file.path.name for file in files] == [
+        "clip-00000007-0.safetensors",
+        "clip-00000007-1.safetensors",
+    ]
     for file in files:
         clip = file.read(TINY)
         assert clip is not None
@@ -66,16 +79,27 @@ def test_rendered_clips_are_read_back(rendered: Path) -> None:
         assert (clip["poses"].shape, clip["poses"].dtype) == ((BLOCKS + 1, 5), np.float64)
         assert np.ptp(clip["poses"][:, :2], axis=0).max() > 0.1
         assert (clip["tokens"].shape, clip["tokens"].dtype) == ((PROMPT_TOKENS,), np.int64)
-        assert not set(clip["tokens"].tolist()) & {0, 5, 10, 15}  # a rendered world leaves no attribute open
+        assert not set(clip["tokens"].tolist()) & {
+            0,
+            5,
+            10,
+            15,
+        }  # a rendered world leaves no attribute open
     assert len({path.read_bytes() for path in rendered.iterdir()}) == FLIGHTS
 
 
 def test_conditions_follow_the_poses(rendered: Path) -> None:
     clip = load_file(rendered / "clip-00000007-0.safetensors")
     maps = conditions(TINY, clip["poses"])
-    assert (maps.shape, maps.dtype) == ((BLOCKS, 6, TINY.latent_height, TINY.latent_width), np.float32)
+    assert (maps.shape, maps.dtype) == (
+        (BLOCKS, 6, TINY.latent_height, TINY.latent_width),
+        np.float32,
+    )
     for block in range(BLOCKS):
-        assert np.array_equal(maps[block], condition_map(TINY, *(Pose(*clip["poses"][i]) for i in (block, block + 1)))[0])
+        assert np.array_equal(
+            maps[block],
+            condition_map(TINY, *(Pose(*clip["poses"][i]) for i in (block, block + 1)))[0],
+        )
     assert not conditions(TINY, np.zeros((3, 5))).any()
 
 
@@ -94,23 +118,34 @@ def test_rendering_resumes(rendered: Path, tmp_path: Path) -> None:
     assert sorted(contents(tmp_path)) == [first, second]
 
 
-@pytest.mark.parametrize("size", [(WIDTH, HEIGHT, BLOCKS + 1), (WIDTH // 2, HEIGHT, BLOCKS), (WIDTH, HEIGHT // 2, BLOCKS)])
-def test_clips_of_another_length_or_size_are_rendered_again(rendered: Path, tmp_path: Path, size: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    "size",
+    [(WIDTH, HEIGHT, BLOCKS + 1), (WIDTH // 2, HEIGHT, BLOCKS), (WIDTH, HEIGHT // 2, BLOCKS)],
+)
+def test_clips_of_another_length_or_size_are_rendered_again(
+    rendered: Path, tmp_path: Path, size: tuple[int, int, int]
+) -> None:
     """And those only: a folder that is rendered twice in one size is rendered once."""
     width, height, blocks = size
-    other = dataclasses.replace(TINY, video=dataclasses.replace(TINY.video, width=width, height=height))
+    other = dataclasses.replace(
+        TINY, video=dataclasses.replace(TINY.video, width=width, height=height)
+    )
     for name, data in contents(rendered).items():
         (tmp_path / name).write_bytes(data)
     assert render_world(tmp_path, other, 7, blocks) == FLIGHTS
     clips = [load_file(path) for path in tmp_path.iterdir()]
-    assert [clip["frames"].shape for clip in clips] == [(1 + 4 * blocks, height, width, 3)] * FLIGHTS
+    assert [clip["frames"].shape for clip in clips] == [
+        (1 + 4 * blocks, height, width, 3)
+    ] * FLIGHTS
     assert render_world(tmp_path, other, 7, blocks) == 0
 
 
 def test_many_worlds_are_rendered_and_counted(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     assert list(render_worlds(folder, TINY, 3, 2, processes=1, blocks=1)) == [FLIGHTS, FLIGHTS]
-    assert sorted(contents(folder)) == [f"clip-{seed:08d}-{flight}.safetensors" for seed in (3, 4) for flight in range(FLIGHTS)]
+    assert sorted(contents(folder)) == [
+        f"clip-{seed:08d}-{flight}.safetensors" for seed in (3, 4) for flight in range(FLIGHTS)
+    ]
     assert list(render_worlds(folder, TINY, 3, 2, processes=1, blocks=1)) == [0, 0]
 
 
@@ -120,18 +155,22 @@ def test_worlds_are_rendered_by_several_processes(tmp_path: Path) -> None:
     assert all(file.read(small) is not None for file in clip_files(tmp_path, unexpected))
 
 
-def test_a_clip_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(self: Path, target: Path) -> None:
+def test_a_clip_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
     path = tmp_path / "clip-00000000-0.safetensors"
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", killed)
+        patched.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write_clip(path, **arrays())
     assert not path.exists()
     write_clip(path, **arrays())
-    assert [file.path for file in clip_files(tmp_path, unexpected)] == [path]  # what the killed run left is no clip
+    assert [file.path for file in clip_files(tmp_path, unexpected)] == [
+        path
+    ]  # what the killed run left is no clip
 
 
 # --- broken clips ---
@@ -140,7 +179,9 @@ def test_a_clip_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 def broken_clips() -> dict[str, Callable[[Path], None]]:
     def saved(**changed: np.ndarray | None) -> Callable[[Path], None]:
         whole = {**arrays(), **changed}
-        return lambda path: save_file({name: array for name, array in whole.items() if array is not None}, path)
+        return lambda path: save_file(
+            {name: array for name, array in whole.items() if array is not None}, path
+        )
 
     def cut(path: Path) -> None:
         save_file(arrays(), path)
@@ -196,12 +237,17 @@ def test_loading_goes_on_after_broken_clips(rendered: Path, tmp_path: Path) -> N
     skipped = Skipped()
     read = [file.read(TINY) for file in clip_files(tmp_path, noting(skipped))]
     assert sum(clip is not None for clip in read) == FLIGHTS
-    assert sorted(name for name, _ in skipped) == sorted(f"clip-{kind}.safetensors" for kind in broken_clips())
+    assert sorted(name for name, _ in skipped) == sorted(
+        f"clip-{kind}.safetensors" for kind in broken_clips()
+    )
 
 
 def test_clips_of_another_profile_are_skipped_with_both_sizes(rendered: Path) -> None:
     skipped = Skipped()
-    assert [file.read(load("demo-cpu")) for file in clip_files(rendered, noting(skipped))] == [None, None]
+    assert [file.read(load("demo-cpu")) for file in clip_files(rendered, noting(skipped))] == [
+        None,
+        None,
+    ]
     assert all("(9, 32, 64, 3)" in reason and "192x112" in reason for _, reason in skipped)
 
 
@@ -234,9 +280,15 @@ def make_video(path: Path, frames: int) -> None:
 def check_clips(folder: Path, *firsts: int, blocks: int = BLOCKS) -> None:
     """The clips of `folder` must be pieces of `make_video`'s videos that begin at the frames `firsts`."""
     clips = [file.read(TINY) for file in clip_files(folder, unexpected)]
-    levels = sorted([float(frame.mean()) for frame in clip["frames"]] for clip in clips if clip is not None)
+    levels = sorted(
+        [float(frame.mean()) for frame in clip["frames"]] for clip in clips if clip is not None
+    )
     assert len(levels) == len(firsts)
-    np.testing.assert_allclose(levels, [[20 + 4 * i for i in range(first, first + 1 + 4 * blocks)] for first in firsts], atol=2.5)
+    np.testing.assert_allclose(
+        levels,
+        [[20 + 4 * i for i in range(first, first + 1 + 4 * blocks)] for first in firsts],
+        atol=2.5,
+    )
 
 
 def test_videos_become_clips_and_broken_ones_are_named(tmp_path: Path) -> None:
@@ -250,7 +302,9 @@ def test_videos_become_clips_and_broken_ones_are_named(tmp_path: Path) -> None:
     (source / "notes.txt").write_text("no video")
     assert import_videos(source, folder, TINY, noting(skipped), BLOCKS) == 3
     assert [name for name, _ in skipped] == ["b.mp4", "folder.mp4"]
-    check_clips(folder, 0, 0, 8)  # the second clip opens with the frame that closed the first; the next video does not continue the last one
+    check_clips(
+        folder, 0, 0, 8
+    )  # the second clip opens with the frame that closed the first; the next video does not continue the last one
     for file in clip_files(folder, unexpected):
         clip = file.read(TINY)
         assert clip is not None
@@ -299,16 +353,23 @@ def test_videos_cut_to_another_length_replace_their_clips(tmp_path: Path, blocks
     check_clips(folder, *(4 * blocks * piece for piece in range(6 // blocks)), blocks=blocks)
 
 
-def test_a_clip_that_cannot_be_written_is_no_broken_video(tmp_path: Path) -> None:
+def test_a_clip_that_cannot_be_written_is_no_broken_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, folder = tmp_path / "videos", tmp_path / "clips"
     source.mkdir()
     make_video(source / "a.mp4", 9)
     import_videos(source, folder, TINY, unexpected, BLOCKS)
     (clip,) = folder.iterdir()
     clip.unlink()
-    clip.with_suffix(f".{os.getpid()}.tmp").mkdir()  # where the clip is written first
-    with pytest.raises((OSError, SafetensorError)):
+
+    def full(*arguments: object) -> None:
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr(clip_data, "save_file", full)
+    with pytest.raises(SafetensorError, match="no space"):
         import_videos(source, folder, TINY, unexpected, BLOCKS)
+    assert not list(folder.iterdir())  # nothing temporary is left
 
 
 def test_a_video_that_breaks_off_keeps_its_whole_clips(tmp_path: Path) -> None:
@@ -316,13 +377,17 @@ def test_a_video_that_breaks_off_keeps_its_whole_clips(tmp_path: Path) -> None:
     source.mkdir()
     make_video(source / "a.mp4", 40)
     data = bytearray((source / "a.mp4").read_bytes())
-    data[len(data) * 3 // 4 : len(data) * 7 // 8] = bytes(len(data) * 7 // 8 - len(data) * 3 // 4)  # pictures from about the 30th on
+    data[len(data) * 3 // 4 : len(data) * 7 // 8] = bytes(
+        len(data) * 7 // 8 - len(data) * 3 // 4
+    )  # pictures from about the 30th on
     (source / "a.mp4").write_bytes(data)
     make_video(source / "b.mp4", 9)
     written = import_videos(source, tmp_path / "clips", TINY, noting(skipped), BLOCKS)
     assert written >= 3
     assert [name for name, _ in skipped] == ["a.mp4"]
-    check_clips(tmp_path / "clips", 0, *(8 * piece for piece in range(written - 1)))  # all of b, nothing of a in it
+    check_clips(
+        tmp_path / "clips", 0, *(8 * piece for piece in range(written - 1))
+    )  # all of b, nothing of a in it
 
 
 # --- the command ---
@@ -334,27 +399,55 @@ def test_clips_of_another_length_are_not_made_again_unasked(aapt: Any, tmp_path:
     assert aapt(*ask, "--blocks", 3).code == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     ran = aapt(*ask, "--blocks", 2)
-    assert ran.code == InputError.exit_code and "has 13 frames of 64x32, not 9 of 64x32" in ran.err and "--force" in ran.err
+    assert (
+        ran.code == InputError.exit_code
+        and "has 13 frames of 64x32, not 9 of 64x32" in ran.err
+        and "--force" in ran.err
+    )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert aapt(*ask, "--blocks", 2, "--force").code == 0
-    assert {path.name for path in folder.iterdir()} == before.keys() and all(path.read_bytes() != before[path.name] for path in folder.iterdir())
+    assert {path.name for path in folder.iterdir()} == before.keys() and all(
+        path.read_bytes() != before[path.name] for path in folder.iterdir()
+    )
 
 
 def test_videos_that_are_not_there_are_an_error(aapt: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.mp4").write_bytes(b"no video")
-    told = {"nowhere": "is no file and no folder", "empty": "holds no video", "broken": "none of 1 videos"}
+    told = {
+        "nowhere": "is no file and no folder",
+        "empty": "holds no video",
+        "broken": "none of 1 videos",
+    }
     for name, reason in told.items():
-        ran = aapt("train", "data", tmp_path / "clips", "--videos", tmp_path / name, "--profile", "tiny-cpu")
-        assert ran.code == InputError.exit_code and reason in ran.err and "Traceback" not in ran.err, ran.err
+        ran = aapt(
+            "train",
+            "data",
+            tmp_path / "clips",
+            "--videos",
+            tmp_path / name,
+            "--profile",
+            "tiny-cpu",
+        )
+        assert (
+            ran.code == InputError.exit_code and reason in ran.err and "Traceback" not in ran.err
+        ), ran.err
 
 
 @pytest.mark.parametrize("command", ["data", "run"])
-def test_a_folder_that_cannot_be_written_is_an_error(command: str, aapt: Any, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(
+    command: str, aapt: Any, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "clips").mkdir()
     render_world(tmp_path / "clips", TINY, 0, 3)
-    where = {"data": [tmp_path / "file" / "x", "--worlds", 1, "--processes", 1], "run": [tmp_path / "clips", "--run", tmp_path / "file" / "x"]}
+    where = {
+        "data": [tmp_path / "file" / "x", "--worlds", 1, "--processes", 1],
+        "run": [tmp_path / "clips", "--run", tmp_path / "file" / "x"],
+    }
     ran = aapt("train", command, *where[command], "--profile", "tiny-cpu")
-    assert ran.code == OutputError.exit_code and f"{tmp_path / 'file' / 'x'} cannot be written" in ran.err, ran.err
+    assert (
+        ran.code == OutputError.exit_code
+        and f"{tmp_path / 'file' / 'x'} cannot be written" in ran.err
+    ), ran.err

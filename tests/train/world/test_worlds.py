@@ -11,7 +11,15 @@ import pytest
 
 from aapt_deploy.models.aapt.camera import FIELD_OF_VIEW, LIMITS, PITCH_RANGE, Pose, Velocity
 from aapt_deploy.models.aapt.prompts import ATTRIBUTES, Look
-from aapt_deploy.train.world.worlds import CLEARANCE, SIZE, World, fly, headroom, random_velocities, start_pose
+from aapt_deploy.train.world.worlds import (
+    CLEARANCE,
+    SIZE,
+    World,
+    fly,
+    headroom,
+    random_velocities,
+    start_pose,
+)
 
 WIDTH, HEIGHT = 64, 32
 
@@ -23,7 +31,12 @@ def world_of(seed: int, *look: str) -> World:
 
 def pictures(world: World, pitch: float = 0.0) -> np.ndarray:
     """Five views from above the ground, in 0..1: [5, H, W, 3]."""
-    return np.stack([world.render(Pose(90.0 * i, 50.0 * i, 80.0, 1.3 * i, pitch)) for i in range(5)]).astype(np.float64) / 255
+    return (
+        np.stack(
+            [world.render(Pose(90.0 * i, 50.0 * i, 80.0, 1.3 * i, pitch)) for i in range(5)]
+        ).astype(np.float64)
+        / 255
+    )
 
 
 def ground(world: World) -> np.ndarray:
@@ -52,7 +65,11 @@ def test_other_seeds_give_other_worlds_and_other_flights() -> None:
 def test_open_attributes_are_drawn_from_the_seed() -> None:
     looks = [World(seed, Look(place="desert"), WIDTH, HEIGHT).look for seed in range(6)]
     assert {look.place for look in looks} == {"desert"}
-    assert all(value in words for look in looks for value, words in zip(vars(look).values(), ATTRIBUTES.values(), strict=True))
+    assert all(
+        value in words
+        for look in looks
+        for value, words in zip(vars(look).values(), ATTRIBUTES.values(), strict=True)
+    )
     assert len({str(look) for look in looks}) > 3
     assert World(3, Look(place="desert"), WIDTH, HEIGHT).look == looks[3]
 
@@ -62,12 +79,17 @@ def test_open_attributes_are_drawn_from_the_seed() -> None:
 
 @pytest.mark.parametrize("place", ATTRIBUTES["place"])
 def test_night_is_darker_than_noon(place: str) -> None:
-    noon, night = (pictures(world_of(1, place, "summer", time, "clear")).mean() for time in ("noon", "night"))
+    noon, night = (
+        pictures(world_of(1, place, "summer", time, "clear")).mean() for time in ("noon", "night")
+    )
     assert night < 0.55 * noon
 
 
 def test_dusk_is_redder_than_noon_and_dawn_lies_between_night_and_noon() -> None:
-    light = {time: pictures(world_of(1, "desert", "summer", time, "clear")).mean(axis=(0, 1, 2)) for time in ATTRIBUTES["time"]}
+    light = {
+        time: pictures(world_of(1, "desert", "summer", time, "clear")).mean(axis=(0, 1, 2))
+        for time in ATTRIBUTES["time"]
+    }
     warmth = {time: rgb[0] / rgb[2] for time, rgb in light.items()}
     assert warmth["dusk"] > 1.3 * warmth["noon"] > 1.3 * warmth["night"]
     assert light["night"].mean() < light["dawn"].mean() < light["noon"].mean()
@@ -75,25 +97,37 @@ def test_dusk_is_redder_than_noon_and_dawn_lies_between_night_and_noon() -> None
 
 @pytest.mark.parametrize("place", ATTRIBUTES["place"])
 def test_winter_ground_is_brighter_than_summers(place: str) -> None:
-    summer, winter = (ground(world_of(1, place, season, "noon", "clear")) for season in ("summer", "winter"))
+    summer, winter = (
+        ground(world_of(1, place, season, "noon", "clear")) for season in ("summer", "winter")
+    )
     assert winter.mean() > 1.1 * summer.mean()
 
 
 def test_autumn_forest_is_red_and_summer_forest_green() -> None:
-    summer, autumn = (ground(world_of(1, "forest", season, "noon", "clear")) for season in ("summer", "autumn"))
+    summer, autumn = (
+        ground(world_of(1, "forest", season, "noon", "clear")) for season in ("summer", "autumn")
+    )
     assert summer[1] > summer[0]
     assert autumn[0] > autumn[1]
 
 
 def test_fog_hides_contrast() -> None:
-    clear, foggy = (pictures(world_of(1, "mountains", "summer", "noon", weather)) for weather in ("clear", "foggy"))
+    clear, foggy = (
+        pictures(world_of(1, "mountains", "summer", "noon", weather))
+        for weather in ("clear", "foggy")
+    )
     assert foggy.std(axis=(1, 2)).mean() < 0.6 * clear.std(axis=(1, 2)).mean()
 
 
 def test_the_place_shapes_the_ground() -> None:
-    heights = {place: world_of(1, place, "summer", "noon", "clear").textures.height for place in ATTRIBUTES["place"]}
+    heights = {
+        place: world_of(1, place, "summer", "noon", "clear").textures.height
+        for place in ATTRIBUTES["place"]
+    }
     assert heights["mountains"].max() > 1.5 * heights["desert"].max()
-    flat = {place: float((height == height.min()).mean()) for place, height in heights.items()}  # open water is level
+    flat = {
+        place: float((height == height.min()).mean()) for place, height in heights.items()
+    }  # open water is level
     assert flat["islands"] > 0.2 > 0.01 > flat["desert"]
 
 
@@ -102,11 +136,18 @@ def test_the_place_shapes_the_ground() -> None:
 
 @pytest.mark.parametrize(
     ("place", "weather", "clock"),
-    [("mountains", "clear", "noon"), ("desert", "cloudy", "dusk"), ("islands", "foggy", "dawn"), ("forest", "clear", "night")],
+    [
+        ("mountains", "clear", "noon"),
+        ("desert", "cloudy", "dusk"),
+        ("islands", "foggy", "dawn"),
+        ("forest", "clear", "night"),
+    ],
 )
 def test_every_pose_gives_a_picture(place: str, weather: str, clock: str) -> None:
     world = world_of(2, place, "spring", clock, weather)
-    extremes = list(itertools.product((0.0, -1e5, 511.999), (0.0, 60.0, 500.0), (-PITCH_RANGE, PITCH_RANGE)))
+    extremes = list(
+        itertools.product((0.0, -1e5, 511.999), (0.0, 60.0, 500.0), (-PITCH_RANGE, PITCH_RANGE))
+    )
     began = time.perf_counter()
     for x, z, pitch in extremes:
         pose = Pose(x, -x, z, x / 7, pitch)
@@ -123,7 +164,9 @@ def test_every_pose_gives_a_picture(place: str, weather: str, clock: str) -> Non
 def test_the_world_is_a_torus() -> None:
     world = world_of(2, "islands", "spring", "dawn", "clear")
     pose = Pose(300.0, 40.0, 60.0, 0.4)
-    wrapped = dataclasses.replace(pose, x=pose.x + SIZE, y=pose.y - 3 * SIZE, heading=pose.heading + 2 * math.pi)
+    wrapped = dataclasses.replace(
+        pose, x=pose.x + SIZE, y=pose.y - 3 * SIZE, heading=pose.heading + 2 * math.pi
+    )
     apart = np.abs(world.render(pose).astype(int) - world.render(wrapped))
     assert apart.mean() < 0.1
     assert np.percentile(apart, 99) <= 3
@@ -132,7 +175,10 @@ def test_the_world_is_a_torus() -> None:
 def test_nearer_ground_fills_the_picture_from_below() -> None:
     """The sky is above, and looking up shows more of it."""
     world = world_of(2, "desert", "summer", "noon", "clear")
-    level, up = (world._draw(Pose(10.0, 10.0, 60.0, 0.0, pitch), HEIGHT, 40.0) for pitch in (0.0, PITCH_RANGE))
+    level, up = (
+        world._draw(Pose(10.0, 10.0, 60.0, 0.0, pitch), HEIGHT, 40.0)
+        for pitch in (0.0, PITCH_RANGE)
+    )
     blue = lambda picture: (picture[..., 2] > picture[..., 0]).mean(axis=1)
     assert blue(level)[0] > 0.95
     assert blue(level)[-1] < 0.05
@@ -152,13 +198,19 @@ def test_ground_height_is_bilinear() -> None:
 
 def near_ground(world: World, pose: Pose) -> float:
     """Highest ground in the sector that the camera sees up to 14 units ahead."""
-    reach, fan = np.meshgrid(np.arange(0.0, 15.0, 7.0), pose.heading + np.linspace(-0.5, 0.5, 3) * FIELD_OF_VIEW)
-    return float(world.ground_height(pose.x + reach * np.sin(fan), pose.y + reach * np.cos(fan)).max())
+    reach, fan = np.meshgrid(
+        np.arange(0.0, 15.0, 7.0), pose.heading + np.linspace(-0.5, 0.5, 3) * FIELD_OF_VIEW
+    )
+    return float(
+        world.ground_height(pose.x + reach * np.sin(fan), pose.y + reach * np.cos(fan)).max()
+    )
 
 
 @pytest.mark.parametrize("place", ATTRIBUTES["place"])
 def test_no_flight_touches_the_ground(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "render", lambda self, pose: np.zeros((1, 1, 3), np.uint8))  # only the poses count here
+    monkeypatch.setattr(
+        World, "render", lambda self, pose: np.zeros((1, 1, 3), np.uint8)
+    )  # only the poses count here
     for seed in range(4):
         world = world_of(seed, place, "summer", "noon", "clear")
         for flight in range(4):
