@@ -45,7 +45,7 @@ from aapt_deploy.backends.torch_eager import EagerEngines  # noqa: E402
 from aapt_deploy.measure.machine import machine  # noqa: E402
 from aapt_deploy.models import checkpoint  # noqa: E402
 from aapt_deploy.models.aapt.camera import CRUISE  # noqa: E402
-from aapt_deploy.models.cost import plan  # noqa: E402
+from aapt_deploy.models.cost import cost_of  # noqa: E402
 from aapt_deploy.profiles import Profile, load  # noqa: E402
 from aapt_deploy.rollout.loop import Steering, rollout  # noqa: E402
 
@@ -173,7 +173,7 @@ def streamed(profile: Profile, precision: str, steps: int, limit_s: float, seria
     if not SMALL:
         found["memory_gb"] = {"allocated": round(allocated() / 1e9, 2), "most_reserved": round(torch.cuda.max_memory_reserved() / 1e9, 2)}
     found["predicted_ms"] = predicted(profile, precision)
-    found["attained"] = share_of_floor(plan(profile), {name: found["stages"][name]["p50"] for name in ("generator", "decoder")})
+    found["attained"] = share_of_floor(cost_of(profile), {name: found["stages"][name]["p50"] for name in ("generator", "decoder")})
     return found
 
 

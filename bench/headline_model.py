@@ -6,7 +6,7 @@ Work comes from `aapt_deploy.models.cost`; rates are the data sheet's times an e
 import functools
 from typing import Any
 
-from aapt_deploy.models.cost import GPUS, Plan, plan
+from aapt_deploy.models.cost import GPUS, Cost, cost_of
 from aapt_deploy.profiles import Profile
 
 GPU = GPUS["H100"]  # an H200 has the same compute, and 4.8 instead of 3.35 TB/s
@@ -20,7 +20,7 @@ PINNED_GB_S = 22.0
 GOAL_FPS, LEAST_FPS, GOAL_RATIO, FLAT, PARITY_DB = 60.0, 24.0, 3.0, 0.05, 40.0
 
 
-planned = functools.cache(plan)
+planned = functools.cache(cost_of)
 
 
 def predicted(profile: Profile, precision: str, variant: str = "as it is") -> dict[str, float]:
@@ -46,7 +46,7 @@ def predicted(profile: Profile, precision: str, variant: str = "as it is") -> di
     return {name: round(value, 3) for name, value in (whole | {f"generator: {name}": ms for name, ms in parts.items()}).items()}
 
 
-def share_of_floor(of: Plan, measured_ms: dict[str, float]) -> dict[str, dict[str, Any]]:
+def share_of_floor(of: Cost, measured_ms: dict[str, float]) -> dict[str, dict[str, Any]]:
     """TFLOP/s that a stage attained, and its floor over its time; no floor where the target's rates are not known."""
     found = {}
     for stage in of.stages:

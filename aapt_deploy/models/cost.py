@@ -32,18 +32,18 @@ RUNTIME_GB = 1.0  # CUDA context, cuBLAS and TensorRT's own, outside every pool:
 WORKSPACE_GB = 2.0  # limit of the builder's tactic workspace
 
 
-class Gpu(NamedTuple):
+class Rates(NamedTuple):
     """Peak rates from the maker's data sheet, dense, SXM form."""
 
     flops: dict[str, float]  # by precision, per second
     bandwidth: float  # bytes per second
 
 
-GPUS = {"H100": Gpu({"fp8_e4m3": 1979e12, "bf16": 989e12, "fp32": 67e12}, 3.35e12)}
+GPUS = {"H100": Rates({"fp8_e4m3": 1979e12, "bf16": 989e12, "fp32": 67e12}, 3.35e12)}
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """One graph, once."""
 
     name: str
@@ -56,12 +56,12 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cost:
     """What a profile needs."""
 
     profile: str
     target: str
-    stages: list[Stage]
+    stages: list[StageCost]
     cache_gb: float
     memory_gb: dict[str, float]  # what is resident while streaming, by what it is
     limit_gb: int  # of the target; 0: not known
@@ -112,8 +112,8 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def plan(profile: Profile) -> Plan:
-    """Plan `profile` for its target."""
+def cost_of(profile: Profile) -> Cost:
+    """Compute what `profile` costs on its target."""
     with torch.device("meta"):
         modules = graph_modules(profile, Generator(profile), Vae(profile))
     gpu = GPUS.get(profile.target.name)
@@ -131,7 +131,7 @@ def plan(profile: Profile) -> Plan:
     }
     floors = {name: by_name[name].floor_ms for name in working}
     floor = None if None in floors.values() else passes * (floors["generator"] or 0) + (floors["decoder"] or 0)
-    return Plan(
+    return Cost(
         profile.name, profile.target.name, stages, round(cache, 3), {name: round(gb, 3) for name, gb in resident.items()}, profile.target.memory_gb,
         passes, round(profile.step_budget_ms, 1), None if floor is None else round(floor, 2),
     )  # fmt: skip
@@ -144,7 +144,7 @@ def _cache_bytes(profile: Profile) -> int:
     return profile.kv_cache_bytes // profile.cache_tokens * (math.ceil(profile.cache_tokens / TILE_KEYS) * TILE_KEYS)
 
 
-def _stage(profile: Profile, signature: GraphSignature, module: nn.Module, gpu: Gpu | None) -> Stage:
+def _stage(profile: Profile, signature: GraphSignature, module: nn.Module, gpu: Rates | None) -> StageCost:
     specs = (*signature.inputs, *signature.state)
     inputs = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in specs]
     counter, bytes_ = (
@@ -165,7 +165,7 @@ def _stage(profile: Profile, signature: GraphSignature, module: nn.Module, gpu: 
         compute = products / gpu.flops[stored] + attention / gpu.flops[p.kv_cache]
         memory = read / gpu.bandwidth
         floor, bound = round(1000 * max(compute, memory), 3), "compute" if compute >= memory else "memory"
-    return Stage(
+    return StageCost(
         signature.name, round(products / 1e9, 2), round(attention / 1e9, 2), round(weights / 1e9, 3), round(bytes_.most / 1e9, 3), floor, bound
     )
 

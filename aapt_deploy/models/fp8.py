@@ -65,7 +65,7 @@ class Linear8(nn.Module):
         return self.weight.to(self.weight_scale.dtype) * self.weight_scale[:, None]
 
 
-class Layer(NamedTuple):
+class LinearLayer(NamedTuple):
     """One linear layer and whether the rules keep it as it is."""
 
     path: str  # inside the generator
@@ -73,14 +73,14 @@ class Layer(NamedTuple):
     kept_by: str  # the rule; "" for a layer that is quantised
 
 
-def layers(generator: Generator, keep: Iterable[str]) -> list[Layer]:
+def layers(generator: Generator, keep: Iterable[str]) -> list[LinearLayer]:
     """Every linear layer of `generator` under the profile's rules [fp8] keep."""
     rules = list(keep)
     found = []
     for path, module in generator.named_modules():
         if isinstance(module, nn.Linear):
             names = _names(path, generator.profile)
-            found.append(Layer(path, module, next((rule for rule in rules if any(fnmatchcase(name, rule) for name in names)), "")))
+            found.append(LinearLayer(path, module, next((rule for rule in rules if any(fnmatchcase(name, rule) for name in names)), "")))
     return found
 
 

@@ -1,6 +1,6 @@
 """The one module that touches TensorRT's API: ONNX file -> plan, and plan -> execution context. 10.16 to 11.x.
 
-    build(graph, settings, progress)   parse, check, build; a Built with the plan, the timing cache and what the parser made of the graph
+    build(graph, settings, progress)   parse, check, build; a BuiltPlan with the plan, the timing cache and what the parser made of the graph
     open_plan(plan)                    deserialise; a Plan with its tensors and layers
     Plan.context()                     a Context: set addresses, enqueue on a stream, time the layers
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn, SupportsFloat, TypeVar
 
 from aapt_deploy.backends.trial import Progress
-from aapt_deploy.backends.trt.plan_file import Layer, read_layers
+from aapt_deploy.backends.trt.plan_file import PlanLayer, read_layers
 from aapt_deploy.backends.trt.remedies import hint
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
@@ -56,7 +56,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltPlan:
     """A finished plan, still in memory."""
 
     plan: memoryview
@@ -127,7 +127,7 @@ T = TypeVar("T")
 
 def build(
     graph: Path, settings: Settings, progress: Progress | None = None, failures: Sequence[Exception] = (), messages: Messages | None = None
-) -> Built:
+) -> BuiltPlan:
     """Build `graph` into a plan. `failures` is where our plugin keeps what it raised (python_plugin.Creator.failures).
 
     Raises BundleError when TensorRT cannot parse or build the graph, ParityError when a plugin layer is missing, MachineError for an unknown
@@ -149,7 +149,7 @@ def build(
     if plan is None:
         _explain(f"TensorRT cannot build {graph}", [], messages, failures[earlier:])
     cache = config.get_timing_cache()
-    return Built(memoryview(plan), bytes(memoryview(cache.serialize())) if cache else b"", network.num_layers, tensors)
+    return BuiltPlan(memoryview(plan), bytes(memoryview(cache.serialize())) if cache else b"", network.num_layers, tensors)
 
 
 def _network_flags() -> int:
@@ -311,7 +311,7 @@ class Plan:
         _require_static(self.tensors, "the plan")
         self.scratch_bytes = engine.device_memory_size_v2
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[PlanLayer]:
         """What TensorRT made of the graph. Raises BundleError when it does not tell."""
         return read_layers(self._engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 

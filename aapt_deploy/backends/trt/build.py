@@ -39,7 +39,7 @@ from aapt_deploy.bundle.scales import FILE as SCALES
 from aapt_deploy.bundle.scales import load as load_scales
 from aapt_deploy.errors import BundleError, MachineError, ParityError
 from aapt_deploy.models.aapt.signature import signatures
-from aapt_deploy.models.cost import WORKSPACE_GB, plan
+from aapt_deploy.models.cost import WORKSPACE_GB, cost_of
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 from aapt_deploy.profiles import Profile
 
@@ -120,7 +120,7 @@ def _check_machine(profile: Profile, precision: str, device: cuda.Device, report
         )
     if profile.target.sm and profile.target.sm != device.sm:
         report(f"profile {profile.name} was made for {profile.target.name} (SM {profile.target.sm}); this is {device.name} (SM {device.sm})")
-    needed = plan(profile)
+    needed = cost_of(profile)
     free_gb = device.free_bytes / 1e9
     if needed.total_gb > free_gb:
         parts = ", ".join(f"{name} {gb:.2f}" for name, gb in needed.memory_gb.items())

@@ -24,7 +24,7 @@ import numpy as np
 from aapt_deploy.backends.trt import plan_file
 from aapt_deploy.backends.trt.cuda import Device, Stream, with_driver
 from aapt_deploy.backends.trt.plan_file import Receipt, join
-from aapt_deploy.backends.trt.state import HopperTiles, Launch, Layer, Packed, TokenMajor, size_of
+from aapt_deploy.backends.trt.state import CacheLayer, HopperTiles, Launch, StagingBuffer, TokenMajor, size_of
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec
 from aapt_deploy.errors import BundleError
@@ -50,8 +50,8 @@ class TrtEngine:
     def __init__(self, plan: "Plan", signature: GraphSignature, device: Device, stream: Stream, captured: bool) -> None:
         given = {tensor.name: tensor for tensor in plan.tensors}
         self.stream, self.context = stream, plan.context()
-        self.inputs = Packed(device, [given[spec.name] for spec in signature.inputs])
-        self.outputs = Packed(device, [given[spec.name] for spec in signature.outputs])
+        self.inputs = StagingBuffer(device, [given[spec.name] for spec in signature.inputs])
+        self.outputs = StagingBuffer(device, [given[spec.name] for spec in signature.outputs])
         # State is read from one set and written to the other; with no state one graph is enough.
         self.sizes = {spec.name: size_of(given[spec.name]) for spec in signature.state}
         self.state = [{name: device.memory(size) for name, size in self.sizes.items()} for _ in range(2 if self.sizes else 1)]
@@ -105,13 +105,13 @@ class TrtGenerator:
     def __init__(self, plan: "Plan", signature: GraphSignature, profile: Profile, device: Device, stream: Stream, options: "RunOptions") -> None:
         given = {tensor.name: tensor for tensor in plan.tensors}
         self.profile, self.ring, self.stream, self.context = profile, Ring.of(profile), stream, plan.context()
-        self.inputs = Packed(device, [given[spec.name] for spec in signature.inputs])
-        self.clean = Packed(device, [given["clean"]])
+        self.inputs = StagingBuffer(device, [given[spec.name] for spec in signature.inputs])
+        self.clean = StagingBuffer(device, [given["clean"]])
         kept = [spec.name for spec in (*signature.state, *signature.outputs) if spec.name != "clean"]
         self.sizes = {name: size_of(given[name]) for name in kept}
         self.held = {name: device.memory(size) for name, size in self.sizes.items()}
-        names = (layer_names(prefix, profile) for prefix in Layer._fields)
-        self.layers = [Layer(*(self.held[name] for name in layer)) for layer in zip(*names, strict=True)]
+        names = (layer_names(prefix, profile) for prefix in CacheLayer._fields)
+        self.layers = [CacheLayer(*(self.held[name] for name in layer)) for layer in zip(*names, strict=True)]
         self.reset()  # before the first run: whatever lay there might be no number
         for name, address in (self.inputs.addresses | self.clean.addresses | self.held).items():
             self.context.bind(name, address)

@@ -23,7 +23,7 @@ SHOWN = 8  # layer names in an error
 
 
 @dataclass(frozen=True)
-class Layer:
+class PlanLayer:
     """One layer of a plan; several layers of the network may have become one."""
 
     name: str
@@ -61,7 +61,7 @@ class Audit:
     attention: int = 0  # layers of TensorRT's own fused attention
 
 
-def join(layers: list[Layer], times_ms: dict[str, list[float]]) -> list[LayerTime]:
+def join(layers: list[PlanLayer], times_ms: dict[str, list[float]]) -> list[LayerTime]:
     """Layers with what the profiler measured of them, the longest first."""
     known = {layer.name: layer for layer in layers}
     middle = {name: statistics.median(times) for name, times in times_ms.items() if times}
@@ -73,7 +73,7 @@ def join(layers: list[Layer], times_ms: dict[str, list[float]]) -> list[LayerTim
     return rows
 
 
-def read_layers(text: str) -> list[Layer]:
+def read_layers(text: str) -> list[PlanLayer]:
     """The layers in the inspector's JSON. Raises BundleError when they are not told, as in a plan built without detailed profiling."""
     try:
         layers = json.loads(text)["Layers"]
@@ -84,16 +84,16 @@ def read_layers(text: str) -> list[Layer]:
         raise BundleError(f"TensorRT does not describe the plan's layers: {error}", "build the engine again: aapt build-engine") from None
 
 
-def _layer(raw: dict[str, Any]) -> Layer:
+def _layer(raw: dict[str, Any]) -> PlanLayer:
     inputs, outputs = (tuple(_dtype(tensor) for tensor in raw.get(side, ())) for side in ("Inputs", "Outputs"))
-    return Layer(str(raw["Name"]), str(raw["LayerType"]), str(raw.get("TacticName", "")), inputs, outputs)
+    return PlanLayer(str(raw["Name"]), str(raw["LayerType"]), str(raw.get("TacticName", "")), inputs, outputs)
 
 
 def _dtype(tensor: dict[str, Any]) -> str:
     return next((str(tensor[key]) for key in DTYPE_KEYS if key in tensor), "")
 
 
-def audit(layers: list[Layer], plugin_layers: int, fp8_layers: int = 0) -> Audit:
+def audit(layers: list[PlanLayer], plugin_layers: int, fp8_layers: int = 0) -> Audit:
     """Count, and insist on exactly `plugin_layers` plugins and at least `fp8_layers` layers that compute in FP8.
 
     Raises ParityError, naming layers: a plan that silently runs attention or products in another form is not the plan that was asked for.

@@ -1,6 +1,6 @@
 """What lies on the device beside the plans: inputs and outputs that travel together, and the generator's caches in their two layouts.
 
-    Packed        tensors of one direction: a pinned buffer on the host, a buffer on the device, one copy
+    StagingBuffer tensors of one direction: a pinned buffer on the host, a buffer on the device, one copy
     TokenMajor    caches [1, S, H, D]; a block is committed by copies into its rows
     HopperTiles   caches of e4m3 tiles; a block is committed, and a prompt's text packed, by our kernels
 
@@ -42,7 +42,7 @@ def size_of(tensor: "Tensor") -> int:
     return math.prod(tensor.shape) * np.dtype(STORED[tensor.dtype]).itemsize
 
 
-class Packed:
+class StagingBuffer:
     """Tensors that travel together: one pinned buffer, one on the device, one copy."""
 
     def __init__(self, device: Device, tensors: "Sequence[Tensor]") -> None:
@@ -74,7 +74,7 @@ def _plain(array: np.ndarray, kind: str) -> np.ndarray:
     return array.astype(np.float32) if kind == "HALF" else array
 
 
-class Layer(NamedTuple):
+class CacheLayer(NamedTuple):
     """Device addresses of one layer's tensors."""
 
     k_cache: int
@@ -86,7 +86,7 @@ class Layer(NamedTuple):
 class TokenMajor:
     """Caches [1, S, H, D] in the plan's own type: blocks and text are runs of rows, moved by copies."""
 
-    def __init__(self, stream: Stream, layers: list[Layer], kind: str, row_bytes: int, tokens: int) -> None:
+    def __init__(self, stream: Stream, layers: list[CacheLayer], kind: str, row_bytes: int, tokens: int) -> None:
         self.stream, self.layers, self.kind, self.row_bytes, self.tokens = stream, layers, kind, row_bytes, tokens
 
     def commit(self, slot: int) -> None:
@@ -94,7 +94,7 @@ class TokenMajor:
             for cache, block in ((layer.k_cache, layer.k_block), (layer.v_cache, layer.v_block)):
                 self.stream.copy(cache + slot * self.row_bytes, block, self.tokens * self.row_bytes)
 
-    def write_text(self, layer: Layer, k: np.ndarray, v: np.ndarray) -> None:
+    def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
         """[1, L, H, D] float32, or already stored as the cache is, to the front of the caches."""
         for cache, values in ((layer.k_cache, k), (layer.v_cache, v)):
             self.stream.upload(cache, _stored(values, self.kind))
@@ -105,7 +105,7 @@ class HopperTiles:
     """Caches of e4m3 tiles, moved by our kernels. The block's slot lies in device memory, so that one captured graph commits to every place."""
 
     def __init__(
-        self, device: Device, stream: Stream, launch: Launch, layers: list[Layer], scales: list[hopper_fp8.Scales], ring: Ring, captured: bool
+        self, device: Device, stream: Stream, launch: Launch, layers: list[CacheLayer], scales: list[hopper_fp8.Scales], ring: Ring, captured: bool
     ) -> None:
         assert len(scales) == len(layers), f"{len(scales)=} {len(layers)=}"
         self.stream, self.launch, self.layers, self.tokens, self.text = stream, launch, layers, ring.frame_tokens, ring.text_tokens
@@ -133,7 +133,7 @@ class HopperTiles:
         for layer in self.layers:
             self._move((layer.k_block, layer.v_block), self.slot_address, self.tokens, layer)
 
-    def _move(self, images: Sequence[int], slot: int, tokens: int, layer: Layer) -> None:
+    def _move(self, images: Sequence[int], slot: int, tokens: int, layer: CacheLayer) -> None:
         numbers = (tokens, self.heads, self.cache_tiles)
         self.launch("aapt_commit", (*images, slot), numbers, (layer.k_cache, layer.v_cache), self.stream.handle)
 
@@ -141,7 +141,7 @@ class HopperTiles:
         self.slot[0] = slot  # free to change: every pass ends with a wait, and this is the first commit since
         self.committing()
 
-    def write_text(self, layer: Layer, k: np.ndarray, v: np.ndarray) -> None:
+    def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
         """[1, L, H, D] float32, or bf16 as its bits, quantised with the layer's scales and put in front."""
         stored = [_stored(values, "BF16") for values in (k, v)]
         for address, values in zip(self.values, stored, strict=True):

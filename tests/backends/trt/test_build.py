@@ -21,7 +21,7 @@ from aapt_deploy.backends.trial import Options
 from aapt_deploy.backends.trt import build, cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
-from aapt_deploy.backends.trt.plan_file import Layer
+from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.cli import console
 from aapt_deploy.errors import BundleError, MachineError, ParityError, UsageError
@@ -153,14 +153,14 @@ def test_a_plan_that_computes_something_else_is_refused(bare: Path, here: Tensor
 
 
 def test_a_plugin_where_none_was_meant_is_refused_and_its_plan_is_not_kept(bare: Path, here: TensorRT) -> None:
-    here.layers = lambda layers: [*layers, Layer("mine", "PluginV3", "", (), ())]
+    here.layers = lambda layers: [*layers, PlanLayer("mine", "PluginV3", "", (), ())]
     with pytest.raises(ParityError, match="1 layers instead of 0"):
         made(bare)
     assert list((receipts.cache_folder() / "unfinished").iterdir()) == []
 
 
 def test_attention_that_is_not_fused_and_many_reformats_are_told(bare: Path, here: TensorRT) -> None:
-    reformats = [Layer(f"reformat {index}", "Reformat", "", (), ()) for index in range(5)]
+    reformats = [PlanLayer(f"reformat {index}", "Reformat", "", (), ()) for index in range(5)]
     here.layers = lambda layers: [*(layer for layer in layers if layer.kind != "fmha"), *reformats]
     said: list[str] = []
     made(bare, said)
@@ -260,8 +260,8 @@ def test_what_does_not_fit_the_bundle_or_does_not_exist_is_refused(bare: Path, h
 
 def test_without_room_on_the_gpu_nothing_is_begun(bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan of a large preset, and less memory than it needs."""
-    large = build.plan(profiles.load("aapt-8b-736x416-h100"))
-    monkeypatch.setattr(build, "plan", lambda profile: large)
+    large = build.cost_of(profiles.load("aapt-8b-736x416-h100"))
+    monkeypatch.setattr(build, "cost_of", lambda profile: large)
     here.driver.free = 20_000_000_000
     assert large.total_gb > 25
     with pytest.raises(

@@ -19,7 +19,7 @@ import pytest
 from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import cases, receipts
 from aapt_deploy.backends.trt.doctor.cases import Case
-from aapt_deploy.backends.trt.plan_file import Layer
+from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.errors import BundleError
 from aapt_deploy.ops.block_causal_attention import DOMAIN, kernels
 from tests.support import cuda_emulator
@@ -44,7 +44,7 @@ class Fake:
     driver: Driver
     case: Case = field(default_factory=cases.native)
     change: Change = lambda outputs: None
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[PlanLayer] = field(default_factory=list)
     built: list[int] = field(default_factory=list)
     defined: list[tuple[int, bool]] = field(default_factory=list)
     refuse: Callable[[onnx.ModelProto], bool] = lambda model: False
@@ -101,9 +101,9 @@ def fake(probes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 LAYERS = {
-    "plugin": Layer("mine", "PluginV3", "", (), ()),
-    "fp8": Layer("product", "gemm", "t", ("FP8",), ()),
-    "mha": Layer("a", "fmha", "", ("FP8",), ()),
+    "plugin": PlanLayer("mine", "PluginV3", "", (), ()),
+    "fp8": PlanLayer("product", "gemm", "t", ("FP8",), ()),
+    "mha": PlanLayer("a", "fmha", "", ("FP8",), ()),
 }
 NEEDED = {
     receipts.FP8_PRODUCTS: "fp8", receipts.PLUGIN_FP8: "plugin", receipts.PLUGIN_PACKED: "plugin", receipts.PLUGIN_CAPTURED: "plugin",
