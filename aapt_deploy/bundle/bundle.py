@@ -36,6 +36,7 @@ SEAL = "manifest_sha256"  # key of the manifest's own hash, over everything else
 REPLACED = "replaced"  # the old bundle, for the moment between two renames
 LARGEST_MANIFEST_BYTES = 16 << 20
 REPLACING_S = 1.0  # how long `open` waits for a bundle that is being replaced; the moment lasts microseconds
+STRANGER = "do not use this bundle; get it from a source you trust"  # hint for what no export makes
 
 
 def export_again(path: Path) -> str:
@@ -119,6 +120,11 @@ class Bundle:
         self._seen.add(name)
         return path
 
+    def listed_bytes(self, name: str) -> int:
+        """Return the size of file `name` by the manifest; 0 if it is not listed."""
+        size: int = self.manifest["files"].get(name, {}).get("bytes", 0)
+        return size
+
     def verify(self) -> None:
         """Check every file. Raises BundleError at the first that does not fit."""
         for name in self.manifest["files"]:
@@ -137,7 +143,7 @@ class Bundle:
             manifest = _read_manifest(self.path)  # another process may have added an engine before we held the lock
             home = self.path / "engines" / key
             if not home.resolve().is_relative_to(self.path.resolve()):
-                raise BundleError(f"bundle folder {home} leads out of the bundle", "do not use this bundle; get it from a source you trust")
+                raise BundleError(f"bundle folder {home} leads out of the bundle", STRANGER)
             older = sorted(home.iterdir()) if home.is_dir() else []
             number = 1 + max((int(p.name) for p in older if p.name.isdigit()), default=0)  # a new folder: the old engine stays whole until the end
             with tempfile.TemporaryDirectory(prefix=".stage-", dir=self.path) as folder:
@@ -267,7 +273,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for name in manifest["files"]:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise BundleError(f"bundle manifest {file} names {name!r}, outside the bundle", "do not use this bundle; get it from a source you trust")
+            raise BundleError(f"bundle manifest {file} names {name!r}, outside the bundle", STRANGER)
     return manifest
 
 

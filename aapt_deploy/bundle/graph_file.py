@@ -5,6 +5,8 @@ a graph may be larger than the memory.
 """
 
 import contextlib
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper
 
+from aapt_deploy.bundle.bundle import STRANGER
 from aapt_deploy.bundle.signature import GraphSignature
 from aapt_deploy.errors import BundleError
 
@@ -22,6 +25,7 @@ HOLLOW_LIMIT_BYTES = 100_000_000  # of hollow constants: above, they go beside t
 SMALL_BYTES = 1024  # a constant that stays in the graph
 ALIGNMENT = 4096  # of a constant in the file beside the graph: a page, so that it can be mapped
 
+UNREADABLE = "export the checkpoint again with this version"
 ITEM_BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT8E4M3FN: 1}
 
 Bytes = NDArray[np.uint8]
@@ -33,20 +37,35 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     onnx.save_model(model, path, save_as_external_data=external, all_tensors_to_one_file=True, location=f"{path.name}.data")
 
 
-def load_model(path: Path) -> onnx.ModelProto:
-    """Read a whole graph, its external data included. Raises BundleError when the graph is no ONNX or its data is not what it says."""
-    hint = "export the checkpoint again with this version"
+def load_model(path: Path, listed_bytes: int | None = None) -> onnx.ModelProto:
+    """Read a whole graph, its external data included. Raises what `read_structure` raises."""
+    model = read_structure(path, listed_bytes)
+    try:
+        external_data_helper.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    return model
+
+
+def read_structure(path: Path, listed_bytes: int | None = None) -> onnx.ModelProto:
+    """Read a graph without its external data, once `refuse_outside` has let it pass.
+
+    Raises BundleError if the file is not an ONNX graph or may read outside its own weights.
+    """
     try:
         model = onnx.load(path, load_external_data=False)
-        if not model.graph.node:
-            raise BundleError(f"graph {path} holds no graph", hint)
-        _refuse_outside(model, path)
-        external_data_helper.load_external_data_for_model(model, str(path.parent))
-    except BundleError:
-        raise
-    except Exception as error:  # protobuf's and onnx's own exception types differ from release to release
-        raise BundleError(f"graph {path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}", hint) from None
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    if not model.graph.node:
+        raise BundleError(f"graph {path} holds no graph", UNREADABLE)
+    refuse_outside(model, path, listed_bytes)
     return model
+
+
+def _unreadable(path: Path, error: Exception) -> BundleError:
+    """Describe any error: types of protobuf and onnx differ from release to release."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return BundleError(f"graph {path} cannot be read: {reason}", UNREADABLE)
 
 
 def refuse_other(model: onnx.ModelProto, signature: GraphSignature, path: Path, hint: str) -> None:
@@ -65,23 +84,47 @@ def _dtype(elem_type: int) -> str:
     return str(onnx.helper.tensor_dtype_to_np_dtype(elem_type)) if known else f"type {elem_type}"
 
 
-def _refuse_outside(model: onnx.ModelProto, path: Path) -> None:
-    """External data lies beside its graph, in a regular file, and is as long as the graph says."""
+def refuse_outside(model: onnx.ModelProto, path: Path, listed_bytes: int | None = None) -> None:
+    """Raise BundleError unless every external constant is in the file beside the graph at `path`.
+
+    A graph may come from a stranger, and its readers open whatever file it names. So only plain
+    initializers may be external. Each must be in `<name>.onnx.data`, a regular file, inside its
+    size and inside `listed_bytes`, its size in the bundle's manifest (None if there is none).
+    """
     beside = path.with_name(f"{path.name}.data")
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        if entries.get("location") != beside.name:
+    if any(map(_hides, _attributes(model))) or model.graph.sparse_initializer:
+        raise BundleError(f"graph {path} hides constants inside its nodes", STRANGER)
+    for tensor in filter(_is_external, model.graph.initializer):
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if where.get("location") != beside.name:
+            found = where.get("location", "")
             raise BundleError(
-                f"graph {path} keeps {tensor.name!r} in {entries.get('location', '')!r}, not in {beside.name!r} beside it",
-                "do not use this bundle; get it from a source you trust",
+                f"graph {path} keeps {tensor.name!r} in {found!r}, not in {beside.name!r} beside it", STRANGER
             )
         if beside.is_symlink() or not beside.is_file():
             raise BundleError(f"weights {beside} are missing or a link", "export the checkpoint again")
-        offset, length = (int(entries.get(key, "0")) for key in ("offset", "length"))
-        if offset < 0 or length < 0 or offset + length > beside.stat().st_size:
-            raise BundleError(f"weights {beside} end before {tensor.name!r}: {beside.stat().st_size} bytes", "export the checkpoint again")
+        size = min(beside.stat().st_size, sys.maxsize if listed_bytes is None else listed_bytes)
+        offset, length = (where.get(key, "0") for key in ("offset", "length"))
+        numbers = all(re.fullmatch("[0-9]{1,19}", number) for number in (offset, length))
+        if not numbers or int(offset) + int(length) > size:
+            raise BundleError(f"weights {beside} end before {tensor.name!r}: {size} bytes", STRANGER)
+
+
+def _attributes(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    return (attribute for node in nodes for attribute in node.attribute)
+
+
+def _hides(attribute: onnx.AttributeProto) -> bool:
+    """Whether `attribute` has a subgraph, a sparse tensor or an external one."""
+    parts = ("g", "sparse_tensor")
+    if any(map(attribute.HasField, parts)) or attribute.graphs or attribute.sparse_tensors:
+        return True
+    return any(map(_is_external, (attribute.t, *attribute.tensors)))
+
+
+def _is_external(tensor: TensorProto) -> bool:
+    return tensor.data_location == TensorProto.EXTERNAL or bool(tensor.external_data)
 
 
 def hollow(name: str, data_type: int, dims: list[int]) -> TensorProto:

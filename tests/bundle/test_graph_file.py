@@ -11,10 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aapt_deploy.bundle import bundle as bundles
 from aapt_deploy.bundle import graph_file
-from aapt_deploy.bundle.graph_file import hollow, load_model, turn_weights, write
+from aapt_deploy.bundle.graph_file import hollow, load_model, read_structure, turn_weights, write
 from aapt_deploy.errors import BundleError
 from tests.support.bundles import rewrite_manifest
 from tests.support.commands import Ran
+from tests.support.tampered import HOSTILE, WEIGHTS, external
 
 GIGABYTE = 1 << 30
 
@@ -113,6 +114,34 @@ def test_weights_that_end_too_early_are_refused(tmp_path: Path, offset: int) -> 
     beside(tmp_path / "g.onnx", "g.onnx.data", 16, offset)
     with pytest.raises(BundleError, match="end before 'w'"):
         load_model(tmp_path / "g.onnx")
+
+
+@pytest.mark.parametrize("read", [load_model, read_structure])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_graph_that_reaches_outside_its_own_weights_is_refused(
+    tmp_path: Path, case: str, read: Callable[[Path, int | None], onnx.ModelProto]
+) -> None:
+    path, model = tmp_path / "encoder.onnx", product(numpy_helper.from_array(np.eye(2), "w"))
+    HOSTILE[case](model)
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "encoder.onnx.data").write_bytes(WEIGHTS)
+    with pytest.raises(BundleError, match=r"encoder\.onnx") as caught:
+        read(path, None)
+    assert "do not use this bundle" in caught.value.hint
+
+
+@pytest.mark.parametrize("read", [load_model, read_structure])
+def test_weights_behind_what_the_manifest_lists_are_refused(
+    tmp_path: Path, read: Callable[[Path, int | None], onnx.ModelProto]
+) -> None:
+    path, model = tmp_path / "encoder.onnx", product(numpy_helper.from_array(np.eye(2), "w"))
+    external()(model)
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "encoder.onnx.data").write_bytes(WEIGHTS)
+    for listed in (None, 16, 20):
+        assert len(read(path, listed).graph.initializer) == 2
+    with pytest.raises(BundleError, match="end before 'stolen': 15 bytes"):
+        read(path, 15)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08", b"not a graph" * 50, bytes(100)], ids=["empty", "cut", "text", "zeros"])

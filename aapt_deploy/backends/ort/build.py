@@ -83,9 +83,10 @@ def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], re
     profile, graphs = bundle.profile, {}
     for name, signature in signatures(profile).items():
         source, graphs[name] = bundle.checked(f"{name}.onnx"), stage.path / f"{name}.onnx"
-        if (bundle.path / f"{name}.onnx.data").exists() or f"{name}.onnx.data" in bundle.manifest["files"]:
-            bundle.checked(f"{name}.onnx.data")
-        model = load_model(source)
+        weights = f"{name}.onnx.data"
+        if (bundle.path / weights).exists() or weights in bundle.manifest["files"]:
+            bundle.checked(weights)
+        model = load_model(source, bundle.listed_bytes(weights))
         refuse_other(model, signature, source, export_again(bundle.path))
         if name == "generator":
             model = lower.lower_in_place(model, Ring.of(profile, in_place=True))

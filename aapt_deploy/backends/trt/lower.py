@@ -21,12 +21,12 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from aapt_deploy.backends.trt import lower_attention
 from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, Choice
 from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.bundle.graph_file import read_structure
 from aapt_deploy.errors import BundleError
 from aapt_deploy.models.aapt.signature import layer_names
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8
 from aapt_deploy.ops.block_causal_attention.onnx_function import is_ours, strip
 
-STRANGER = "do not use this bundle; get it from a source you trust"
 LAYERS_OF_A_NODE = {AOT: 2}  # plugin layers; one in the other form, none in TensorRT's own
 
 
@@ -48,7 +48,9 @@ def lower(bundle: Bundle, graph: str, precision: str, choice: Choice, scales: li
     constants elsewhere, or is not what the profile says.
     """
     source = bundle.checked(f"{graph}.onnx")
-    model = strip(read_structure(bundle, graph, source))  # with our function inside, a parser without the plugin would take its slow body
+    weights = f"{graph}.onnx.data"
+    # With our function inside, a parser without the plugin would take its slow body.
+    model = strip(read_structure(source, bundle.listed_bytes(weights)))
     native = choice.form == NATIVE
     nodes = sum(is_ours(node) for node in model.graph.node)
     if graph == "generator":
@@ -65,8 +67,8 @@ def lower(bundle: Bundle, graph: str, precision: str, choice: Choice, scales: li
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.name
     path.write_bytes(model.SerializeToString())
-    if f"{graph}.onnx.data" in bundle.manifest["files"]:
-        _link(bundle.checked(f"{graph}.onnx.data"), folder / f"{graph}.onnx.data")
+    if weights in bundle.manifest["files"]:
+        _link(bundle.checked(weights), folder / weights)
     return Lowered(
         path,
         plugin_layers=0 if native else nodes * LAYERS_OF_A_NODE.get(choice.form, 1),
@@ -82,29 +84,6 @@ def _attention(model: onnx.ModelProto, ring: Ring, precision: str, choice: Choic
     assert scales is not None, f"{choice.form} reads scales"
     lowered = lower_attention.lower_for_plugin(model, ring, scales, packed=choice.packed)
     return lower_attention.split_for_aot(lowered) if choice.form == AOT else lowered
-
-
-def read_structure(bundle: Bundle, graph: str, source: Path) -> onnx.ModelProto:
-    """A graph without its external constants, once these are seen to lie where they must. Raises BundleError."""
-    try:
-        model = onnx.load(source, load_external_data=False)
-    except Exception as error:  # protobuf's own exception types differ from release to release
-        raise BundleError(f"graph {source} cannot be read: {error}", "export the checkpoint again with this version") from None
-    name = f"{graph}.onnx.data"
-    length = bundle.manifest["files"].get(name, {}).get("bytes", 0)
-    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
-    if any(attribute.HasField("g") or attribute.graphs or attribute.t.external_data for attribute in attributes):
-        raise BundleError(f"graph {source} hides constants inside its nodes", STRANGER)
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        if where.get("location") != name:
-            raise BundleError(f"graph {source} keeps {tensor.name!r} in {where.get('location', '')!r}, not in {name!r} beside it", STRANGER)
-        offset, size = (where.get(key, "0") for key in ("offset", "length"))
-        if not (offset.isdigit() and size.isdigit() and int(offset) + int(size) <= length):
-            raise BundleError(f"graph {source}: {tensor.name!r} lies at {offset} + {size} of {length} bytes of {name}", STRANGER)
-    return model
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,6 +1,5 @@
 """Graphs as TensorRT gets them: the same numbers where ONNX Runtime can run them, types where it cannot, and nothing read from outside a bundle."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -13,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from aapt_deploy.backends.trt.doctor import cases
 from aapt_deploy.backends.trt.doctor.receipts import NATIVE, Choice
-from aapt_deploy.backends.trt.lower import fp8_products, lower, outputs_in_bf16, products_in_bf16, read_structure
+from aapt_deploy.backends.trt.lower import fp8_products, lower, outputs_in_bf16, products_in_bf16
 from aapt_deploy.backends.trt.lower_attention import lower_native
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import BundleError
@@ -21,7 +20,7 @@ from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.ops.block_causal_attention import NAME, Ring
 from aapt_deploy.profiles import Profile
 from tests.support.native_attention import for_onnxruntime
-from tests.support.tampered import tampered
+from tests.support.tampered import HOSTILE, WEIGHTS, external, tampered
 
 FALLBACK = Choice(NATIVE, packed=False, captured=True, reason="")
 
@@ -112,52 +111,32 @@ def test_every_graph_of_a_bundle_is_lowered(bundle: Path, tiny: Profile, tmp_pat
         assert lowered.products > 0 and not lowered.fp8_products
 
 
-# --- graphs from strangers ---
-
-
-def outside(location: str, offset: str = "0", length: str = "16") -> Callable[[ModelProto], None]:
-    def change(model: ModelProto) -> None:
-        tensor = TensorProto(name="stolen", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
-        for key, value in {"location": location, "offset": offset, "length": length}.items():
-            tensor.external_data.add(key=key, value=value)
-        model.graph.initializer.append(tensor)
-
-    return change
-
-
-def hidden(model: ModelProto) -> None:
-    loose = ModelProto()
-    outside("/etc/passwd")(loose)
-    model.graph.node.append(helper.make_node("Constant", [], ["stolen"], value=loose.graph.initializer[0]))
-
-
-HOSTILE: dict[str, Callable[[ModelProto], None]] = {
-    "a path upward": outside("../../secret"), "an absolute path": outside("/etc/passwd"), "another file of the bundle": outside("profile.toml"),
-    "beyond the end": outside("encoder.onnx.data", "0", "4096"), "a negative offset": outside("encoder.onnx.data", "-8"), "inside a node": hidden,
-}  # fmt: skip
+# --- graphs from strangers; the guard itself: tests/bundle/test_graph_file.py ---
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_graph_that_reaches_outside_its_own_weights_is_refused(copied: Path, tmp_path: Path, case: str) -> None:
-    opened = tampered(copied, HOSTILE[case], b"weights of 20 bytes.")
+def test_a_graph_that_reaches_outside_its_own_weights_is_refused(
+    copied: Path, tmp_path: Path, case: str
+) -> None:
+    opened = tampered(copied, HOSTILE[case], WEIGHTS)
     with pytest.raises(BundleError, match=r"encoder\.onnx") as caught:
         lower(opened, "encoder", "fp32", FALLBACK, None, tmp_path / "out")
     assert "do not use this bundle" in caught.value.hint and not (tmp_path / "out").exists()
 
 
 def test_weights_beside_a_graph_come_along(copied: Path, tmp_path: Path) -> None:
-    opened = tampered(copied, outside("encoder.onnx.data"), b"weights of 20 bytes.")
+    opened = tampered(copied, external(), WEIGHTS)
     lower(opened, "encoder", "fp32", FALLBACK, None, tmp_path / "out")
-    assert (tmp_path / "out" / "encoder.onnx.data").read_bytes() == b"weights of 20 bytes."
+    assert (tmp_path / "out" / "encoder.onnx.data").read_bytes() == WEIGHTS
 
 
 def test_weights_that_are_a_link_are_refused(copied: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
-    secret.write_bytes(b"weights of 20 bytes.")
-    opened = tampered(copied, outside("encoder.onnx.data"), secret.read_bytes())
+    secret.write_bytes(WEIGHTS)
+    opened = tampered(copied, external(), secret.read_bytes())
     (copied / "encoder.onnx.data").unlink()
     (copied / "encoder.onnx.data").symlink_to(secret)
-    with pytest.raises(BundleError, match="leads out of the bundle"):
+    with pytest.raises(BundleError, match="missing or a link"):
         lower(opened, "encoder", "fp32", FALLBACK, None, tmp_path / "out")
 
 
@@ -167,10 +146,3 @@ def test_a_generator_with_too_few_layers_is_refused(copied: Path, tmp_path: Path
 
     with pytest.raises(BundleError, match="1 attention layers, the profile 2"):
         lower(tampered(copied, cut, None, "generator"), "generator", "fp32", FALLBACK, None, tmp_path)
-
-
-def test_what_is_no_graph_is_refused(copied: Path) -> None:
-    opened = Bundle.open(copied)
-    (copied / "noise.onnx").write_bytes(b"\x08\xff\xff nothing")
-    with pytest.raises(BundleError, match=r"noise\.onnx cannot be read"):
-        read_structure(opened, "noise", copied / "noise.onnx")
