@@ -49,6 +49,14 @@ def writing(what: object, hint: str, *others: type[Exception]) -> Iterator[None]
         raise OutputError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}", hint) from None
 
 
+def free_memory_bytes() -> int:
+    """Return the memory that this machine can still give to a process."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # without the caches that could be freed
+
+
 def refuse_irregular(path: Path) -> None:
     """Raise OutputError where `path`, once links are followed, leads to something that a file must not replace: a folder, a pipe, a device."""
     target = os.path.realpath(path)

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aapt_deploy.errors import InputError, OutputError
+from aapt_deploy.bundle.files import writing
+from aapt_deploy.errors import InputError
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
 from aapt_deploy.profiles import Profile
 
@@ -68,10 +69,9 @@ def save(scales: Scales, path: Path) -> None:
     for layer, attention in enumerate(scales.attention):
         tensors |= {f"attention.{layer:02d}.{key}": value for key, value in vars(attention).items()}
     contiguous = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={KEY: json.dumps(scales.metadata | {"format": FORMAT}, sort_keys=True)})
-    except (SafetensorError, OSError) as error:
-        raise OutputError(f"scales {path} cannot be written: {error}", "name a file in a folder that exists, with room for it") from None
+    metadata = {KEY: json.dumps(scales.metadata | {"format": FORMAT}, sort_keys=True)}
+    with writing(f"scales {path}", "name a file in a folder that exists, with room for it", SafetensorError):
+        save_file(contiguous, path, metadata=metadata)
 
 
 def load(path: Path, profile: Profile) -> Scales:

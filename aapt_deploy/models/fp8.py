@@ -18,11 +18,11 @@ from aapt_deploy.bundle.scales import LinearScales, Scales
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.graphs import random_inputs
 from aapt_deploy.models.aapt.signature import signatures
+from aapt_deploy.ops.block_causal_attention import OPSET
+from aapt_deploy.ops.block_causal_attention.hopper_fp8 import E4M3_MAX as E4M3_MAX
 from aapt_deploy.profiles import Profile
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-OPSET = 24  # of the nodes that an export leaves
 
 
 def encode(x: Tensor, scale: Tensor) -> Tensor:

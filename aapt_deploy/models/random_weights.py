@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from aapt_deploy.bundle.files import refuse_irregular
+from aapt_deploy.bundle.files import free_memory_bytes, refuse_irregular
 from aapt_deploy.errors import MachineError, OutputError, UsageError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.profiles import Profile
@@ -29,7 +29,7 @@ def random_checkpoint(profile: Profile, path: Path, seed: int, device: str = "cp
     with torch.device("meta"):
         generator, vae = checkpoint.build(profile)
     count = sum(p.numel() for module in (generator, vae) for p in module.parameters())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory_bytes()
     if seed > LARGEST_SEED:
         raise UsageError(f"--seed {seed} is above {LARGEST_SEED}", "take a smaller one")
     if device not in ("cpu", "cuda"):

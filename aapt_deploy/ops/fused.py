@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aapt_deploy.ops.block_causal_attention.hopper_fp8 import E4M3_MAX as E4M3_MAX
+
 FP8 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
 
 
 def quantised(x: Tensor, step: Tensor) -> Tensor:

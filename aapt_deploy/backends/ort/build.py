@@ -169,13 +169,13 @@ def _record(decoder: OrtEngine, seen: list[dict[str, np.ndarray]], graph: str, m
     return call(**inputs)
 
 
-class _quiet:
-    """onnxruntime.quantization logs advice through the root logger; none of it is for the user."""
-
-    def __enter__(self) -> None:
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *error: object) -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop the advice that onnxruntime.quantization logs through the root logger."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
         logging.disable(logging.NOTSET)
 
 

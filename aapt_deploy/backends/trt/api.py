@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn, SupportsFloat, TypeVar
 
 from aapt_deploy.backends.trial import Progress
-from aapt_deploy.backends.trt.plan_file import PlanLayer, read_layers
+from aapt_deploy.backends.trt.plan_file import AGAIN, PlanLayer, read_layers
 from aapt_deploy.backends.trt.remedies import hint
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
@@ -339,5 +339,5 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
         raise BundleError(f"plan {file} cannot be read: {error}", "build the engine again: aapt build-engine") from None
     if engine is None:
         reason = messages.kept[-1] if messages.kept else "it gave no reason"
-        raise BundleError(f"TensorRT cannot load plan {file}: {reason}", "build the engine again on this machine: aapt build-engine")
+        raise BundleError(f"TensorRT cannot load plan {file}: {reason}", AGAIN)
     return Plan(runtime, engine, messages)

@@ -34,7 +34,7 @@ from aapt_deploy.backends.trt.lower import Lowered, lower
 from aapt_deploy.backends.trt.parity import compare, start_of
 from aapt_deploy.backends.trt.plan_file import Receipt, graph_sha256
 from aapt_deploy.bundle.bundle import Bundle, Stage
-from aapt_deploy.bundle.files import writing
+from aapt_deploy.bundle.files import free_memory_bytes, writing
 from aapt_deploy.bundle.scales import FILE as SCALES
 from aapt_deploy.bundle.scales import load as load_scales
 from aapt_deploy.errors import BundleError, MachineError, ParityError
@@ -128,17 +128,9 @@ def _check_machine(profile: Profile, precision: str, device: cuda.Device, report
             f"profile {profile.name} needs {needed.total_gb:.2f} GB ({parts}); {free_gb:.2f} GB are free on {device.name}",
             "close other programs on the GPU, or take a smaller profile; aapt plan NAME tells what one needs",
         )
-    host_gb, wanted_gb = _host_bytes() / 1e9, LEAST_HOST_SHARE * needed.memory_gb["weights"]
-    if 0 < host_gb < wanted_gb:
+    host_gb, wanted_gb = free_memory_bytes() / 1e9, LEAST_HOST_SHARE * needed.memory_gb["weights"]
+    if host_gb < wanted_gb:
         report(f"warning: {host_gb:.1f} GB of host memory are free; TensorRT may take {wanted_gb:.1f} GB while it builds")
-
-
-def _host_bytes() -> int:
-    """Free memory of the host; 0 where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return 0
 
 
 def _choices(here: cuda.Gpu, attention: str, fp8: bool) -> list[Choice]:

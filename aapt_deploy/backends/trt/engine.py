@@ -23,7 +23,7 @@ import numpy as np
 
 from aapt_deploy.backends.trt import plan_file
 from aapt_deploy.backends.trt.cuda import Device, Stream, with_driver
-from aapt_deploy.backends.trt.plan_file import Receipt, join
+from aapt_deploy.backends.trt.plan_file import AGAIN, Receipt, join
 from aapt_deploy.backends.trt.state import CacheLayer, HopperTiles, Launch, StagingBuffer, TokenMajor, size_of
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from aapt_deploy.backends.trt.api import Plan, Tensor
 
 BACKEND = "tensorrt"
-AGAIN = "build the engine again on this machine: aapt build-engine"
 FITTING = {  # type in the signature -> in the plan
     "float32": ("FLOAT", "HALF", "BF16"), "int32": ("INT32",), "int64": ("INT64", "INT32"), "uint8": ("UINT8",),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from aapt_deploy.errors import ParityError
 from aapt_deploy.models.aapt.signature import layer_names, signatures
 from aapt_deploy.rollout.engine import Engines
 from aapt_deploy.rollout.starts import Start, all_starts
+from aapt_deploy.video.metrics import psnr_db
 
 
 def start_of(bundle: Bundle) -> Start:
@@ -54,7 +55,7 @@ def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
     frames = _reference(bundle, "decoder", {"latent": clean, **memory})["frames"]
     engines["decoder"].reset()
     found = engines["decoder"].run(latent=clean)["frames"].astype(np.float64)
-    figures["psnr_db"] = round(float(10 * np.log10(255**2 / max(np.square(found - frames).mean(), 1e-9))), 2)
+    figures["psnr_db"] = round(psnr_db(np.square(found - frames).mean()), 2)
     bad = [f"{name} differs by {figures[name]:.3f}" for name in ("encoder", "generator") if not figures[name] <= limits.latent_error]
     bad += [f"frames have {figures['psnr_db']} dB"] if not figures["psnr_db"] >= limits.psnr_db else []
     if bad:

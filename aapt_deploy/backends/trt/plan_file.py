@@ -16,6 +16,7 @@ from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.errors import BundleError, MachineError, ParityError
 from aapt_deploy.rollout.engine import LayerTime
 
+AGAIN = "build the engine again on this machine: aapt build-engine"
 DTYPE_KEYS = ("DataType", "Datatype", "Format/Datatype")
 FP8_WORDS = ("FP8", "E4M3")
 ATTENTION_WORDS = ("mha", "attention")  # "fmha_v2_...", "_gemm_mha_v2", "Attention"
@@ -155,14 +156,13 @@ def check(receipt: Receipt, here: Gpu, graph_sha256: str, plan: str) -> None:
 
     Raises MachineError for a foreign GPU or TensorRT, BundleError for a plan that is older than its graph or our kernels.
     """
-    again = "build the engine again on this machine: aapt build-engine"
     if receipt.sm != here.sm:
-        raise MachineError(f"plan {plan} was built for SM {receipt.sm} ({receipt.gpu}); this GPU is SM {here.sm}", again)
+        raise MachineError(f"plan {plan} was built for SM {receipt.sm} ({receipt.gpu}); this GPU is SM {here.sm}", AGAIN)
     if receipt.tensorrt != here.tensorrt:
         raise MachineError(
-            f"plan {plan} was built with TensorRT {receipt.tensorrt}; here is {here.tensorrt}", f"{again}, or install tensorrt=={receipt.tensorrt}"
+            f"plan {plan} was built with TensorRT {receipt.tensorrt}; here is {here.tensorrt}", f"{AGAIN}, or install tensorrt=={receipt.tensorrt}"
         )
     if receipt.kernels != here.kernels:
-        raise BundleError(f"plan {plan} was built with kernels {receipt.kernels[:12]}; this aapt_deploy has {here.kernels[:12]}", again)
+        raise BundleError(f"plan {plan} was built with kernels {receipt.kernels[:12]}; this aapt_deploy has {here.kernels[:12]}", AGAIN)
     if receipt.graph_sha256 != graph_sha256:
-        raise BundleError(f"plan {plan} was built from another graph ({receipt.graph_sha256[:12]} instead of {graph_sha256[:12]})", again)
+        raise BundleError(f"plan {plan} was built from another graph ({receipt.graph_sha256[:12]} instead of {graph_sha256[:12]})", AGAIN)

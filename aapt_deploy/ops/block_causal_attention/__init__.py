@@ -43,6 +43,7 @@ from dataclasses import dataclass, replace
 
 from aapt_deploy.profiles import Profile
 
+OPSET = 24  # of exported graphs: the first with TensorScatter
 DOMAIN = "aapt"  # of the ONNX node and of the torch op
 NAME = "BlockCausalAttention"  # ONNX op type and TensorRT plugin name
 VERSION = 1  # of the ONNX domain

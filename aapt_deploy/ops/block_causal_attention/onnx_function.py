@@ -28,8 +28,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, parser
 
 from aapt_deploy.errors import BundleError
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, Ring
-
-OPSET = 24  # the first one with TensorScatter
+from aapt_deploy.ops.block_causal_attention import OPSET as OPSET
 
 PORTABLE = f"""
 <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>

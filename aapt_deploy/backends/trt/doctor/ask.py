@@ -18,7 +18,8 @@ from typing import Any
 from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Choice, Proof
-from aapt_deploy.errors import AaptError, MachineError, OutputError, needs_extra
+from aapt_deploy.bundle.files import writing
+from aapt_deploy.errors import AaptError, MachineError, needs_extra
 
 MODULE = "aapt_deploy.backends.trt.doctor.ask"
 PATIENCE_S = 180.0  # for one question; a micro-engine takes seconds
@@ -60,10 +61,8 @@ def examine(report: Callable[[str], None], names: Sequence[str] = receipts.PROBE
         told, reason = _ask(name, patience_s)
         ok, said = (told.get("ok") is True, str(told.get("found", told.get("error", "")))) if told else (False, reason)
         found.append(Proof(name, ok, said, round(time.monotonic() - began, 1)))
-    try:
+    with writing(receipts.receipt_file(here), "set XDG_CACHE_HOME to a folder of yours"):
         return Findings(here, found, receipts.save(here, found))
-    except OSError as error:
-        raise OutputError(f"{receipts.receipt_file(here)} cannot be written: {error.strerror}", "set XDG_CACHE_HOME to a folder of yours") from None
 
 
 def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:

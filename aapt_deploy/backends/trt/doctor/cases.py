@@ -11,8 +11,9 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from aapt_deploy.backends.trt.lower_attention import lower_for_plugin, lower_native, split_for_aot
-from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION, Ring, hopper_fp8, softmax_scale
-from aapt_deploy.ops.block_causal_attention.onnx_function import OPSET, attach, portable
+from aapt_deploy.backends.trt.state import from_bf16, to_bf16
+from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, OPSET, PLUGIN_NAMESPACE, PLUGIN_VERSION, Ring, hopper_fp8, softmax_scale
+from aapt_deploy.ops.block_causal_attention.onnx_function import attach, portable
 from aapt_deploy.ops.block_causal_attention.reference import block_causal_attention
 
 RING = Ring(text_tokens=32, frame_tokens=96, sink_frames=1, window_frames=2)
@@ -31,16 +32,6 @@ class Case:
     plugin_layers: int
     out: np.ndarray  # float64
     blocks: dict[str, np.ndarray] = field(default_factory=dict)  # bytes that must come out as they are
-
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """float32 -> the upper half of its bits, rounded to nearest even: uint16."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(x: np.ndarray) -> np.ndarray:
-    return (x.astype(np.uint32) << 16).view(np.float32)
 
 
 def portable_model() -> ModelProto:
