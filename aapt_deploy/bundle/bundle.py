@@ -125,10 +125,11 @@ class Bundle:
         size: int = self.manifest["files"].get(name, {}).get("bytes", 0)
         return size
 
-    def verify(self) -> None:
-        """Check every file. Raises BundleError at the first that does not fit."""
+    def verify(self) -> int:
+        """Check every file and return their number. Raises BundleError at the first that differs."""
         for name in self.manifest["files"]:
             self.checked(name)
+        return len(self.manifest["files"])
 
     @contextlib.contextmanager
     def add_engine(self, key: str) -> Iterator["Stage"]:

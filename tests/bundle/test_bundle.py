@@ -16,7 +16,7 @@ from aapt_deploy.bundle import bundle as bundles
 from aapt_deploy.bundle.bundle import FORMAT_VERSION, SEAL, Bundle, create
 from aapt_deploy.errors import AaptError, BundleError, BusyError, OutputError
 from tests.support.bundles import ENGINE, FILES, SOURCE, add, engine_file, make, rewrite_manifest, tree
-from tests.support.commands import ENVIRONMENT
+from tests.support.commands import ENVIRONMENT, Ran
 from tests.support.toys import TINY
 
 
@@ -114,6 +114,19 @@ def test_engines_that_two_openers_add_in_turn_are_both_kept(path: Path) -> None:
             (stage.path / "plan").write_text(key)
     assert {"a", "b", ENGINE} == set(Bundle.open(path).engines)
     Bundle.open(path).verify()
+
+
+def test_doctor_checks_every_file_of_a_bundle(path: Path, aapt: Callable[..., Ran]) -> None:
+    opened = make(path)
+    count = len(opened.manifest["files"])
+    good = aapt("doctor", path, "--json")
+    assert good.code == 0 and json.loads(good.out) == {"bundle": str(path), "files": count}
+    assert good.err == f"{count} files, all whole\n"
+    name = [*opened.manifest["files"]][-1]
+    (path / name).write_bytes(b"damaged")
+    bad = aapt("doctor", path)
+    assert (bad.code, bad.out) == (4, "") and name in bad.error
+    assert aapt("doctor", path, "--tensorrt").code == 2
 
 
 # --- what is not a bundle ---
