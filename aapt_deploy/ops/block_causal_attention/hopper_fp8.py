@@ -11,8 +11,7 @@ tile s // 64. D is 128 or 64.
     V tile    [D rows][64 bytes]    V transposed, swizzled 64 B; key j lies in byte column (j & 32) | pos(j & 31)
 
 plugins/block_causal_attention/README.md draws all this and gives the reasons. Here is what the kernels do with it, in NumPy: quantise (`encode`,
-`calibrate`), `pack`, `commit` and `unpack`, and the two things that the hardware imposes on the layout: the shared-memory descriptor and the
-registers of a `wgmma`. Attention over these bytes is in emulator.py; nothing here knows a stream, a window or a GPU.
+`calibrate`), `pack`, `commit` and `unpack`. Attention over these bytes is in emulator.py; nothing here knows a stream, a window or a GPU.
 """
 
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ Index = NDArray[np.intp]
 NAME = "hopper_fp8"
 TILE_KEYS = 64  # keys of a tile
 MMA_K = 32  # e4m3 values along K of one wgmma
-WARPGROUP = 128  # threads that issue a wgmma together
 HEAD_DIMS = (64, 128)
 E4M3_MAX = 448.0
 
@@ -270,39 +268,3 @@ def _index(first: int, count: int, offsets: Index) -> Index:
     token = np.arange(first, first + count)
     index: Index = (token // TILE_KEYS * offsets.size)[:, None] + offsets[token % TILE_KEYS]
     return index
-
-
-# --- what wgmma (m64nNk32, e4m3) imposes ---
-
-
-def descriptor(address: int, swizzle: Swizzle) -> int:
-    """Shared-memory matrix descriptor of a K-major operand that starts at byte `address`; the next 32 bytes along K are at descriptor + 2.
-
-    bits 0-13   address / 16
-    bits 16-29  leading byte offset / 16: ignored for swizzled K-major operands, by convention 1
-    bits 32-45  stride byte offset / 16: from one group of 8 rows to the next
-    bits 49-51  base offset: 0, because tiles are aligned to `swizzle.group_bytes`
-    bits 62-63  swizzle
-    """
-    assert 0 <= address < 1 << 18 and address % 16 == 0, f"{address=} cannot be written into a descriptor"
-    return address >> 4 | 1 << 16 | swizzle.group_bytes >> 4 << 32 | swizzle.code << 62
-
-
-def d_fragment(thread: Any, register: Any) -> tuple[Any, Any]:
-    """(row, column) of the 64 x N result in float32 register `register` (0 .. N / 2 - 1) of `thread` (0 .. 127)."""
-    warp, lane = thread >> 5, thread & 31
-    return 16 * warp + (lane >> 2) + 8 * (register >> 1 & 1), 8 * (register >> 2) + 2 * (lane & 3) + (register & 1)
-
-
-def a_fragment(thread: Any, register: Any, byte: Any) -> tuple[Any, Any]:
-    """(row, column) of the 64 x 32 operand A in `byte` of 32-bit register `register` (0 .. 3) of `thread` (0 .. 127)."""
-    warp, lane = thread >> 5, thread & 31
-    return 16 * warp + (lane >> 2) + 8 * (register & 1), 16 * (register >> 1) + 4 * (lane & 3) + byte
-
-
-def a_source(half: Any, register: Any, byte: Any) -> Any:
-    """Which float32 register of the scores becomes `byte` of register `register` of A, for keys 32 * half ..: always one of the same thread.
-
-    The columns of A are thereby not in key order: column c holds key kappa(c). V tiles are stored to match.
-    """
-    return 16 * half + 8 * (register >> 1) + 2 * (register & 1) + 4 * (byte >> 1) + (byte & 1)

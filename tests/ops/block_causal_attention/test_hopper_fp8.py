@@ -14,6 +14,7 @@ import pytest
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.ops.block_causal_attention import hopper_fp8 as layout
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import SWIZZLE_64B, SWIZZLE_128B, TILE_KEYS, Bytes, Floats, Scales, Swizzle
+from tests.support import wgmma
 
 DIMS = pytest.mark.parametrize("head_dim", layout.HEAD_DIMS)
 HEADS = 2
@@ -134,7 +135,7 @@ def walk(tile: Bytes, base: int, swizzle: Swizzle, rows: int, columns: int) -> B
     """[rows, columns]: all of `tile`, read by a chain of wgmma from shared memory at `base`."""
     memory = np.zeros(base + tile.size, np.uint8)
     memory[base:] = tile
-    first = layout.descriptor(base, swizzle)
+    first = wgmma.descriptor(base, swizzle)
     return np.concatenate([operand(memory, first + 2 * step, rows) for step in range(columns // 32)], axis=1)
 
 
@@ -171,11 +172,11 @@ def test_a_tile_off_its_alignment_is_read_wrongly() -> None:
 
 
 def test_descriptor_bits() -> None:
-    assert layout.descriptor(0x12340, SWIZZLE_128B) == 0x1234 | 1 << 16 | (1024 // 16) << 32 | 1 << 62
-    assert layout.descriptor(512, SWIZZLE_64B) == 0x20 | 1 << 16 | (512 // 16) << 32 | 2 << 62
+    assert wgmma.descriptor(0x12340, SWIZZLE_128B) == 0x1234 | 1 << 16 | (1024 // 16) << 32 | 1 << 62
+    assert wgmma.descriptor(512, SWIZZLE_64B) == 0x20 | 1 << 16 | (512 // 16) << 32 | 2 << 62
     for address in (8, -16, 1 << 18):
         with pytest.raises(AssertionError, match="cannot be written"):
-            layout.descriptor(address, SWIZZLE_64B)
+            wgmma.descriptor(address, SWIZZLE_64B)
 
 
 @DIMS
@@ -192,22 +193,22 @@ def test_no_bank_conflicts(head_dim: int) -> None:
 
 
 def test_fragments_cover_their_matrices() -> None:
-    threads = np.arange(layout.WARPGROUP)
+    threads = np.arange(128)
     columns = 64
-    row, column = layout.d_fragment(threads[:, None], np.arange(columns // 2))
+    row, column = wgmma.d_fragment(threads[:, None], np.arange(columns // 2))
     np.testing.assert_array_equal(np.sort((row * columns + column).ravel()), np.arange(64 * columns))
-    row, column = layout.a_fragment(threads[:, None, None], np.arange(4)[:, None], np.arange(4))
+    row, column = wgmma.a_fragment(threads[:, None, None], np.arange(4)[:, None], np.arange(4))
     np.testing.assert_array_equal(np.sort((row * 32 + column).ravel()), np.arange(64 * 32))
     # Two corners, read off the drawings of the instruction set: thread 37 is lane 5 of warp 1.
-    assert layout.d_fragment(37, 6) == (16 + 1 + 8, 8 + 2) and layout.a_fragment(37, 3, 2) == (16 + 1 + 8, 16 + 4 + 2)
+    assert wgmma.d_fragment(37, 6) == (16 + 1 + 8, 8 + 2) and wgmma.a_fragment(37, 3, 2) == (16 + 1 + 8, 16 + 4 + 2)
 
 
 def test_scores_become_the_a_operand_in_their_own_thread() -> None:
     thread, half, register, byte = (np.arange(n).reshape(shape) for n, shape in ((128, (-1, 1, 1, 1)), (2, (-1, 1, 1)), (4, (-1, 1)), (4, (-1,))))
-    source = layout.a_source(half, register, byte)
+    source = wgmma.a_source(half, register, byte)
     np.testing.assert_array_equal(np.sort(source.ravel()), np.arange(32), "each score is used once")
-    d_row, key = layout.d_fragment(thread, source)
-    a_row, column = layout.a_fragment(thread, register, byte)
+    d_row, key = wgmma.d_fragment(thread, source)
+    a_row, column = wgmma.a_fragment(thread, register, byte)
     np.testing.assert_array_equal(d_row, np.broadcast_to(a_row, d_row.shape))
     np.testing.assert_array_equal(key, 32 * half + layout.kappa(column))
 
@@ -223,7 +224,7 @@ def test_pv_through_registers_and_descriptors_is_exact(head_dim: int) -> None:
     product = np.zeros((64, head_dim))
     for half in range(2):
         a = np.zeros((64, 32))
-        a[layout.a_fragment(thread, register, byte)] = p[layout.d_fragment(thread, layout.a_source(half, register, byte))]
+        a[wgmma.a_fragment(thread, register, byte)] = p[wgmma.d_fragment(thread, wgmma.a_source(half, register, byte))]
         product += a @ values[:, 32 * half : 32 * half + 32].T
     np.testing.assert_array_equal(product, p @ layout.decode(tile.v).astype(np.float64))
 
