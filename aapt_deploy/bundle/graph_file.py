@@ -1,14 +1,15 @@
-"""ONNX graphs on disk. Protobuf ends at 2 GB, so large weights lie in one file beside the graph, `<name>.onnx.data`.
+"""Read and write ONNX graphs on disk.
 
-A graph may be hollow: some of its constants have a name, a type and a shape, and no value. `write` fills them in one by one as it writes, so that
-a graph may be larger than the memory.
+Protobuf ends at 2 GB, so large weights are in one file beside the graph, `<name>.onnx.data`. A
+graph may be hollow: some of its constants have a name, a type and a shape, and no value. `write`
+fills them in one by one while writing, so a graph may be larger than the memory.
 """
 
 import contextlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper
 
 from aapt_deploy.bundle.bundle import STRANGER
-from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.bundle.signature import GraphSignature, Tensors
 from aapt_deploy.errors import BundleError
 
 INLINE_LIMIT_BYTES = 1_800_000_000  # of a finished graph
@@ -34,7 +35,8 @@ Bytes = NDArray[np.uint8]
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Write a whole graph."""
     external = model.ByteSize() > INLINE_LIMIT_BYTES
-    onnx.save_model(model, path, save_as_external_data=external, all_tensors_to_one_file=True, location=f"{path.name}.data")
+    beside = {"all_tensors_to_one_file": True, "location": f"{path.name}.data"}
+    onnx.save_model(model, path, save_as_external_data=external, **beside)
 
 
 def load_model(path: Path, listed_bytes: int | None = None) -> onnx.ModelProto:
@@ -69,17 +71,23 @@ def _unreadable(path: Path, error: Exception) -> BundleError:
 
 
 def refuse_other(model: onnx.ModelProto, signature: GraphSignature, path: Path, hint: str) -> None:
-    """Raise BundleError, with `hint`, unless `model`, as exported to `path`, takes and gives what `signature` says."""
-    inputs, outputs = (
-        {value.name: (_dtype(value.type.tensor_type.elem_type), [dim.dim_value for dim in value.type.tensor_type.shape.dim]) for value in values}
-        for values in (model.graph.input, model.graph.output)
-    )
-    if wrong := signature.misfit(inputs, outputs, state_leaves=signature.name == "decoder"):  # a generator's blocks are committed
+    """Raise BundleError with `hint` unless `model` has the tensors of `signature`."""
+    inputs, outputs = _tensors(model.graph.input), _tensors(model.graph.output)
+    state_leaves = signature.name == "decoder"  # a generator's blocks are committed
+    if wrong := signature.misfit(inputs, outputs, state_leaves):
         raise BundleError(f"graph {path} is not the {signature.name} of its bundle: {wrong}", hint)
 
 
+def _tensors(values: Iterable[onnx.ValueInfoProto]) -> Tensors:
+    types = {value.name: value.type.tensor_type for value in values}
+    return {
+        name: (_dtype(kind.elem_type), [dim.dim_value for dim in kind.shape.dim])
+        for name, kind in types.items()
+    }
+
+
 def _dtype(elem_type: int) -> str:
-    """float32, uint8, …; for a type that numpy has not, and for none, ONNX's own name."""
+    """Return NumPy's name, such as float32; ONNX's number for a type that NumPy lacks."""
     known = elem_type in onnx.helper.get_all_tensor_dtypes()
     return str(onnx.helper.tensor_dtype_to_np_dtype(elem_type)) if known else f"type {elem_type}"
 
@@ -98,16 +106,17 @@ def refuse_outside(model: onnx.ModelProto, path: Path, listed_bytes: int | None 
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where.get("location") != beside.name:
             found = where.get("location", "")
-            raise BundleError(
-                f"graph {path} keeps {tensor.name!r} in {found!r}, not in {beside.name!r} beside it", STRANGER
-            )
+            text = f"keeps {tensor.name!r} in {found!r}, not in {beside.name!r} beside it"
+            raise BundleError(f"graph {path} {text}", STRANGER)
         if beside.is_symlink() or not beside.is_file():
-            raise BundleError(f"weights {beside} are missing or a link", "export the checkpoint again")
+            hint = "export the checkpoint again"
+            raise BundleError(f"weights {beside} are missing or a link", hint)
         size = min(beside.stat().st_size, sys.maxsize if listed_bytes is None else listed_bytes)
         offset, length = (where.get(key, "0") for key in ("offset", "length"))
         numbers = all(re.fullmatch("[0-9]{1,19}", number) for number in (offset, length))
         if not numbers or int(offset) + int(length) > size:
-            raise BundleError(f"weights {beside} end before {tensor.name!r}: {size} bytes", STRANGER)
+            name = tensor.name
+            raise BundleError(f"weights {beside} end before {name!r}: {size} bytes", STRANGER)
 
 
 def _attributes(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
@@ -128,23 +137,29 @@ def _is_external(tensor: TensorProto) -> bool:
 
 
 def hollow(name: str, data_type: int, dims: list[int]) -> TensorProto:
-    """A constant without a value."""
-    return TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
+    """Return a constant without a value."""
+    external = TensorProto.EXTERNAL
+    return TensorProto(name=name, data_type=data_type, dims=dims, data_location=external)
 
 
 def hollows(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """The constants of `model` that have no value yet."""
-    return (t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL and not t.external_data)
+    """Yield the constants of `model` that have no value yet."""
+    external = TensorProto.EXTERNAL
+    constants = model.graph.initializer
+    return (t for t in constants if t.data_location == external and not t.external_data)
 
 
 def turn_weights(model: onnx.ModelProto) -> set[str]:
-    """Remove the Transpose between a hollow float matrix and the MatMul that reads it: the matrix will be written [in, out]. Returns their names.
+    """Remove the Transpose between a hollow float matrix and the MatMul that reads it.
 
-    ONNX Runtime quantises a MatMul only if its weight is a constant. FP8 weights keep theirs, [out, in] behind DequantizeLinear, as FP8 products
-    read them.
+    Returns the names of these matrices, which are to be written [in, out]. ONNX Runtime
+    quantises a MatMul only if its weight is a constant. FP8 weights keep their Transpose: FP8
+    products read [out, in] behind DequantizeLinear.
     """
     readers = Counter(name for node in model.graph.node for name in node.input)
-    floats = {t.name: t for t in hollows(model) if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+    floats = {
+        t.name: t for t in hollows(model) if t.data_type == TensorProto.FLOAT and len(t.dims) == 2
+    }
     turned = {
         node.output[0]: (node, floats[node.input[0]])
         for node in model.graph.node
@@ -164,20 +179,24 @@ def turn_weights(model: onnx.ModelProto) -> set[str]:
 
 
 def write(model: onnx.ModelProto, path: Path, read: Callable[[str], Bytes]) -> None:
-    """Write a graph; `read` gives the bytes of each hollow constant, in turn. `model` itself stays small where its constants go beside it."""
+    """Write a graph; `read` returns the bytes of each hollow constant, in turn.
+
+    `model` stays small if its constants are written beside it.
+    """
     todo = list(hollows(model))
     inline = sum(_bytes(tensor) for tensor in todo) <= HOLLOW_LIMIT_BYTES
     beside = path.with_name(f"{path.name}.data")
     with contextlib.nullcontext() if inline else beside.open("wb") as file:
         for tensor in todo:
             data = read(tensor.name)
-            assert data.nbytes == _bytes(tensor), f"{tensor.name}: {data.nbytes} bytes for {list(tensor.dims)}"
+            assert data.nbytes == _bytes(tensor), f"{tensor.name}: {data.nbytes=} {tensor.dims=}"
             if file is None or data.nbytes <= SMALL_BYTES:
                 tensor.ClearField("data_location")
                 tensor.raw_data = data.tobytes()
                 continue
             file.seek(-file.tell() % ALIGNMENT, 1)
-            for key, value in (("location", beside.name), ("offset", file.tell()), ("length", data.nbytes)):
+            where = {"location": beside.name, "offset": file.tell(), "length": data.nbytes}
+            for key, value in where.items():
                 tensor.external_data.add(key=key, value=str(value))
             file.write(data.data)
     if inline:

@@ -34,13 +34,23 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float, step: Tensor 
     return y.to(x.dtype) if step is None else quantised(y, step)
 
 
-def gated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, step: Tensor | None) -> tuple[Tensor, Tensor]:
+def gated(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    step: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """x, y [N, dim], the rest as in `modulated` -> x + (1 + gate) * y in x's type, and that sum modulated."""
     kept = (x.float() + (1 + gate) * y.float()).to(x.dtype)
     return kept, modulated(kept, shift, scale, eps, step)
 
 
-def heads(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, rope: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def heads(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, rope: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [N, 3 * H * D], norm_q and norm_k float32 [D], rope float32 [2, N, P] -> q, k, v [1, N, H, D], contiguous, in qkv's type."""
     n, dim = len(qkv), len(norm_q)
     q, k, v = qkv.view(n, 3, -1, dim).unbind(1)  # [N, H, D] each
@@ -48,7 +58,9 @@ def heads(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, rope: Tensor, eps: float)
 
     def turned(x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
-        a, b = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).chunk(2, -1)
+        a, b = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).chunk(
+            2, -1
+        )
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
     return turned(q, norm_q)[None], turned(k, norm_k)[None], v.contiguous()[None]
@@ -60,7 +72,14 @@ def activated(x: Tensor, step: Tensor | None) -> Tensor:
     return y.to(x.dtype) if step is None else quantised(y, step)
 
 
-def product(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def product(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """Codes x [N, in] and weight [out, in] -> [N, out] of `dtype`. Scales float32, [1] and [1] or [N, 1] and [1, out]."""
     y = x.float() @ weight.float().T * (x_scale * weight_scale)
     return (y if bias is None else y + bias.float()).to(dtype)

@@ -30,12 +30,16 @@ def _modulate(x, y, gate, shift, scale, step, kept, out, dim, eps,  # type: igno
     row = tl.program_id(0).to(tl.int64) * dim + at
     value = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
-        value += (1.0 + tl.load(gate + at, mask=inside, other=0.0)) * tl.load(y + row, mask=inside, other=0.0).to(tl.float32)
+        value += (1.0 + tl.load(gate + at, mask=inside, other=0.0)) * tl.load(
+            y + row, mask=inside, other=0.0
+        ).to(tl.float32)
         rounded = value.to(kept.dtype.element_ty)
         tl.store(kept + row, rounded, mask=inside)
         value = rounded.to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / dim + eps)
-    value = value * (1.0 + tl.load(scale + at, mask=inside, other=0.0)) + tl.load(shift + at, mask=inside, other=0.0)
+    value = value * (1.0 + tl.load(scale + at, mask=inside, other=0.0)) + tl.load(
+        shift + at, mask=inside, other=0.0
+    )
     if QUANTISED:
         value = _e4m3(value, tl.load(step))
     tl.store(out + row, value.to(out.dtype.element_ty), mask=inside)
@@ -72,7 +76,16 @@ def _heads(qkv, norm_q, norm_k, rope, q, k, v, N, eps,  # type: ignore[no-untype
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _pointwise(x, step, out, count, GELU_C: tl.constexpr, GELU: tl.constexpr, QUANTISED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pointwise(
+    x,
+    step,
+    out,
+    count,
+    GELU_C: tl.constexpr,
+    GELU: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -95,7 +108,16 @@ def _run_pointwise(x: Tensor, step: Tensor | None, gelu: bool) -> Tensor:
     assert x.is_contiguous(), f"{x.stride()=}"
     out = torch.empty_like(x, dtype=x.dtype if step is None else FP8)
     grid = (triton.cdiv(x.numel(), ELEMENTS),)
-    _pointwise[grid](x, x if step is None else step, out, x.numel(), GELU_C=GELU_2C, GELU=gelu, QUANTISED=step is not None, BLOCK=ELEMENTS)
+    _pointwise[grid](
+        x,
+        x if step is None else step,
+        out,
+        x.numel(),
+        GELU_C=GELU_2C,
+        GELU=gelu,
+        QUANTISED=step is not None,
+        BLOCK=ELEMENTS,
+    )
     return out
 
 
@@ -103,14 +125,32 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float, step: Tensor 
     return _run_modulate(x, None, shift, shift, scale, eps, step)[1]
 
 
-def gated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, step: Tensor | None) -> tuple[Tensor, Tensor]:
+def gated(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    step: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     return _run_modulate(x, y, gate, shift, scale, eps, step)
 
 
-def _run_modulate(x: Tensor, y: Tensor | None, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, step: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run_modulate(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    step: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     n, dim = x.shape
     assert x.is_contiguous() and (y is None or y.is_contiguous()), f"{x.stride()=}"
-    assert all(row.is_contiguous() and row.dtype == torch.float32 for row in (gate, shift, scale)), f"{gate.stride()=} {shift.stride()=}"
+    assert all(
+        row.is_contiguous() and row.dtype == torch.float32 for row in (gate, shift, scale)
+    ), f"{gate.stride()=} {shift.stride()=}"
     out = torch.empty_like(x, dtype=x.dtype if step is None else FP8)
     kept = x if y is None else torch.empty_like(x)
     _modulate[(n,)](
@@ -120,19 +160,55 @@ def _run_modulate(x: Tensor, y: Tensor | None, gate: Tensor, shift: Tensor, scal
     return kept, out
 
 
-def heads(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, rope: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def heads(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, rope: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     n, dim = len(qkv), len(norm_q)
     count = qkv.shape[1] // (3 * dim)
-    assert qkv.is_contiguous() and rope.is_contiguous() and rope.shape == (2, n, dim // 2), f"{qkv.stride()=} {rope.shape=}"
-    q, k, v = (torch.empty((1, n, count, dim), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    assert qkv.is_contiguous() and rope.is_contiguous() and rope.shape == (2, n, dim // 2), (
+        f"{qkv.stride()=} {rope.shape=}"
+    )
+    q, k, v = (
+        torch.empty((1, n, count, dim), dtype=qkv.dtype, device=qkv.device) for _ in range(3)
+    )
     pairs = triton.next_power_of_2(dim // 2)
-    _heads[(n,)](qkv, norm_q, norm_k, rope, q, k, v, n, eps, H=count, P=dim // 2, HEADS=triton.next_power_of_2(count), PAIRS=pairs, num_warps=8)
+    _heads[(n,)](
+        qkv,
+        norm_q,
+        norm_k,
+        rope,
+        q,
+        k,
+        v,
+        n,
+        eps,
+        H=count,
+        P=dim // 2,
+        HEADS=triton.next_power_of_2(count),
+        PAIRS=pairs,
+        num_warps=8,
+    )
     return q, k, v
 
 
-def product(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def product(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """As in fused.py, by cuBLASLt or CUTLASS. Wants `in` and `out` in multiples of 16, and bf16 for `dtype` and bias.
 
     With `use_fast_accum` the tensor core's own accumulator, of some 13 bits, takes the whole sum; bench/headline.py measures cost and gain.
     """
-    return torch._scaled_mm(x, weight.t(), scale_a=x_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    return torch._scaled_mm(
+        x,
+        weight.t(),
+        scale_a=x_scale,
+        scale_b=weight_scale,
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )

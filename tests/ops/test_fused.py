@@ -42,16 +42,23 @@ def test_codes_saturate_and_a_product_undoes_its_scales() -> None:
     assert codes.float().tolist() == [448, -448, 0, pytest.approx(1.125)]
     x, weight, bias = draw(7, 64), draw(48, 64), draw(48)
     steps = weight.abs().amax(1) / fused.E4M3_MAX
-    narrow = [fused.quantised(x, x.abs().max() / fused.E4M3_MAX), fused.quantised(weight, steps[:, None])]
+    narrow = [
+        fused.quantised(x, x.abs().max() / fused.E4M3_MAX),
+        fused.quantised(weight, steps[:, None]),
+    ]
     exact = x @ weight.T + bias
     for x_scale, weight_scale in (((x.abs().max() / fused.E4M3_MAX).expand(7, 1), steps[None]),):
-        error = (fused.product(*narrow, x_scale, weight_scale, bias, torch.float32) - exact).norm() / exact.norm()
+        error = (
+            fused.product(*narrow, x_scale, weight_scale, bias, torch.float32) - exact
+        ).norm() / exact.norm()
         assert 1e-3 < error < 0.05
 
 
 @pytest.mark.parametrize("name", ["aapt-8b-736x416-h100", "aapt-8b-1280x720-h100", "demo-cpu"])
 @pytest.mark.parametrize("by_row", [True, False])
-def test_pytorchs_fp8_product_takes_what_the_step_gives_it(name: str, by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorchs_fp8_product_takes_what_the_step_gives_it(
+    name: str, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shapes, strides and multiples of 16, by the checks of `torch._scaled_mm` itself, on tensors that have no memory and claim to be on a GPU."""
     monkeypatch.setattr(torch._meta_registrations, "device_hint", lambda tensor: "cuda")
     from types import SimpleNamespace
@@ -62,12 +69,30 @@ def test_pytorchs_fp8_product_takes_what_the_step_gives_it(name: str, by_row: bo
 
     profile = load(name)
     dim, hidden = profile.model.dim, profile.model.dim * profile.model.mlp_ratio
-    kernels = torch_kernels.Kernels(**vars(torch_kernels.plain()) | {"product": fused_triton.product})
+    kernels = torch_kernels.Kernels(
+        **vars(torch_kernels.plain()) | {"product": fused_triton.product}
+    )
     with torch.device("meta"):
-        for inputs, outputs, bias in ((dim, 3 * dim, False), (dim, dim, True), (dim, hidden, True), (hidden, dim, True)):
+        for inputs, outputs, bias in (
+            (dim, 3 * dim, False),
+            (dim, dim, True),
+            (dim, hidden, True),
+            (hidden, dim, True),
+        ):
             wide = torch.bfloat16
-            layer = SimpleNamespace(weight=torch.empty(outputs, inputs, dtype=wide), bias=torch.empty(outputs, dtype=wide) if bias else None)
-            narrow = Narrow(layer, torch.empty(1), torch.empty(outputs), profile.frame_tokens, kernels, torch.bfloat16, by_row)
+            layer = SimpleNamespace(
+                weight=torch.empty(outputs, inputs, dtype=wide),
+                bias=torch.empty(outputs, dtype=wide) if bias else None,
+            )
+            narrow = Narrow(
+                layer,
+                torch.empty(1),
+                torch.empty(outputs),
+                profile.frame_tokens,
+                kernels,
+                torch.bfloat16,
+                by_row,
+            )
             y = narrow(torch.empty(profile.frame_tokens, inputs, dtype=fused.FP8))
             assert y.shape == (profile.frame_tokens, outputs) and y.dtype == torch.bfloat16
             assert narrow.bias is None or narrow.bias.dtype == torch.bfloat16
@@ -132,8 +157,20 @@ print("done")
 """
 
 
-@pytest.mark.parametrize(("code", "variables"), [(INTERPRETED, {"TRITON_INTERPRET": "1"}), (COMPILED, {})], ids=["interpreted", "compiled"])
-def test_triton_in_a_process_of_its_own(code: str, variables: dict[str, str], tmp_path: Path) -> None:
-    environment = os.environ | variables | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("code", "variables"),
+    [(INTERPRETED, {"TRITON_INTERPRET": "1"}), (COMPILED, {})],
+    ids=["interpreted", "compiled"],
+)
+def test_triton_in_a_process_of_its_own(
+    code: str, variables: dict[str, str], tmp_path: Path
+) -> None:
+    environment = (
+        os.environ
+        | variables
+        | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr

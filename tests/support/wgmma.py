@@ -17,20 +17,26 @@ def descriptor(address: int, swizzle: Swizzle) -> int:
     bits 49-51  base offset: 0, because tiles are aligned to `swizzle.group_bytes`
     bits 62-63  swizzle
     """
-    assert 0 <= address < 1 << 18 and address % 16 == 0, f"{address=} cannot be written into a descriptor"
+    assert 0 <= address < 1 << 18 and address % 16 == 0, (
+        f"{address=} cannot be written into a descriptor"
+    )
     return address >> 4 | 1 << 16 | swizzle.group_bytes >> 4 << 32 | swizzle.code << 62
 
 
 def d_fragment(thread: Any, register: Any) -> tuple[Any, Any]:
     """(row, column) of the 64 x N result in float32 register `register` (0 .. N / 2 - 1) of `thread` (0 .. 127)."""
     warp, lane = thread >> 5, thread & 31
-    return 16 * warp + (lane >> 2) + 8 * (register >> 1 & 1), 8 * (register >> 2) + 2 * (lane & 3) + (register & 1)
+    return 16 * warp + (lane >> 2) + 8 * (register >> 1 & 1), 8 * (register >> 2) + 2 * (
+        lane & 3
+    ) + (register & 1)
 
 
 def a_fragment(thread: Any, register: Any, byte: Any) -> tuple[Any, Any]:
     """(row, column) of the 64 x 32 operand A in `byte` of 32-bit register `register` (0 .. 3) of `thread` (0 .. 127)."""
     warp, lane = thread >> 5, thread & 31
-    return 16 * warp + (lane >> 2) + 8 * (register & 1), 16 * (register >> 1) + 4 * (lane & 3) + byte
+    return 16 * warp + (lane >> 2) + 8 * (register & 1), 16 * (register >> 1) + 4 * (
+        lane & 3
+    ) + byte
 
 
 def a_source(half: Any, register: Any, byte: Any) -> Any:

@@ -21,7 +21,14 @@ from aapt_deploy.backends.cpu import SAFE_WEIGHT_BITS, WEIGHT_BITS, adds_int8_ex
 from aapt_deploy.backends.ort import lower
 from aapt_deploy.backends.ort.engine import BACKEND, OrtEngine, OrtEngines, Threads
 from aapt_deploy.backends.table import open_engines
-from aapt_deploy.backends.trial import Built, Options, Report, left_and_right, mean_psnr_db, median_step_ms
+from aapt_deploy.backends.trial import (
+    Built,
+    Options,
+    Report,
+    left_and_right,
+    mean_psnr_db,
+    median_step_ms,
+)
 from aapt_deploy.bundle.bundle import Bundle, Stage, export_again
 from aapt_deploy.bundle.graph_file import load_model, refuse_other, save_model
 from aapt_deploy.models.aapt.signature import signatures
@@ -39,7 +46,11 @@ def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[B
 
     Raises BusyError if another build holds the bundle, BundleError for a damaged bundle.
     """
-    if "int8" in precisions and "fp32" not in precisions and f"{BACKEND}-fp32" not in bundle.engines:
+    if (
+        "int8" in precisions
+        and "fp32" not in precisions
+        and f"{BACKEND}-fp32" not in bundle.engines
+    ):
         precisions = ("fp32", *precisions)
     return [_build(bundle, precision, options.report) for precision in precisions]
 
@@ -50,7 +61,9 @@ def _build(bundle: Bundle, precision: str, report: Report) -> Built:
         starts = all_starts(bundle)
         report(f"{key}: lowering the graphs")
         graphs = _lower(bundle, stage, precision, starts, report)
-        threads, step_ms = _tune(bundle.profile, graphs, precision, starts[0], lambda text: report(f"{key}: {text}"))
+        threads, step_ms = _tune(
+            bundle.profile, graphs, precision, starts[0], lambda text: report(f"{key}: {text}")
+        )
         engines, psnr = OrtEngines(bundle.profile, graphs, threads, precision), None
         if precision != "fp32":
             report(f"{key}: comparing with fp32")
@@ -58,13 +71,23 @@ def _build(bundle: Bundle, precision: str, report: Report) -> Built:
             psnr = mean_psnr_db(reference, engines, bundle.profile, starts)
             reference.close()
         engines.close()
-        built = Built(key, round(step_ms, 2), stage.size, threads.count, threads.spinning, psnr, round(time.monotonic() - began, 1))
+        built = Built(
+            key,
+            round(step_ms, 2),
+            stage.size,
+            threads.count,
+            threads.spinning,
+            psnr,
+            round(time.monotonic() - began, 1),
+        )
         stage.entry |= {
             "backend": BACKEND, "precision": precision, "cache_layout": "token_major",
             "graphs": {name: f"{stage.relative}/{path.name}" for name, path in graphs.items()},
         }  # fmt: skip
         if precision == "int8":
-            stage.entry["weight_bits"] = WEIGHT_BITS if adds_int8_exactly() else SAFE_WEIGHT_BITS  # read where the engine is opened
+            stage.entry["weight_bits"] = (
+                WEIGHT_BITS if adds_int8_exactly() else SAFE_WEIGHT_BITS
+            )  # read where the engine is opened
         stage.entry |= asdict(built)
     return built
 
@@ -78,7 +101,9 @@ def _reference(bundle: Bundle, precision: str, report: Report) -> Engines:
     return torch_eager.EagerEngines(torch_eager.checkpoint_of(bundle), cores(), "fp32")
 
 
-def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], report: Report) -> dict[str, Path]:
+def _lower(
+    bundle: Bundle, stage: Stage, precision: str, starts: list[Start], report: Report
+) -> dict[str, Path]:
     """Write the backend's form of every graph below `stage.path`."""
     profile, graphs = bundle.profile, {}
     for name, signature in signatures(profile).items():
@@ -149,19 +174,31 @@ class Samples:
         return next(self.rest, None)
 
 
-def _decoder_inputs(bundle: Bundle, starts: list[Start], report: Report) -> Iterator[dict[str, np.ndarray]]:
+def _decoder_inputs(
+    bundle: Bundle, starts: list[Start], report: Report
+) -> Iterator[dict[str, np.ndarray]]:
     """Every input set that the fp32 decoder sees in short rollouts."""
     engines, seen = open_engines(bundle, BACKEND, "fp32", report), list[dict[str, np.ndarray]]()
     decoder = engines["decoder"]
     assert isinstance(decoder, OrtEngine)
     for start in starts:
-        for _ in itertools.islice(left_and_right(Tapped(engines, partial(_record, decoder, seen)), bundle.profile, start), 1 + CALIBRATION_BLOCKS):
+        for _ in itertools.islice(
+            left_and_right(Tapped(engines, partial(_record, decoder, seen)), bundle.profile, start),
+            1 + CALIBRATION_BLOCKS,
+        ):
             yield from seen
             seen.clear()
     engines.close()
 
 
-def _record(decoder: OrtEngine, seen: list[dict[str, np.ndarray]], graph: str, method: str, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+def _record(
+    decoder: OrtEngine,
+    seen: list[dict[str, np.ndarray]],
+    graph: str,
+    method: str,
+    call: Callable[..., Any],
+    inputs: dict[str, Any],
+) -> Any:
     """A tap that notes every input set of the decoder, its memory included."""
     if (graph, method) == ("decoder", "run"):
         memory = {name: array.copy() for name, array in decoder.memory.items()}
@@ -179,14 +216,23 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _tune(profile: Profile, graphs: dict[str, Path], precision: str, start: Start, report: Report) -> tuple[Threads, float]:
+def _tune(
+    profile: Profile, graphs: dict[str, Path], precision: str, start: Start, report: Report
+) -> tuple[Threads, float]:
     """The fastest thread setting and its median step."""
     results: dict[Threads, float] = {}
     counts = sorted({1, min(2, cores()), cores()})
-    for threads in [Threads(count, spinning) for count in counts for spinning in (False, True) if count > 1 or not spinning]:
+    for threads in [
+        Threads(count, spinning)
+        for count in counts
+        for spinning in (False, True)
+        if count > 1 or not spinning
+    ]:
         engines = OrtEngines(profile, graphs, threads, precision)
         results[threads] = median_step_ms(engines, profile, start)
         engines.close()
-        report(f"{threads.count} thread{'s' * (threads.count > 1)}{', spinning' * threads.spinning}: {results[threads]:.1f} ms a step")
+        report(
+            f"{threads.count} thread{'s' * (threads.count > 1)}{', spinning' * threads.spinning}: {results[threads]:.1f} ms a step"
+        )
     best = min(results, key=lambda threads: results[threads])
     return best, results[best]

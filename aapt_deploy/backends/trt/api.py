@@ -28,7 +28,9 @@ from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
 try:
     import tensorrt as trt
 except (ImportError, OSError) as error:  # OSError: a library is missing
-    raise MachineError(f"TensorRT cannot be loaded: {error}", "pip install 'aapt_deploy[tensorrt]'") from None
+    raise MachineError(
+        f"TensorRT cannot be loaded: {error}", "pip install 'aapt_deploy[tensorrt]'"
+    ) from None
 
 OLDEST, TOO_NEW = (10, 16), (12,)
 POLL_S = 0.2  # how often a build looks for Ctrl-C
@@ -70,7 +72,8 @@ def version() -> str:
     found = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if not OLDEST <= found < TOO_NEW:
         raise MachineError(
-            f"TensorRT {trt.__version__} is not supported: {'.'.join(map(str, OLDEST))} to 11 are", "pip install 'aapt_deploy[tensorrt]' brings one"
+            f"TensorRT {trt.__version__} is not supported: {'.'.join(map(str, OLDEST))} to 11 are",
+            "pip install 'aapt_deploy[tensorrt]' brings one",
         )
     return str(trt.__version__)
 
@@ -117,7 +120,9 @@ class Monitor(trt.IProgressMonitor):
         try:
             if self.progress and not self.failure:
                 tell(self.progress)
-        except Exception as error:  # must not travel through TensorRT; raised again when the build has ended
+        except (
+            Exception
+        ) as error:  # must not travel through TensorRT; raised again when the build has ended
             self.failure = error
             self.cancelled.set()
 
@@ -126,7 +131,11 @@ T = TypeVar("T")
 
 
 def build(
-    graph: Path, settings: Settings, progress: Progress | None = None, failures: Sequence[Exception] = (), messages: Messages | None = None
+    graph: Path,
+    settings: Settings,
+    progress: Progress | None = None,
+    failures: Sequence[Exception] = (),
+    messages: Messages | None = None,
 ) -> BuiltPlan:
     """Build `graph` into a plan. `failures` is where our plugin keeps what it raised (python_plugin.Creator.failures).
 
@@ -140,7 +149,10 @@ def build(
     parser = trt.OnnxParser(network, messages)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        nodes = [f"{error.node_operator()} node {error.node_name()!r}: {error.desc()}" for error in errors]
+        nodes = [
+            f"{error.node_operator()} node {error.node_name()!r}: {error.desc()}"
+            for error in errors
+        ]
         _explain(f"TensorRT cannot read {graph}", nodes, messages, failures[earlier:])
     tensors = _check(network, graph, settings.plugin_layers)
     monitor = Monitor(progress)
@@ -149,7 +161,12 @@ def build(
     if plan is None:
         _explain(f"TensorRT cannot build {graph}", [], messages, failures[earlier:])
     cache = config.get_timing_cache()
-    return BuiltPlan(memoryview(plan), bytes(memoryview(cache.serialize())) if cache else b"", network.num_layers, tensors)
+    return BuiltPlan(
+        memoryview(plan),
+        bytes(memoryview(cache.serialize())) if cache else b"",
+        network.num_layers,
+        tensors,
+    )
 
 
 def _network_flags() -> int:
@@ -164,7 +181,10 @@ def _made(make: Callable[[], T], messages: Messages) -> T:
         return make()
     except TypeError as error:
         reason = messages.kept[-1] if messages.kept else str(error)
-        raise MachineError(f"TensorRT cannot start: {reason}", "aapt doctor tells what this machine lacks; a GPU and its driver are needed") from None
+        raise MachineError(
+            f"TensorRT cannot start: {reason}",
+            "aapt doctor tells what this machine lacks; a GPU and its driver are needed",
+        ) from None
 
 
 def _check(network: trt.INetworkDefinition, graph: Path, plugin_layers: int) -> tuple[Tensor, ...]:
@@ -178,14 +198,24 @@ def _check(network: trt.INetworkDefinition, graph: Path, plugin_layers: int) -> 
         )
     inputs = [(network.get_input(index), True) for index in range(network.num_inputs)]
     outputs = [(network.get_output(index), False) for index in range(network.num_outputs)]
-    tensors = tuple(Tensor(tensor.name, is_input, tensor.dtype.name, tuple(tensor.shape)) for tensor, is_input in inputs + outputs)
+    tensors = tuple(
+        Tensor(tensor.name, is_input, tensor.dtype.name, tuple(tensor.shape))
+        for tensor, is_input in inputs + outputs
+    )
     _require_static(tensors, str(graph))
     return tensors
 
 
 def _require_static(tensors: Sequence[Tensor], where: str) -> None:
-    if loose := [f"{tensor.name} {list(tensor.shape)}" for tensor in tensors if any(extent < 0 for extent in tensor.shape)]:
-        raise BundleError(f"{where} has tensors without a fixed shape: {', '.join(loose)}", "export the bundle again; every shape must be static")
+    if loose := [
+        f"{tensor.name} {list(tensor.shape)}"
+        for tensor in tensors
+        if any(extent < 0 for extent in tensor.shape)
+    ]:
+        raise BundleError(
+            f"{where} has tensors without a fixed shape: {', '.join(loose)}",
+            "export the bundle again; every shape must be static",
+        )
 
 
 def _configure(builder: trt.Builder, settings: Settings, monitor: Monitor) -> trt.IBuilderConfig:
@@ -193,10 +223,14 @@ def _configure(builder: trt.Builder, settings: Settings, monitor: Monitor) -> tr
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
     config.builder_optimization_level = settings.optimization_level
     config.max_aux_streams = 0  # one stream, so that one CUDA graph holds everything
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the audit reads layer names and types
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # the audit reads layer names and types
     config.progress_monitor = monitor
     cache = config.create_timing_cache(settings.timing_cache)
-    if cache is None or not config.set_timing_cache(cache, False):  # of another GPU or release: begin anew
+    if cache is None or not config.set_timing_cache(
+        cache, False
+    ):  # of another GPU or release: begin anew
         cache = config.create_timing_cache(b"")
         if cache is not None:
             config.set_timing_cache(cache, False)
@@ -207,7 +241,9 @@ def _interruptible(work: Callable[[], T], monitor: Monitor) -> T:
     """Do `work` in a thread. Ctrl-C reaches Python in the main thread only, which TensorRT would keep for as long as it builds."""
     answers: list[T] = []
     errors: list[BaseException] = []
-    finished = threading.Event()  # Thread.join, interrupted, takes a running thread for a stopped one (Python 3.11)
+    finished = (
+        threading.Event()
+    )  # Thread.join, interrupted, takes a running thread for a stopped one (Python 3.11)
 
     def run() -> None:
         try:
@@ -232,11 +268,17 @@ def _interruptible(work: Callable[[], T], monitor: Monitor) -> T:
     return answers[0]
 
 
-def _explain(what: str, nodes: list[str], messages: Messages, failures: Sequence[Exception]) -> NoReturn:
+def _explain(
+    what: str, nodes: list[str], messages: Messages, failures: Sequence[Exception]
+) -> NoReturn:
     """Raise what our plugin raised, else what TensorRT said last, with what can be done about it."""
     if failures and isinstance(failures[-1], AaptError):
         raise failures[-1]
-    reasons = [*(f"our plugin: {failure}" for failure in failures[-1:]), *nodes[:3], *messages.kept[-1:]] or ["it gave no reason"]
+    reasons = [
+        *(f"our plugin: {failure}" for failure in failures[-1:]),
+        *nodes[:3],
+        *messages.kept[-1:],
+    ] or ["it gave no reason"]
     text = "; ".join(reasons)
     raise BundleError(f"{what}: {text}", hint(text))
 
@@ -247,14 +289,19 @@ def _explain(what: str, nodes: list[str], messages: Messages, failures: Sequence
 class Context:
     """One execution context: tensors at fixed addresses, runs on a stream."""
 
-    def __init__(self, context: trt.IExecutionContext, names: Sequence[str], messages: Messages) -> None:
+    def __init__(
+        self, context: trt.IExecutionContext, names: Sequence[str], messages: Messages
+    ) -> None:
         self._context, self._messages = context, messages
         self._unbound = set(names)
 
     def bind(self, name: str, address: int) -> None:
         """Put tensor `name` at a device address. Raises BundleError when the plan has no such tensor or refuses the address."""
         if not self._context.set_tensor_address(name, address):
-            raise BundleError(f"the plan has no tensor {name!r}, or not at address {address:#x}", "build the engine again: aapt build-engine")
+            raise BundleError(
+                f"the plan has no tensor {name!r}, or not at address {address:#x}",
+                "build the engine again: aapt build-engine",
+            )
         self._unbound.discard(name)
 
     def enqueue(self, stream: int) -> None:
@@ -263,7 +310,10 @@ class Context:
         assert not self._unbound, f"no address for {sorted(self._unbound)}"
         if not self._context.execute_async_v3(stream):
             reason = self._messages.kept[-1] if self._messages.kept else "it gave no reason"
-            raise MachineError(f"TensorRT cannot run the plan: {reason}", "aapt doctor tells what this machine lacks")
+            raise MachineError(
+                f"TensorRT cannot run the plan: {reason}",
+                "aapt doctor tells what this machine lacks",
+            )
 
     def timed(self, stream: int, wait: Callable[[], None], runs: int) -> dict[str, list[float]]:
         """Milliseconds of every layer in each of `runs` runs, by TensorRT's profiler; `wait` waits for the stream. Slower than plain runs.
@@ -278,7 +328,10 @@ class Context:
             self.enqueue(stream)
             wait()
             if not self._context.report_to_profiler():
-                raise MachineError("TensorRT does not report layer times", "profile without layers; aapt doctor tells the versions to report")
+                raise MachineError(
+                    "TensorRT does not report layer times",
+                    "profile without layers; aapt doctor tells the versions to report",
+                )
         return times.ms
 
 
@@ -297,7 +350,11 @@ class Plan:
     """A deserialised plan. Raises BundleError when a shape in it is not static."""
 
     def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine, messages: Messages) -> None:
-        self._runtime, self._engine, self._messages = runtime, engine, messages  # a runtime must outlive its engines
+        self._runtime, self._engine, self._messages = (
+            runtime,
+            engine,
+            messages,
+        )  # a runtime must outlive its engines
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.tensors = tuple(
             Tensor(
@@ -313,13 +370,20 @@ class Plan:
 
     def layers(self) -> list[PlanLayer]:
         """What TensorRT made of the graph. Raises BundleError when it does not tell."""
-        return read_layers(self._engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+        return read_layers(
+            self._engine.create_engine_inspector().get_engine_information(
+                trt.LayerInformationFormat.JSON
+            )
+        )
 
     def context(self) -> Context:
         """A context of its own scratch memory. Raises MachineError when there is not enough."""
         context = self._engine.create_execution_context()
         if context is None:
-            raise MachineError(f"TensorRT cannot get {self.scratch_bytes} bytes of scratch memory", "close other programs on the GPU")
+            raise MachineError(
+                f"TensorRT cannot get {self.scratch_bytes} bytes of scratch memory",
+                "close other programs on the GPU",
+            )
         return Context(context, [tensor.name for tensor in self.tensors], self._messages)
 
 
@@ -333,10 +397,16 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
     runtime = _made(lambda: trt.Runtime(messages), messages)
     runtime.engine_host_code_allowed = False
     try:
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+        with (
+            file.open("rb") as opened,
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            memoryview(content) as view,
+        ):
             engine = runtime.deserialize_cuda_engine(view)
     except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise BundleError(f"plan {file} cannot be read: {error}", "build the engine again: aapt build-engine") from None
+        raise BundleError(
+            f"plan {file} cannot be read: {error}", "build the engine again: aapt build-engine"
+        ) from None
     if engine is None:
         reason = messages.kept[-1] if messages.kept else "it gave no reason"
         raise BundleError(f"TensorRT cannot load plan {file}: {reason}", AGAIN)

@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 BACKEND = "tensorrt"
 RECIPE = 1  # of this module; a plan of another one is not kept
 FP8_SM = 89
-LEAST_HOST_SHARE = 3  # host memory over weights that others report for a build; less is only warned of
+LEAST_HOST_SHARE = (
+    3  # host memory over weights that others report for a build; less is only warned of
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ def _build(bundle: Bundle, precision: str, options: Options) -> Built:
     device = cuda.with_driver()
     try:
         here = device.gpu(version, kernels.source_hash())
-        scales = load_scales(bundle.checked(SCALES), bundle.profile).attention if precision == "fp8" else None
+        scales = (
+            load_scales(bundle.checked(SCALES), bundle.profile).attention
+            if precision == "fp8"
+            else None
+        )
         _check_machine(bundle.profile, precision, device, report)
         choices = _choices(here, options.attention, scales is not None)
     finally:
@@ -105,7 +111,15 @@ def _build(bundle: Bundle, precision: str, options: Options) -> Built:
         order, finished = _all_plans(order, choices, stage.folder)
         _place(stage, order, finished)
         parity, step_ms = _prove(order, stage)
-        built = Built(order.key, round(step_ms, 2), stage.size, 1, False, parity.pop("psnr_db"), round(time.monotonic() - began, 1))
+        built = Built(
+            order.key,
+            round(step_ms, 2),
+            stage.size,
+            1,
+            False,
+            parity.pop("psnr_db"),
+            round(time.monotonic() - began, 1),
+        )
         stage.entry |= {"parity": parity} | asdict(built)
     for plan_ in finished.values():
         _forget(plan_)
@@ -116,10 +130,13 @@ def _check_machine(profile: Profile, precision: str, device: cuda.Device, report
     """Refuse, before any work, what cannot end well."""
     if precision == "fp8" and device.sm < FP8_SM:
         raise MachineError(
-            f"GPU {device.name} is SM {device.sm}; products in FP8 need SM {FP8_SM}", "export with --precision fp32 and build with --precision bf16"
+            f"GPU {device.name} is SM {device.sm}; products in FP8 need SM {FP8_SM}",
+            "export with --precision fp32 and build with --precision bf16",
         )
     if profile.target.sm and profile.target.sm != device.sm:
-        report(f"profile {profile.name} was made for {profile.target.name} (SM {profile.target.sm}); this is {device.name} (SM {device.sm})")
+        report(
+            f"profile {profile.name} was made for {profile.target.name} (SM {profile.target.sm}); this is {device.name} (SM {device.sm})"
+        )
     needed = cost_of(profile)
     free_gb = device.free_bytes / 1e9
     if needed.total_gb > free_gb:
@@ -130,7 +147,9 @@ def _check_machine(profile: Profile, precision: str, device: cuda.Device, report
         )
     host_gb, wanted_gb = free_memory_bytes() / 1e9, LEAST_HOST_SHARE * needed.memory_gb["weights"]
     if host_gb < wanted_gb:
-        report(f"warning: {host_gb:.1f} GB of host memory are free; TensorRT may take {wanted_gb:.1f} GB while it builds")
+        report(
+            f"warning: {host_gb:.1f} GB of host memory are free; TensorRT may take {wanted_gb:.1f} GB while it builds"
+        )
 
 
 def _choices(here: cuda.Gpu, attention: str, fp8: bool) -> list[Choice]:
@@ -141,7 +160,8 @@ def _choices(here: cuda.Gpu, attention: str, fp8: bool) -> list[Choice]:
     wanted = [choice for choice in choices if choice.form == attention]
     if not wanted:
         raise MachineError(
-            f"attention in form {attention!r} is not proved here: {choices[-1].reason}", "aapt doctor --tensorrt, and read what it finds"
+            f"attention in form {attention!r} is not proved here: {choices[-1].reason}",
+            "aapt doctor --tensorrt, and read what it finds",
         )
     return wanted
 
@@ -149,10 +169,16 @@ def _choices(here: cuda.Gpu, attention: str, fp8: bool) -> list[Choice]:
 # Plans
 
 
-def _all_plans(order: Order, choices: Sequence[Choice], folder: Path) -> tuple[Order, dict[str, Finished]]:
+def _all_plans(
+    order: Order, choices: Sequence[Choice], folder: Path
+) -> tuple[Order, dict[str, Finished]]:
     """Every graph's plan, and the order with the form that the generator took: the first of `choices` that builds."""
     chosen, generator = _generator(order, choices, folder)
-    others = {name: _one_plan(chosen, name, folder) for name in signatures(order.bundle.profile) if name != "generator"}
+    others = {
+        name: _one_plan(chosen, name, folder)
+        for name in signatures(order.bundle.profile)
+        if name != "generator"
+    }
     return chosen, {**others, "generator": generator}
 
 
@@ -166,7 +192,9 @@ def _generator(order: Order, choices: Sequence[Choice], folder: Path) -> tuple[O
         except (BundleError, ParityError, MachineError) as error:
             if index == len(choices):
                 raise
-            order.report(f"warning: attention in form {choice.form} failed: {error}; going on with {choices[index].form}")
+            order.report(
+                f"warning: attention in form {choice.form} failed: {error}; going on with {choices[index].form}"
+            )
     raise AssertionError("no form of attention")
 
 
@@ -185,7 +213,9 @@ def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
         failures = _register(order, lowered)
         cache = receipts.timing_cache_file(order.here)
         timings = cache.read_bytes() if cache.is_file() else b""
-        settings = api.Settings(lowered.plugin_layers, round(WORKSPACE_GB * 1e9), timing_cache=timings)
+        settings = api.Settings(
+            lowered.plugin_layers, round(WORKSPACE_GB * 1e9), timing_cache=timings
+        )
         order.report(f"{order.key}: building {graph}")
         built = api.build(lowered.path, settings, order.progress, failures, api.Messages())
         path = _unfinished(inputs)
@@ -202,7 +232,9 @@ def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
         shutil.rmtree(place, ignore_errors=True)
     with _told(path):
         note = {"sha256": _sha256(path), "audit": audit}
-        receipts.write_whole(path.with_suffix(".json"), json.dumps(note).encode())  # only now is it a finished plan
+        receipts.write_whole(
+            path.with_suffix(".json"), json.dumps(note).encode()
+        )  # only now is it a finished plan
     return Finished(path, inputs, audit)
 
 
@@ -227,7 +259,9 @@ def _register(order: Order, lowered: Lowered) -> Sequence[Exception]:
     if order.choice.form == PYTHON:
         from aapt_deploy.backends.trt.plugin import python as python_plugin
 
-        kernels.launcher(hopper_fp8.NAME, order.bundle.profile.head_dim)  # compiled and loaded now, not while TensorRT measures
+        kernels.launcher(
+            hopper_fp8.NAME, order.bundle.profile.head_dim
+        )  # compiled and loaded now, not while TensorRT measures
         return python_plugin.register(kernels.launcher).failures
     from aapt_deploy.backends.trt.plugin import ahead_of_time
 
@@ -239,16 +273,24 @@ def audited(plan_: "api.Plan", lowered: Lowered, order: Order, graph: str) -> di
     """Count the layers of a plan and insist on what it was built for. Raises ParityError, naming layers."""
     layers = plan_.layers()
     found = plan_file.audit(layers, lowered.plugin_layers, len(lowered.fp8_products))
-    wanted = {"plugins": lowered.plugin_layers, "fp8": len(lowered.fp8_products), "attention": lowered.attention_layers}
+    wanted = {
+        "plugins": lowered.plugin_layers,
+        "fp8": len(lowered.fp8_products),
+        "attention": lowered.attention_layers,
+    }
     order.report(
         f"{order.key}: {graph} has {found.layers} layers: {found.plugins} of our kernels, {found.attention} of TensorRT's attention (of "
         f"{lowered.attention_layers} nodes), {found.fp8} in FP8 (at least {len(lowered.fp8_products)} expected), {found.reformats} reformats"
     )
     if found.attention < lowered.attention_layers:
-        order.report(f"warning: {lowered.attention_layers - found.attention} attention nodes of {graph} run unfused, which is slow")
+        order.report(
+            f"warning: {lowered.attention_layers - found.attention} attention nodes of {graph} run unfused, which is slow"
+        )
     if found.reformats > order.bundle.profile.model.depth:
         names = [layer.name for layer in layers if layer.is_reformat]
-        order.report(f"warning: {found.reformats} reformats, such as {', '.join(names[: plan_file.SHOWN])}")
+        order.report(
+            f"warning: {found.reformats} reformats, such as {', '.join(names[: plan_file.SHOWN])}"
+        )
     return asdict(found) | {f"{name}_expected": count for name, count in wanted.items()}
 
 
@@ -269,8 +311,13 @@ def _kept(order: Order, graph: str, inputs: str) -> Finished | None:
             return Finished(waiting, inputs, dict(note["audit"]))
     entry = order.bundle.engines.get(order.key, {})
     with contextlib.suppress(BundleError, KeyError, TypeError):
-        if entry["inputs"][graph] == inputs and entry["receipts"][graph]["driver"] == order.here.driver:
-            return Finished(order.bundle.checked(entry["graphs"][graph]), inputs, dict(entry["audit"][graph]))
+        if (
+            entry["inputs"][graph] == inputs
+            and entry["receipts"][graph]["driver"] == order.here.driver
+        ):
+            return Finished(
+                order.bundle.checked(entry["graphs"][graph]), inputs, dict(entry["audit"][graph])
+            )
     return None
 
 
@@ -318,7 +365,9 @@ def _place(stage: Stage, order: Order, finished: dict[str, Finished]) -> None:
         "audit": {name: done.audit for name, done in finished.items()},
     }  # fmt: skip
     if ours and order.scales is not None:
-        shutil.copyfile(order.bundle.checked(SCALES), stage.path / SCALES)  # what the plan holds as constants, the runtime packs prompts with
+        shutil.copyfile(
+            order.bundle.checked(SCALES), stage.path / SCALES
+        )  # what the plan holds as constants, the runtime packs prompts with
         stage.entry["scales"] = f"{stage.relative}/{SCALES}"
 
 
@@ -339,12 +388,16 @@ def _prove(order: Order, stage: Stage) -> tuple[dict[str, Any], float]:
         device.close()
         raise
     scales = order.scales if order.choice.form in (PYTHON, AOT) and order.scales else []
-    engines = TrtEngines(profile, plans, device, order.precision, RunOptions(order.choice.captured, scales))
+    engines = TrtEngines(
+        profile, plans, device, order.precision, RunOptions(order.choice.captured, scales)
+    )
     try:
         first = start_of(bundle)
         order.report(f"{order.key}: comparing with the exported graphs in ONNX Runtime")
         figures = compare(engines, bundle, first)
-        order.report(f"{order.key}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+        order.report(
+            f"{order.key}: {', '.join(f'{name} {value}' for name, value in figures.items())}"
+        )
         return figures, median_step_ms(engines, profile, first)
     finally:
         engines.close()

@@ -39,7 +39,9 @@ HINT = "aapt doctor tells what this machine lacks"
 def driver_release() -> str:
     """Release of the NVIDIA kernel driver, such as "580.65.06"; "" where it does not tell."""
     try:
-        found = re.search(r"\b\d{3,}(\.\d+)+\b", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+        found = re.search(
+            r"\b\d{3,}(\.\d+)+\b", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        )
     except OSError:
         return ""
     return found[0] if found else ""
@@ -50,11 +52,15 @@ def with_driver() -> "Device":
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise MachineError(f"CUDA's Python bindings are not installed: {error}", "pip install 'aapt_deploy[cuda]'") from None
+        raise MachineError(
+            f"CUDA's Python bindings are not installed: {error}", "pip install 'aapt_deploy[cuda]'"
+        ) from None
     try:
         return Device(driver)
     except RuntimeError as error:  # the library is found at the first call
-        raise MachineError(f"no NVIDIA driver: {str(error).splitlines()[0]}", f"install the driver; {HINT}") from None
+        raise MachineError(
+            f"no NVIDIA driver: {str(error).splitlines()[0]}", f"install the driver; {HINT}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,22 @@ class Device:
         self._driver = driver
         self.call(driver.cuInit, 0)
         if not self.call(driver.cuDeviceGetCount):
-            raise MachineError("the NVIDIA driver sees no GPU", "look at nvidia-smi and at CUDA_VISIBLE_DEVICES")
+            raise MachineError(
+                "the NVIDIA driver sees no GPU", "look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
+            )
         self._device = self.call(driver.cuDeviceGet, 0)
         self.name = self.call(driver.cuDeviceGetName, 128, self._device).rstrip(b"\0").decode()
         attribute = driver.CUdevice_attribute
-        major = self.call(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._device)
-        minor = self.call(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._device)
+        major = self.call(
+            driver.cuDeviceGetAttribute,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            self._device,
+        )
+        minor = self.call(
+            driver.cuDeviceGetAttribute,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            self._device,
+        )
         self.sm = 10 * int(major) + int(minor)
         self._context = self.call(driver.cuDevicePrimaryCtxRetain, self._device)
         self._undo: list[Callable[[], object]] = []
@@ -163,7 +179,9 @@ class Device:
         self.sealed = True
 
     def _refuse_if_sealed(self, what: str) -> None:
-        assert not self.sealed, f"{what} asked of a device that is sealed: everything must be made before the first step"
+        assert not self.sealed, (
+            f"{what} asked of a device that is sealed: everything must be made before the first step"
+        )
 
     def close(self) -> None:
         """Wait for whoever works on a stream, then take everything back. A second call does nothing."""
@@ -173,8 +191,14 @@ class Device:
             if self.closed:
                 return
             self.closed = True
-            for action in (self.use, *(stream.wait for stream in self._streams), *reversed(self._undo)):
-                with contextlib.suppress(MachineError):  # a GPU that has failed refuses everything; why was told when it did
+            for action in (
+                self.use,
+                *(stream.wait for stream in self._streams),
+                *reversed(self._undo),
+            ):
+                with contextlib.suppress(
+                    MachineError
+                ):  # a GPU that has failed refuses everything; why was told when it did
                     action()
             self._undo.clear()
 
@@ -184,9 +208,13 @@ class Stream:
 
     def __init__(self, device: Device, driver: Any) -> None:
         self._device, self._driver = device, driver
-        self._stream = device.call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
+        self._stream = device.call(
+            driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
+        )
         device.undo(lambda: device.call(driver.cuStreamDestroy, self._stream))
-        self._done = device.call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value)
+        self._done = device.call(
+            driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value
+        )
         device.undo(lambda: device.call(driver.cuEventDestroy, self._done))
         self.handle = int(self._stream)
         self.lock = threading.Lock()
@@ -203,12 +231,16 @@ class Stream:
     def upload(self, address: int, array: np.ndarray) -> None:
         """Host -> device. The array must stay as it is until `wait`."""
         assert array.flags.c_contiguous, f"{array.strides=}"
-        self._device.call(self._driver.cuMemcpyHtoDAsync, address, array.ctypes.data, array.nbytes, self._stream)
+        self._device.call(
+            self._driver.cuMemcpyHtoDAsync, address, array.ctypes.data, array.nbytes, self._stream
+        )
 
     def download(self, array: np.ndarray, address: int) -> None:
         """Device -> host. The array holds the answer after `wait`."""
         assert array.flags.c_contiguous, f"{array.strides=}"
-        self._device.call(self._driver.cuMemcpyDtoHAsync, array.ctypes.data, address, array.nbytes, self._stream)
+        self._device.call(
+            self._driver.cuMemcpyDtoHAsync, array.ctypes.data, address, array.nbytes, self._stream
+        )
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Device -> device."""
@@ -224,7 +256,10 @@ class Stream:
         while (answer := self._driver.cuEventQuery(self._done)[0]) == results.CUDA_ERROR_NOT_READY:
             time.sleep(POLL_S)
         if answer != results.CUDA_SUCCESS:
-            raise MachineError(f"the GPU stopped with {answer.name}", "run again; if it stays, report it with what aapt doctor shows")
+            raise MachineError(
+                f"the GPU stopped with {answer.name}",
+                "run again; if it stays, report it with what aapt doctor shows",
+            )
 
     def prepare(self, work: Callable[[], None], captured: bool = True) -> Callable[[], None]:
         """`work`, which queues things on this stream, as something to be repeated: captured into a graph, or as it is.
@@ -237,11 +272,17 @@ class Stream:
         if not captured:
             return work
         driver, call = self._driver, self._device.call
-        call(driver.cuStreamBeginCapture, self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        call(
+            driver.cuStreamBeginCapture,
+            self._stream,
+            driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
+        )
         try:
             work()
         except BaseException:
-            driver.cuStreamEndCapture(self._stream)  # or nothing could be queued any more; its answer is that the capture failed
+            driver.cuStreamEndCapture(
+                self._stream
+            )  # or nothing could be queued any more; its answer is that the capture failed
             raise
         graph = call(driver.cuStreamEndCapture, self._stream)
         ready = call(driver.cuGraphInstantiate, graph, 0)

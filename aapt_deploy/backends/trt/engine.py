@@ -24,7 +24,14 @@ import numpy as np
 from aapt_deploy.backends.trt import plan_file
 from aapt_deploy.backends.trt.cuda import Device, Stream, with_driver
 from aapt_deploy.backends.trt.plan_file import AGAIN, Receipt, join
-from aapt_deploy.backends.trt.state import CacheLayer, HopperTiles, Launch, StagingBuffer, TokenMajor, size_of
+from aapt_deploy.backends.trt.state import (
+    CacheLayer,
+    HopperTiles,
+    Launch,
+    StagingBuffer,
+    TokenMajor,
+    size_of,
+)
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec
 from aapt_deploy.errors import BundleError
@@ -46,21 +53,43 @@ PLUGINS = ("python", "aot", "native")
 class TrtEngine:
     """One graph without blocks: encoder, prompt or decoder."""
 
-    def __init__(self, plan: "Plan", signature: GraphSignature, device: Device, stream: Stream, captured: bool) -> None:
+    def __init__(
+        self,
+        plan: "Plan",
+        signature: GraphSignature,
+        device: Device,
+        stream: Stream,
+        captured: bool,
+    ) -> None:
         given = {tensor.name: tensor for tensor in plan.tensors}
         self.stream, self.context = stream, plan.context()
         self.inputs = StagingBuffer(device, [given[spec.name] for spec in signature.inputs])
         self.outputs = StagingBuffer(device, [given[spec.name] for spec in signature.outputs])
         # State is read from one set and written to the other; with no state one graph is enough.
         self.sizes = {spec.name: size_of(given[spec.name]) for spec in signature.state}
-        self.state = [{name: device.memory(size) for name, size in self.sizes.items()} for _ in range(2 if self.sizes else 1)]
-        self.raw = signature.name == "prompt"  # its only reader, the generator, takes the plan's own types
+        self.state = [
+            {name: device.memory(size) for name, size in self.sizes.items()}
+            for _ in range(2 if self.sizes else 1)
+        ]
+        self.raw = (
+            signature.name == "prompt"
+        )  # its only reader, the generator, takes the plan's own types
         self.reset()
-        self.steps = [self._prepare(self.state[i], self.state[i - 1], captured) for i in range(len(self.state))]
+        self.steps = [
+            self._prepare(self.state[i], self.state[i - 1], captured)
+            for i in range(len(self.state))
+        ]
         self.reset()
 
-    def _prepare(self, read: dict[str, int], write: dict[str, int], captured: bool) -> Callable[[], None]:
-        addresses = self.inputs.addresses | self.outputs.addresses | read | {name + NEXT: address for name, address in write.items()}
+    def _prepare(
+        self, read: dict[str, int], write: dict[str, int], captured: bool
+    ) -> Callable[[], None]:
+        addresses = (
+            self.inputs.addresses
+            | self.outputs.addresses
+            | read
+            | {name + NEXT: address for name, address in write.items()}
+        )
 
         def bind() -> None:
             for name, address in addresses.items():
@@ -101,16 +130,33 @@ class TrtEngine:
 class TrtGenerator:
     """The generator and its caches."""
 
-    def __init__(self, plan: "Plan", signature: GraphSignature, profile: Profile, device: Device, stream: Stream, options: "RunOptions") -> None:
+    def __init__(
+        self,
+        plan: "Plan",
+        signature: GraphSignature,
+        profile: Profile,
+        device: Device,
+        stream: Stream,
+        options: "RunOptions",
+    ) -> None:
         given = {tensor.name: tensor for tensor in plan.tensors}
-        self.profile, self.ring, self.stream, self.context = profile, Ring.of(profile), stream, plan.context()
+        self.profile, self.ring, self.stream, self.context = (
+            profile,
+            Ring.of(profile),
+            stream,
+            plan.context(),
+        )
         self.inputs = StagingBuffer(device, [given[spec.name] for spec in signature.inputs])
         self.clean = StagingBuffer(device, [given["clean"]])
-        kept = [spec.name for spec in (*signature.state, *signature.outputs) if spec.name != "clean"]
+        kept = [
+            spec.name for spec in (*signature.state, *signature.outputs) if spec.name != "clean"
+        ]
         self.sizes = {name: size_of(given[name]) for name in kept}
         self.held = {name: device.memory(size) for name, size in self.sizes.items()}
         names = (layer_names(prefix, profile) for prefix in CacheLayer._fields)
-        self.layers = [CacheLayer(*(self.held[name] for name in layer)) for layer in zip(*names, strict=True)]
+        self.layers = [
+            CacheLayer(*(self.held[name] for name in layer)) for layer in zip(*names, strict=True)
+        ]
         self.reset()  # before the first run: whatever lay there might be no number
         for name, address in (self.inputs.addresses | self.clean.addresses | self.held).items():
             self.context.bind(name, address)
@@ -118,9 +164,19 @@ class TrtGenerator:
         cache = given[signature.state[0].name]
         if len(cache.shape) == 4:
             row = size_of(cache) // self.ring.tokens
-            self.cache: TokenMajor | HopperTiles = TokenMajor(stream, self.layers, cache.dtype, row, self.ring.frame_tokens)
+            self.cache: TokenMajor | HopperTiles = TokenMajor(
+                stream, self.layers, cache.dtype, row, self.ring.frame_tokens
+            )
         else:
-            self.cache = HopperTiles(device, stream, options.launch(profile.head_dim), self.layers, options.scales, self.ring, options.captured)
+            self.cache = HopperTiles(
+                device,
+                stream,
+                options.launch(profile.head_dim),
+                self.layers,
+                options.scales,
+                self.ring,
+                options.captured,
+            )
         self.reset()
 
     def _step(self) -> None:
@@ -172,7 +228,14 @@ class TrtEngines:
     backend = BACKEND
     overlapped = True
 
-    def __init__(self, profile: Profile, plans: "Mapping[str, Plan]", device: Device, precision: str, options: RunOptions) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        plans: "Mapping[str, Plan]",
+        device: Device,
+        precision: str,
+        options: RunOptions,
+    ) -> None:
         """Raises BundleError when a plan's tensors are not the profile's, MachineError when the GPU is full. `device` is closed then, too."""
         self.precision, self.device, self.plans = precision, device, dict(plans)
         self.engines: dict[str, TrtEngine | TrtGenerator] = {}
@@ -181,10 +244,14 @@ class TrtEngines:
             for name, signature in signatures(profile).items():
                 check_tensors(name, self.plans[name].tensors, signature, profile)
                 if name == "generator":
-                    self.engines[name] = TrtGenerator(self.plans[name], signature, profile, device, main, options)
+                    self.engines[name] = TrtGenerator(
+                        self.plans[name], signature, profile, device, main, options
+                    )
                 else:
                     stream = beside if name == "decoder" else main
-                    self.engines[name] = TrtEngine(self.plans[name], signature, device, stream, options.captured)
+                    self.engines[name] = TrtEngine(
+                        self.plans[name], signature, device, stream, options.captured
+                    )
             device.seal()
         except BaseException:
             self.close()
@@ -208,11 +275,16 @@ class TrtEngines:
         for name in ("generator", "decoder"):
             engine = self.engines[name]
             with engine.stream.mine():
-                found[name] = join(self.plans[name].layers(), engine.context.timed(engine.stream.handle, engine.stream.wait, runs))
+                found[name] = join(
+                    self.plans[name].layers(),
+                    engine.context.timed(engine.stream.handle, engine.stream.wait, runs),
+                )
         return found
 
 
-def check_tensors(graph: str, tensors: "Sequence[Tensor]", signature: GraphSignature, profile: Profile) -> None:
+def check_tensors(
+    graph: str, tensors: "Sequence[Tensor]", signature: GraphSignature, profile: Profile
+) -> None:
     """Insist that a plan reads and writes what the profile's graph does. Raises BundleError naming every tensor that does not fit."""
     given = {tensor.name: tensor for tensor in tensors}
     wanted: dict[str, tuple[TensorSpec, bool]] = {}
@@ -222,25 +294,42 @@ def check_tensors(graph: str, tensors: "Sequence[Tensor]", signature: GraphSigna
         wanted[spec.name] = (spec, False)
     if graph != "generator":
         wanted |= {spec.name + NEXT: (spec, False) for spec in signature.state}
-    wrong = [f"no {name}" for name in wanted.keys() - given.keys()] + [f"unknown {name}" for name in given.keys() - wanted.keys()]
+    wrong = [f"no {name}" for name in wanted.keys() - given.keys()] + [
+        f"unknown {name}" for name in given.keys() - wanted.keys()
+    ]
     for name in sorted(wanted.keys() & given.keys()):
         spec, is_input = wanted[name]
         found = given[name]
-        cached = graph == "generator" and name.startswith(("k_cache", "v_cache", "k_block", "v_block"))
-        fits = (found.dtype in FITTING[spec.dtype] and tuple(found.shape) == spec.shape) or (cached and _is_tiled(found, spec, profile))
+        cached = graph == "generator" and name.startswith(
+            ("k_cache", "v_cache", "k_block", "v_block")
+        )
+        fits = (found.dtype in FITTING[spec.dtype] and tuple(found.shape) == spec.shape) or (
+            cached and _is_tiled(found, spec, profile)
+        )
         if found.is_input is not is_input or not fits:
-            wrong.append(f"{name} is {found.dtype} {list(found.shape)}, not {spec.dtype} {list(spec.shape)}")
-    if graph == "generator" and len({given[spec.name].dtype for spec in signature.state if spec.name in given}) > 1:
+            wrong.append(
+                f"{name} is {found.dtype} {list(found.shape)}, not {spec.dtype} {list(spec.shape)}"
+            )
+    if (
+        graph == "generator"
+        and len({given[spec.name].dtype for spec in signature.state if spec.name in given}) > 1
+    ):
         wrong.append("caches of different types")
     if wrong:
-        raise BundleError(f"the plan of {graph} does not fit profile {profile.name}: {'; '.join(sorted(wrong))}", AGAIN)
+        raise BundleError(
+            f"the plan of {graph} does not fit profile {profile.name}: {'; '.join(sorted(wrong))}",
+            AGAIN,
+        )
 
 
 def _is_tiled(found: "Tensor", spec: TensorSpec, profile: Profile) -> bool:
     if profile.head_dim not in hopper_fp8.HEAD_DIMS:
         return False
     *outer, tile = hopper_fp8.image_shape(profile.model.heads, spec.shape[1], profile.head_dim)
-    return (found.dtype, tuple(found.shape)) in (("FP8", (*outer, tile)), ("INT32", (*outer, tile // 4)))
+    return (found.dtype, tuple(found.shape)) in (
+        ("FP8", (*outer, tile)),
+        ("INT32", (*outer, tile // 4)),
+    )
 
 
 # Opening
@@ -260,15 +349,32 @@ class Entry:
     def of(cls, bundle: Bundle, precision: str) -> "Entry":
         """Raises BundleError when it is not whole."""
         raw = bundle.engines[f"{BACKEND}-{precision}"]
-        files, receipts, wanted = raw.get("graphs"), raw.get("receipts"), signatures(bundle.profile).keys()
+        files, receipts, wanted = (
+            raw.get("graphs"),
+            raw.get("receipts"),
+            signatures(bundle.profile).keys(),
+        )
         plugin, scales, captured = raw.get("plugin"), raw.get("scales"), raw.get("cuda_graph", True)
-        named = isinstance(files, dict) and isinstance(receipts, dict) and files.keys() == receipts.keys() == wanted
+        named = (
+            isinstance(files, dict)
+            and isinstance(receipts, dict)
+            and files.keys() == receipts.keys() == wanted
+        )
         if not (
             named and files and receipts and all(isinstance(file, str) for file in files.values())
             and plugin in PLUGINS and isinstance(scales, str | None) and isinstance(captured, bool)
         ):  # fmt: skip
-            raise BundleError(f"bundle {bundle.path}: what its manifest says of its {BACKEND} engine in {precision} is not whole", AGAIN)
-        return cls(files, {name: Receipt.of(receipts[name], files[name]) for name in files}, str(plugin), scales, captured)
+            raise BundleError(
+                f"bundle {bundle.path}: what its manifest says of its {BACKEND} engine in {precision} is not whole",
+                AGAIN,
+            )
+        return cls(
+            files,
+            {name: Receipt.of(receipts[name], files[name]) for name in files},
+            str(plugin),
+            scales,
+            captured,
+        )
 
 
 def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
@@ -286,7 +392,12 @@ def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
         version = api.version()
         for name, receipt in entry.receipts.items():
             here = device.gpu(version, kernels.source_hash() if receipt.kernels else "")
-            plan_file.check(receipt, here, plan_file.graph_sha256(bundle.manifest["files"], name), entry.graphs[name])
+            plan_file.check(
+                receipt,
+                here,
+                plan_file.graph_sha256(bundle.manifest["files"], name),
+                entry.graphs[name],
+            )
         files = {name: bundle.checked(file) for name, file in entry.graphs.items()}
         caches = _scales(bundle, entry.scales) if entry.scales else []
         if entry.plugin == "python":

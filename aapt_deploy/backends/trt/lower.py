@@ -37,11 +37,20 @@ class Lowered:
     path: Path
     plugin_layers: int  # that the parsed network and the plan must have
     attention_layers: int  # nodes of TensorRT's own attention
-    fp8_products: dict[str, list[str]]  # quantised products by what they read; a plan has an FP8 layer for each entry at least
+    fp8_products: dict[
+        str, list[str]
+    ]  # quantised products by what they read; a plan has an FP8 layer for each entry at least
     products: int  # all of them
 
 
-def lower(bundle: Bundle, graph: str, precision: str, choice: Choice, scales: list[hopper_fp8.Scales] | None, folder: Path) -> Lowered:
+def lower(
+    bundle: Bundle,
+    graph: str,
+    precision: str,
+    choice: Choice,
+    scales: list[hopper_fp8.Scales] | None,
+    folder: Path,
+) -> Lowered:
     """Write `graph` into `folder`, in the types of `precision` and, for the generator, the form of `choice`.
 
     `scales` are the generator's, one a layer; only the forms with our kernels read them. Raises BundleError when the graph is damaged, keeps
@@ -56,13 +65,16 @@ def lower(bundle: Bundle, graph: str, precision: str, choice: Choice, scales: li
     if graph == "generator":
         if nodes != bundle.profile.model.depth:
             raise BundleError(
-                f"{source} has {nodes} attention layers, the profile {bundle.profile.model.depth}", "export the checkpoint again with this version"
+                f"{source} has {nodes} attention layers, the profile {bundle.profile.model.depth}",
+                "export the checkpoint again with this version",
             )
         model = _attention(model, Ring.of(bundle.profile), precision, choice, scales)
     if precision != "fp32":
         model = products_in_bf16(model)
     if graph == "prompt" and precision != "fp32":
-        names = [name for kind in ("text_k", "text_v") for name in layer_names(kind, bundle.profile)]
+        names = [
+            name for kind in ("text_k", "text_v") for name in layer_names(kind, bundle.profile)
+        ]
         model = outputs_in_bf16(model, names)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.name
@@ -78,9 +90,17 @@ def lower(bundle: Bundle, graph: str, precision: str, choice: Choice, scales: li
     )
 
 
-def _attention(model: onnx.ModelProto, ring: Ring, precision: str, choice: Choice, scales: list[hopper_fp8.Scales] | None) -> onnx.ModelProto:
+def _attention(
+    model: onnx.ModelProto,
+    ring: Ring,
+    precision: str,
+    choice: Choice,
+    scales: list[hopper_fp8.Scales] | None,
+) -> onnx.ModelProto:
     if choice.form == NATIVE:
-        return lower_attention.lower_native(model, ring, TensorProto.FLOAT if precision == "fp32" else TensorProto.BFLOAT16)
+        return lower_attention.lower_native(
+            model, ring, TensorProto.FLOAT if precision == "fp32" else TensorProto.BFLOAT16
+        )
     assert scales is not None, f"{choice.form} reads scales"
     lowered = lower_attention.lower_for_plugin(model, ring, scales, packed=choice.packed)
     return lower_attention.split_for_aot(lowered) if choice.form == AOT else lowered
@@ -115,13 +135,20 @@ def products_in_bf16(model: ModelProto) -> ModelProto:
             continue
         for index, name in enumerate(node.input):
             if name and name not in casts:
-                casts[name] = helper.make_node("Cast", [name], [f"{name}.bf16"], f"{name}.to_bf16", to=TensorProto.BFLOAT16)
+                casts[name] = helper.make_node(
+                    "Cast", [name], [f"{name}.bf16"], f"{name}.to_bf16", to=TensorProto.BFLOAT16
+                )
                 nodes.append(casts[name])
             if name:
                 node.input[index] = f"{name}.bf16"
         out = node.output[0]
         node.output[0] = f"{out}.in_bf16"
-        nodes += [node, helper.make_node("Cast", [node.output[0]], [out], f"{out}.from_bf16", to=TensorProto.FLOAT)]
+        nodes += [
+            node,
+            helper.make_node(
+                "Cast", [node.output[0]], [out], f"{out}.from_bf16", to=TensorProto.FLOAT
+            ),
+        ]
     del graph.node[:]
     graph.node.extend(nodes)
     return lowered
@@ -143,7 +170,11 @@ def fp8_products(model: ModelProto) -> dict[str, list[str]]:
     made = {name: node for node in model.graph.node for name in node.output}
     found: dict[str, list[str]] = {}
     for node in model.graph.node:
-        activations = [dq for name in node.input[:1] if node.op_type in PRODUCTS and (dq := dequantised(name, made))]
+        activations = [
+            dq
+            for name in node.input[:1]
+            if node.op_type in PRODUCTS and (dq := dequantised(name, made))
+        ]
         for dq in activations:
             quantise = made.get(dq.input[0])
             source = quantise.input[0] if quantise is not None else dq.input[0]
@@ -166,8 +197,15 @@ def outputs_in_bf16(model: ModelProto, names: Sequence[str]) -> ModelProto:
     kept: list[ValueInfoProto] = []
     for value in graph.output:
         shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        kept.append(helper.make_tensor_value_info(value.name, TensorProto.BFLOAT16, shape) if value.name in renamed else value)
+        kept.append(
+            helper.make_tensor_value_info(value.name, TensorProto.BFLOAT16, shape)
+            if value.name in renamed
+            else value
+        )
     del graph.output[:]
     graph.output.extend(kept)
-    graph.node.extend(helper.make_node("Cast", [old], [name], f"{name}.to_bf16", to=TensorProto.BFLOAT16) for name, old in renamed.items())
+    graph.node.extend(
+        helper.make_node("Cast", [old], [name], f"{name}.to_bf16", to=TensorProto.BFLOAT16)
+        for name, old in renamed.items()
+    )
     return lowered

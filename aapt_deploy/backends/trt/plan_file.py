@@ -44,7 +44,9 @@ class PlanLayer:
     @property
     def is_attention(self) -> bool:
         """TensorRT's own fused attention, by what its kernels and layers are called."""
-        return not self.is_plugin and any(word in f"{self.kind} {self.tactic}".lower() for word in ATTENTION_WORDS)
+        return not self.is_plugin and any(
+            word in f"{self.kind} {self.tactic}".lower() for word in ATTENTION_WORDS
+        )
 
     @property
     def reads_fp8(self) -> bool:
@@ -70,7 +72,15 @@ def join(layers: list[PlanLayer], times_ms: dict[str, list[float]]) -> list[Laye
     rows = []
     for name, ms in sorted(middle.items(), key=lambda item: -item[1]):
         layer = known.get(name)
-        rows.append(LayerTime(name, layer.kind if layer else "", layer.tactic if layer else "", round(ms, 4), round(ms / total, 4)))
+        rows.append(
+            LayerTime(
+                name,
+                layer.kind if layer else "",
+                layer.tactic if layer else "",
+                round(ms, 4),
+                round(ms / total, 4),
+            )
+        )
     return rows
 
 
@@ -82,12 +92,19 @@ def read_layers(text: str) -> list[PlanLayer]:
             raise ValueError("only names")
         return [_layer(layer) for layer in layers]
     except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"TensorRT does not describe the plan's layers: {error}", "build the engine again: aapt build-engine") from None
+        raise BundleError(
+            f"TensorRT does not describe the plan's layers: {error}",
+            "build the engine again: aapt build-engine",
+        ) from None
 
 
 def _layer(raw: dict[str, Any]) -> PlanLayer:
-    inputs, outputs = (tuple(_dtype(tensor) for tensor in raw.get(side, ())) for side in ("Inputs", "Outputs"))
-    return PlanLayer(str(raw["Name"]), str(raw["LayerType"]), str(raw.get("TacticName", "")), inputs, outputs)
+    inputs, outputs = (
+        tuple(_dtype(tensor) for tensor in raw.get(side, ())) for side in ("Inputs", "Outputs")
+    )
+    return PlanLayer(
+        str(raw["Name"]), str(raw["LayerType"]), str(raw.get("TacticName", "")), inputs, outputs
+    )
 
 
 def _dtype(tensor: dict[str, Any]) -> str:
@@ -103,7 +120,11 @@ def audit(layers: list[PlanLayer], plugin_layers: int, fp8_layers: int = 0) -> A
     working = [layer for layer in layers if not (layer.is_plugin or layer.is_reformat)]
     fp8 = [layer for layer in working if layer.reads_fp8]
     if len(plugins) != plugin_layers:
-        others = ", ".join(layer.name for layer in working if "attention" in layer.name.lower() or "softmax" in layer.name.lower())
+        others = ", ".join(
+            layer.name
+            for layer in working
+            if "attention" in layer.name.lower() or "softmax" in layer.name.lower()
+        )
         raise ParityError(
             f"the plan runs our attention kernel in {len(plugins)} layers instead of {plugin_layers}; attention elsewhere: {others or 'none found'}",
             "build the engine again; if it stays, report it with the versions that aapt doctor shows",
@@ -111,14 +132,23 @@ def audit(layers: list[PlanLayer], plugin_layers: int, fp8_layers: int = 0) -> A
     if len(fp8) < fp8_layers:
         names = ", ".join(layer.name for layer in working if not layer.reads_fp8 and layer.tactic)
         raise ParityError(
-            f"the plan computes {len(fp8)} layers in FP8 instead of {fp8_layers}; not in FP8: {_first(names)}", "export again with --precision fp8"
+            f"the plan computes {len(fp8)} layers in FP8 instead of {fp8_layers}; not in FP8: {_first(names)}",
+            "export again with --precision fp8",
         )
-    return Audit(len(layers), len(plugins), len(fp8), sum(layer.is_reformat for layer in layers), sum(layer.is_attention for layer in layers))
+    return Audit(
+        len(layers),
+        len(plugins),
+        len(fp8),
+        sum(layer.is_reformat for layer in layers),
+        sum(layer.is_attention for layer in layers),
+    )
 
 
 def _first(names: str) -> str:
     parts = names.split(", ")
-    return ", ".join(parts[:SHOWN]) + (f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else "")
+    return ", ".join(parts[:SHOWN]) + (
+        f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    )
 
 
 @dataclass(frozen=True)
@@ -140,14 +170,24 @@ class Receipt:
     def of(cls, entry: Any, plan: str) -> "Receipt":
         """The receipt in a manifest's entry. Raises BundleError when it is not whole."""
         wanted = {field.name: field.type for field in fields(cls)}
-        if not isinstance(entry, dict) or entry.keys() != wanted.keys() or any(type(entry[name]) is not kind for name, kind in wanted.items()):
-            raise BundleError(f"plan {plan} has no whole receipt", "build the engine again: aapt build-engine")
+        if (
+            not isinstance(entry, dict)
+            or entry.keys() != wanted.keys()
+            or any(type(entry[name]) is not kind for name, kind in wanted.items())
+        ):
+            raise BundleError(
+                f"plan {plan} has no whole receipt", "build the engine again: aapt build-engine"
+            )
         return cls(**entry)
 
 
 def graph_sha256(files: Mapping[str, Any], graph: str) -> str:
     """Hash of an exported graph by the manifest's `files`: of its structure and of the weights beside it; "" for a graph that is not there."""
-    parts = [str(files[name]["sha256"]) for name in (f"{graph}.onnx", f"{graph}.onnx.data") if name in files]
+    parts = [
+        str(files[name]["sha256"])
+        for name in (f"{graph}.onnx", f"{graph}.onnx.data")
+        if name in files
+    ]
     return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else "".join(parts)
 
 
@@ -157,12 +197,22 @@ def check(receipt: Receipt, here: Gpu, graph_sha256: str, plan: str) -> None:
     Raises MachineError for a foreign GPU or TensorRT, BundleError for a plan that is older than its graph or our kernels.
     """
     if receipt.sm != here.sm:
-        raise MachineError(f"plan {plan} was built for SM {receipt.sm} ({receipt.gpu}); this GPU is SM {here.sm}", AGAIN)
+        raise MachineError(
+            f"plan {plan} was built for SM {receipt.sm} ({receipt.gpu}); this GPU is SM {here.sm}",
+            AGAIN,
+        )
     if receipt.tensorrt != here.tensorrt:
         raise MachineError(
-            f"plan {plan} was built with TensorRT {receipt.tensorrt}; here is {here.tensorrt}", f"{AGAIN}, or install tensorrt=={receipt.tensorrt}"
+            f"plan {plan} was built with TensorRT {receipt.tensorrt}; here is {here.tensorrt}",
+            f"{AGAIN}, or install tensorrt=={receipt.tensorrt}",
         )
     if receipt.kernels != here.kernels:
-        raise BundleError(f"plan {plan} was built with kernels {receipt.kernels[:12]}; this aapt_deploy has {here.kernels[:12]}", AGAIN)
+        raise BundleError(
+            f"plan {plan} was built with kernels {receipt.kernels[:12]}; this aapt_deploy has {here.kernels[:12]}",
+            AGAIN,
+        )
     if receipt.graph_sha256 != graph_sha256:
-        raise BundleError(f"plan {plan} was built from another graph ({receipt.graph_sha256[:12]} instead of {graph_sha256[:12]})", AGAIN)
+        raise BundleError(
+            f"plan {plan} was built from another graph ({receipt.graph_sha256[:12]} instead of {graph_sha256[:12]})",
+            AGAIN,
+        )

@@ -24,7 +24,9 @@ STORED = {  # TensorRT's type -> as which NumPy holds it; BF16 as its bits
     "FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "FP8": np.uint8, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8,
 }  # fmt: skip
 
-Launch = Callable[[str, Sequence[int], Sequence[int], Sequence[int], int], None]  # a kernels.Kernels
+Launch = Callable[
+    [str, Sequence[int], Sequence[int], Sequence[int], int], None
+]  # a kernels.Kernels
 
 
 def to_bf16(values: Any) -> np.ndarray:
@@ -52,9 +54,14 @@ class StagingBuffer:
             offsets.append(size)
             size += -(-size_of(tensor) // ALIGNMENT) * ALIGNMENT
         self.host, self.address = device.pinned((size,), np.uint8), device.memory(size)
-        self.addresses = {tensor.name: self.address + offset for tensor, offset in zip(tensors, offsets, strict=True)}
+        self.addresses = {
+            tensor.name: self.address + offset
+            for tensor, offset in zip(tensors, offsets, strict=True)
+        }
         self.arrays = {
-            tensor.name: self.host[offset : offset + size_of(tensor)].view(STORED[tensor.dtype]).reshape(tensor.shape)
+            tensor.name: self.host[offset : offset + size_of(tensor)]
+            .view(STORED[tensor.dtype])
+            .reshape(tensor.shape)
             for tensor, offset in zip(tensors, offsets, strict=True)
         }
 
@@ -86,8 +93,16 @@ class CacheLayer(NamedTuple):
 class TokenMajor:
     """Caches [1, S, H, D] in the plan's own type: blocks and text are runs of rows, moved by copies."""
 
-    def __init__(self, stream: Stream, layers: list[CacheLayer], kind: str, row_bytes: int, tokens: int) -> None:
-        self.stream, self.layers, self.kind, self.row_bytes, self.tokens = stream, layers, kind, row_bytes, tokens
+    def __init__(
+        self, stream: Stream, layers: list[CacheLayer], kind: str, row_bytes: int, tokens: int
+    ) -> None:
+        self.stream, self.layers, self.kind, self.row_bytes, self.tokens = (
+            stream,
+            layers,
+            kind,
+            row_bytes,
+            tokens,
+        )
 
     def commit(self, slot: int) -> None:
         for layer in self.layers:
@@ -105,19 +120,37 @@ class HopperTiles:
     """Caches of e4m3 tiles, moved by our kernels. The block's slot lies in device memory, so that one captured graph commits to every place."""
 
     def __init__(
-        self, device: Device, stream: Stream, launch: Launch, layers: list[CacheLayer], scales: list[hopper_fp8.Scales], ring: Ring, captured: bool
+        self,
+        device: Device,
+        stream: Stream,
+        launch: Launch,
+        layers: list[CacheLayer],
+        scales: list[hopper_fp8.Scales],
+        ring: Ring,
+        captured: bool,
     ) -> None:
         assert len(scales) == len(layers), f"{len(scales)=} {len(layers)=}"
-        self.stream, self.launch, self.layers, self.tokens, self.text = stream, launch, layers, ring.frame_tokens, ring.text_tokens
+        self.stream, self.launch, self.layers, self.tokens, self.text = (
+            stream,
+            launch,
+            layers,
+            ring.frame_tokens,
+            ring.text_tokens,
+        )
         self.heads, head_dim = scales[0].k_mean.shape
         self.cache_tiles = hopper_fp8.tiles(ring.tokens)
         self.slot, self.slot_address = device.pinned((1,), np.int32), device.memory(ALIGNMENT)
         if self.text:
             self.front = device.memory(ALIGNMENT)  # text begins at token 0
-            self.values = [device.memory(2 * self.text * self.heads * head_dim) for _ in range(2)]  # k, v in bf16
+            self.values = [
+                device.memory(2 * self.text * self.heads * head_dim) for _ in range(2)
+            ]  # k, v in bf16
             image = math.prod(hopper_fp8.image_shape(self.heads, self.text, head_dim))
             self.images = [device.memory(image) for _ in range(2)]
-            self.scales = [[self._constant(device, array) for array in (s.k_scale, s.k_mean, s.v_scale)] for s in scales]
+            self.scales = [
+                [self._constant(device, array) for array in (s.k_scale, s.k_mean, s.v_scale)]
+                for s in scales
+            ]
             stream.zero(self.front, ALIGNMENT)
         self.committing = stream.prepare(self._commit, captured)
 
@@ -135,10 +168,18 @@ class HopperTiles:
 
     def _move(self, images: Sequence[int], slot: int, tokens: int, layer: CacheLayer) -> None:
         numbers = (tokens, self.heads, self.cache_tiles)
-        self.launch("aapt_commit", (*images, slot), numbers, (layer.k_cache, layer.v_cache), self.stream.handle)
+        self.launch(
+            "aapt_commit",
+            (*images, slot),
+            numbers,
+            (layer.k_cache, layer.v_cache),
+            self.stream.handle,
+        )
 
     def commit(self, slot: int) -> None:
-        self.slot[0] = slot  # free to change: every pass ends with a wait, and this is the first commit since
+        self.slot[0] = (
+            slot  # free to change: every pass ends with a wait, and this is the first commit since
+        )
         self.committing()
 
     def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
@@ -147,7 +188,13 @@ class HopperTiles:
         for address, values in zip(self.values, stored, strict=True):
             self.stream.upload(address, values)
         k_scale, k_mean, v_scale = self.scales[self.layers.index(layer)]
-        self.launch("aapt_pack", (*self.values, k_scale, k_mean, v_scale), (self.text, self.heads), self.images, self.stream.handle)
+        self.launch(
+            "aapt_pack",
+            (*self.values, k_scale, k_mean, v_scale),
+            (self.text, self.heads),
+            self.images,
+            self.stream.handle,
+        )
         self._move(self.images, self.front, self.text, layer)
         self.stream.wait()  # before what was converted goes away
 

@@ -83,12 +83,20 @@ class Ring:
 
     def __post_init__(self) -> None:
         assert self.text_tokens >= 0 and self.sink_frames >= 0, f"{self} has a negative length"
-        assert self.frame_tokens > 0 and self.window_frames > 0, f"{self} has an empty block or window"
+        assert self.frame_tokens > 0 and self.window_frames > 0, (
+            f"{self} has an empty block or window"
+        )
 
     @classmethod
     def of(cls, profile: Profile, in_place: bool = False) -> "Ring":
         """The ring that `profile` asks for."""
-        return cls(profile.text.tokens, profile.frame_tokens, profile.window.sink_frames, profile.window.frames, in_place)
+        return cls(
+            profile.text.tokens,
+            profile.frame_tokens,
+            profile.window.sink_frames,
+            profile.window.frames,
+            in_place,
+        )
 
     def with_in_place(self, in_place: bool) -> "Ring":
         """The same ring in the other form (or in this one)."""
@@ -111,7 +119,9 @@ class Ring:
         frame = block if past_ring < 0 else self.sink_frames + past_ring % self.ring_frames
         cached_frames = min(block, self.sink_frames + self.window_frames)
         cache_len = self.text_tokens + cached_frames * self.frame_tokens
-        return Place(self.text_tokens + frame * self.frame_tokens, cache_len, cache_len + self.frame_tokens)
+        return Place(
+            self.text_tokens + frame * self.frame_tokens, cache_len, cache_len + self.frame_tokens
+        )
 
     def visible(self, block: int) -> list[int]:
         """Blocks that `block` attends to, ascending and itself included; a training mask is built from this."""

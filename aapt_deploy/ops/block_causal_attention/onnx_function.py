@@ -70,7 +70,10 @@ def strip(model: ModelProto) -> ModelProto:
     """`model` without local functions of this domain."""
     stripped = ModelProto()
     stripped.CopyFrom(model)
-    replace(stripped.functions, [function for function in stripped.functions if function.domain != DOMAIN])
+    replace(
+        stripped.functions,
+        [function for function in stripped.functions if function.domain != DOMAIN],
+    )
     return stripped
 
 
@@ -89,15 +92,24 @@ def check_interface(model: ModelProto, ours: list[NodeProto], ring: Ring) -> tup
             if block not in outputs or readers[block]:
                 _refuse(model, f"computes block {block!r}, which is not a graph output alone")
             if inputs[cache].elem_type != TensorProto.FLOAT:
-                _refuse(model, f"has cache {cache!r} of {TensorProto.DataType.Name(inputs[cache].elem_type)}; the in-place form is for FLOAT")
+                _refuse(
+                    model,
+                    f"has cache {cache!r} of {TensorProto.DataType.Name(inputs[cache].elem_type)}; the in-place form is for FLOAT",
+                )
             shapes.add(tuple(dim.dim_value for dim in inputs[cache].shape.dim))
     lengths = {node.input[5] for node in ours}
     if len(lengths) != 1 or not lengths <= inputs.keys() or readers[ours[0].input[5]] != len(ours):
-        _refuse(model, f"takes its cache length from {sorted(lengths)}, not from one graph input that serves only this")
+        _refuse(
+            model,
+            f"takes its cache length from {sorted(lengths)}, not from one graph input that serves only this",
+        )
     tokens = ring.with_in_place(False).tokens
     shape = min(shapes)
     if len(shapes) != 1 or len(shape) != 4 or shape[:2] != (1, tokens):
-        _refuse(model, f"has caches of shape {sorted(shapes)}; the profile's ring needs one shape [1, {tokens}, heads, head_dim]")
+        _refuse(
+            model,
+            f"has caches of shape {sorted(shapes)}; the profile's ring needs one shape [1, {tokens}, heads, head_dim]",
+        )
     return shape[2], shape[3]
 
 
@@ -108,7 +120,9 @@ def _require_opset(model: ModelProto) -> None:
 
 
 def _refuse(model: ModelProto, reason: str) -> NoReturn:
-    raise BundleError(f"graph {model.graph.name!r} {reason}", "export the checkpoint again with this version")
+    raise BundleError(
+        f"graph {model.graph.name!r} {reason}", "export the checkpoint again with this version"
+    )
 
 
 def is_ours(node: NodeProto) -> bool:

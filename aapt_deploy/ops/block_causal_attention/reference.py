@@ -18,10 +18,14 @@ def block_causal_attention(
 ) -> tuple[NDArray[np.float64], Array, Array]:
     """q, k, v [1, T, H, D], caches [1, S, H, D], cache_len [1] -> out [1, T, H, D] in float64, k_block and v_block in the caches' dtype."""
     assert q.shape == k.shape == v.shape, f"{q.shape=} {k.shape=} {v.shape=}"
-    assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == k.shape[2:], f"{k_cache.shape=} {v_cache.shape=} {k.shape=}"
+    assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == k.shape[2:], (
+        f"{k_cache.shape=} {v_cache.shape=} {k.shape=}"
+    )
     assert 0 <= cache_len[0] <= k_cache.shape[1], f"{cache_len=} {k_cache.shape=}"
     n = int(cache_len[0])
-    keys = np.concatenate([k_cache[:, :n].astype(np.float64), k.astype(np.float64)], axis=1)  # [1, n + T, H, D]
+    keys = np.concatenate(
+        [k_cache[:, :n].astype(np.float64), k.astype(np.float64)], axis=1
+    )  # [1, n + T, H, D]
     values = np.concatenate([v_cache[:, :n].astype(np.float64), v.astype(np.float64)], axis=1)
     scores = np.einsum("bqhd,bkhd->bhqk", q.astype(np.float64), keys) * softmax_scale(q.shape[-1])
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

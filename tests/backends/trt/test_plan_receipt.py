@@ -16,7 +16,9 @@ RECEIPT = Receipt("11.4.0.106", 90, "a" * 64, GRAPH, "13.0", "580.65", "NVIDIA H
 
 def test_the_machine_that_built_a_plan_runs_it() -> None:
     check(RECEIPT, HERE, GRAPH, "generator.plan")
-    check(dataclasses.replace(RECEIPT, driver="570.1", cuda="12.8"), HERE, GRAPH, "generator.plan")  # for the record only
+    check(
+        dataclasses.replace(RECEIPT, driver="570.1", cuda="12.8"), HERE, GRAPH, "generator.plan"
+    )  # for the record only
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,9 @@ def test_the_machine_that_built_a_plan_runs_it() -> None:
         ({"graph_sha256": "d" * 64}, BundleError, "another graph"),
     ],
 )  # fmt: skip
-def test_a_foreign_or_stale_plan_is_refused_with_the_fix(change: dict[str, Any], kind: type[AaptError], reason: str) -> None:
+def test_a_foreign_or_stale_plan_is_refused_with_the_fix(
+    change: dict[str, Any], kind: type[AaptError], reason: str
+) -> None:
     with pytest.raises(kind) as caught:
         check(dataclasses.replace(RECEIPT, **change), HERE, GRAPH, "generator.plan")
     assert reason in str(caught.value) and "aapt build-engine" in caught.value.hint

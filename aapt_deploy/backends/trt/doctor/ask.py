@@ -45,21 +45,32 @@ class Findings:
         return any(proof.name == receipts.NATIVE_BUILDS and proof.ok for proof in self.proofs)
 
 
-def examine(report: Callable[[str], None], names: Sequence[str] = receipts.PROBES, patience_s: float = PATIENCE_S) -> Findings:
+def examine(
+    report: Callable[[str], None],
+    names: Sequence[str] = receipts.PROBES,
+    patience_s: float = PATIENCE_S,
+) -> Findings:
     """Ask every question, one after the other, and keep the receipt.
 
     Raises MachineError where TensorRT, a driver or a GPU is missing, OutputError when the receipt cannot be written.
     """
     told, reason = _ask("here", LOOK_S)
     if told is None or "error" in told:
-        raise MachineError(str(told["error"]) if told else f"TensorRT cannot be looked at: {reason}", str(told["hint"]) if told else "aapt doctor")
+        raise MachineError(
+            str(told["error"]) if told else f"TensorRT cannot be looked at: {reason}",
+            str(told["hint"]) if told else "aapt doctor",
+        )
     here = Gpu(**told)
     found = []
     for name in names:
         report(f"{name} on {here.gpu}, TensorRT {here.tensorrt}")
         began = time.monotonic()
         told, reason = _ask(name, patience_s)
-        ok, said = (told.get("ok") is True, str(told.get("found", told.get("error", "")))) if told else (False, reason)
+        ok, said = (
+            (told.get("ok") is True, str(told.get("found", told.get("error", ""))))
+            if told
+            else (False, reason)
+        )
         found.append(Proof(name, ok, said, round(time.monotonic() - began, 1)))
     with writing(receipts.receipt_file(here), "set XDG_CACHE_HOME to a folder of yours"):
         return Findings(here, found, receipts.save(here, found))
@@ -68,7 +79,13 @@ def examine(report: Callable[[str], None], names: Sequence[str] = receipts.PROBE
 def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:
     """The answer of one process, or None and why there is none."""
     try:
-        done = subprocess.run([sys.executable, "-m", MODULE, name], capture_output=True, text=True, timeout=patience_s, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", MODULE, name],
+            capture_output=True,
+            text=True,
+            timeout=patience_s,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return None, f"no answer within {patience_s:.0f} s"
     try:
@@ -77,7 +94,10 @@ def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:
             return told, ""
     except (ValueError, IndexError):
         pass
-    last = next((line for line in reversed(done.stderr.strip().splitlines()) if line.strip()), "it said nothing")
+    last = next(
+        (line for line in reversed(done.stderr.strip().splitlines()) if line.strip()),
+        "it said nothing",
+    )
     if done.returncode < 0:
         return None, f"crashed with {signal.Signals(-done.returncode).name}: {last}"
     return None, f"ended with code {done.returncode}: {last}"

@@ -23,8 +23,13 @@ from aapt_deploy.errors import AaptError, ParityError
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 
 WORKSPACE_BYTES = 256 << 20
-CLOSE = {"bf16": 0.02, "fp8": 0.10}  # relative error that rounding explains: of a product in bf16, of attention with FP8 keys, values and weights
-SAME_BYTES = 0.999  # share of a block's bytes: a quotient on the edge of two codes may fall either way
+CLOSE = {
+    "bf16": 0.02,
+    "fp8": 0.10,
+}  # relative error that rounding explains: of a product in bf16, of attention with FP8 keys, values and weights
+SAME_BYTES = (
+    0.999  # share of a block's bytes: a quotient on the edge of two codes may fall either way
+)
 
 
 class Bench:
@@ -38,11 +43,23 @@ class Bench:
         """Build and open the plan of `case`; the network must have its plugin layers."""
         graph, file = self.folder / "probe.onnx", self.folder / "probe.plan"
         graph.write_bytes(case.model.SerializeToString())
-        built = api.build(graph, api.Settings(case.plugin_layers, WORKSPACE_BYTES), None, self.failures, api.Messages(_to_stderr))
+        built = api.build(
+            graph,
+            api.Settings(case.plugin_layers, WORKSPACE_BYTES),
+            None,
+            self.failures,
+            api.Messages(_to_stderr),
+        )
         file.write_bytes(built.plan)
         return api.open_plan(file, api.Messages(_to_stderr))
 
-    def run(self, plan: api.Plan, case: Case, captured: bool = False, inside: tuple[str, int, int] | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self,
+        plan: api.Plan,
+        case: Case,
+        captured: bool = False,
+        inside: tuple[str, int, int] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Run `plan` once more than a capture needs; every output's bytes. `inside`: (output, bytes of a buffer, offset in it) to bind it there."""
         device, stream, context = self.device, self.stream, plan.context()
         outputs: dict[str, tuple[int, int]] = {}
@@ -68,7 +85,10 @@ class Bench:
 
 
 def _bytes(tensor: api.Tensor) -> int:
-    return int(np.prod(tensor.shape)) * {"FLOAT": 4, "INT32": 4, "BF16": 2, "HALF": 2, "FP8": 1, "UINT8": 1}[tensor.dtype]
+    return (
+        int(np.prod(tensor.shape))
+        * {"FLOAT": 4, "INT32": 4, "BF16": 2, "HALF": 2, "FP8": 1, "UINT8": 1}[tensor.dtype]
+    )
 
 
 def _to_stderr(text: str) -> None:
@@ -83,7 +103,9 @@ def check(found: dict[str, np.ndarray], case: Case, kind: str) -> str:
         raise ParityError(f"the answer differs by {error:.4f} of its size, above {CLOSE[kind]}", "")
     said = [f"differs by {error:.4f} of its size"]
     for name, wanted in case.blocks.items():
-        share = float(np.mean(found[name] == np.ascontiguousarray(wanted).view(np.uint8).reshape(-1)))
+        share = float(
+            np.mean(found[name] == np.ascontiguousarray(wanted).view(np.uint8).reshape(-1))
+        )
         if share < SAME_BYTES:
             raise ParityError(f"{name} has {share:.2%} of its bytes right", "")
         said.append(f"{name} {share:.2%} of bytes")
@@ -128,7 +150,9 @@ def fp8_products(bench: Bench) -> str:
     return check(bench.run(plan, case), case, "bf16")
 
 
-def plugin(bench: Bench, packed: bool = False, captured: bool = False, with_function: bool = False) -> str:
+def plugin(
+    bench: Bench, packed: bool = False, captured: bool = False, with_function: bool = False
+) -> str:
     _with_plugin(bench)
     case = cases.plugin(packed, with_function=with_function)
     plan = bench.build(case)
@@ -194,10 +218,24 @@ def answer(name: str, device: cuda.Device) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="aapt-probe-") as folder:
         try:
             return {"ok": True, "found": PROBES[name](Bench(device, Path(folder)))}
-        except Exception as error:  # TensorRT's and CUDA's own exception types are many, and each is a finding
-            return {"ok": False, "found": f"{error}" if isinstance(error, AaptError) else f"{type(error).__name__}: {error}"}
+        except (
+            Exception
+        ) as error:  # TensorRT's and CUDA's own exception types are many, and each is a finding
+            return {
+                "ok": False,
+                "found": f"{error}"
+                if isinstance(error, AaptError)
+                else f"{type(error).__name__}: {error}",
+            }
 
 
 def main(name: str) -> None:
     device = cuda.with_driver()
-    print(json.dumps(asdict(device.gpu(api.version(), kernels.source_hash())) if name == "here" else answer(name, device)), flush=True)
+    print(
+        json.dumps(
+            asdict(device.gpu(api.version(), kernels.source_hash()))
+            if name == "here"
+            else answer(name, device)
+        ),
+        flush=True,
+    )

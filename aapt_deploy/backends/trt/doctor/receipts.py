@@ -20,8 +20,18 @@ PYTHON, AOT, NATIVE = "python", "aot", "native"  # forms of attention in a plan
 FORMS = (PYTHON, AOT, NATIVE)  # the best first
 
 # Names of the checks, in the order in which they are made. What each does is in probes.py.
-NATIVE_BUILDS, FP8_PRODUCTS, PLUGIN_FP8, PLUGIN_PACKED = "native attention", "fp8 products", "plugin, fp8 caches", "plugin, int32 caches"
-AOT_WORKS, AOT_STATIC, AOT_DYNAMIC, AOT_OP = "aot plugin", "aot, 64 KiB static shared", "aot, 64 KiB dynamic shared", "aot attention"
+NATIVE_BUILDS, FP8_PRODUCTS, PLUGIN_FP8, PLUGIN_PACKED = (
+    "native attention",
+    "fp8 products",
+    "plugin, fp8 caches",
+    "plugin, int32 caches",
+)
+AOT_WORKS, AOT_STATIC, AOT_DYNAMIC, AOT_OP = (
+    "aot plugin",
+    "aot, 64 KiB static shared",
+    "aot, 64 KiB dynamic shared",
+    "aot attention",
+)
 CAPTURED, PLUGIN_CAPTURED, SLOT, FUNCTION, FP8_ATTENTION = (
     "captured", "plugin captured", "output bound in a slot", "plugin before function", "fp8 attention fused",
 )  # fmt: skip
@@ -76,7 +86,11 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 def save(here: Gpu, proofs: Iterable[Proof]) -> Path:
     """Keep a receipt. Raises OSError."""
     path = receipt_file(here)
-    content = {"format": FORMAT, "verified_on": asdict(here), "proofs": [asdict(proof) for proof in proofs]}
+    content = {
+        "format": FORMAT,
+        "verified_on": asdict(here),
+        "proofs": [asdict(proof) for proof in proofs],
+    }
     write_whole(path, json.dumps(content, indent=1).encode())
     return path
 
@@ -104,11 +118,38 @@ def choose(proofs: dict[str, Proof] | None, fp8: bool) -> list[Choice]:
     def proved(*names: str) -> bool:
         return all(name in (proofs or {}) and (proofs or {})[name].ok for name in names)
 
-    why = "aapt doctor --tensorrt has not been run on this machine with these versions" if proofs is None else "nothing better is proved here"
+    why = (
+        "aapt doctor --tensorrt has not been run on this machine with these versions"
+        if proofs is None
+        else "nothing better is proved here"
+    )
     captured = proved(CAPTURED) or proofs is None  # not proved wrong: opening tells
-    choices = [Choice(NATIVE, packed=False, captured=captured, reason=why if fp8 else "our kernels need the FP8 scales of an fp8 bundle")]
+    choices = [
+        Choice(
+            NATIVE,
+            packed=False,
+            captured=captured,
+            reason=why if fp8 else "our kernels need the FP8 scales of an fp8 bundle",
+        )
+    ]
     if fp8 and proved(AOT_WORKS, AOT_OP):
-        choices.insert(0, Choice(AOT, packed=False, captured=captured, reason="proved here; the plan holds our kernels"))
+        choices.insert(
+            0,
+            Choice(
+                AOT,
+                packed=False,
+                captured=captured,
+                reason="proved here; the plan holds our kernels",
+            ),
+        )
     if fp8 and (proved(PLUGIN_FP8) or proved(PLUGIN_PACKED)):
-        choices.insert(0, Choice(PYTHON, packed=not proved(PLUGIN_FP8), captured=proved(PLUGIN_CAPTURED), reason="proved here"))
+        choices.insert(
+            0,
+            Choice(
+                PYTHON,
+                packed=not proved(PLUGIN_FP8),
+                captured=proved(PLUGIN_CAPTURED),
+                reason="proved here",
+            ),
+        )
     return choices

@@ -39,7 +39,9 @@ def define(shared_bytes: int, dynamic: bool) -> None:
         return x.like()
 
     @trtp.autotune(ID)  # type: ignore[untyped-decorator]
-    def formats(x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]) -> list[trtp.AutoTuneCombination]:
+    def formats(
+        x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]
+    ) -> list[trtp.AutoTuneCombination]:
         return [trtp.AutoTuneCombination("FP32, FP32", "LINEAR")]
 
     @trtp.aot_impl(ID)  # type: ignore[untyped-decorator]
@@ -47,7 +49,11 @@ def define(shared_bytes: int, dynamic: bool) -> None:
         x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc], tactic: int
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
         launch = trtp.KernelLaunchParams()
-        launch.grid_x, launch.block_x, launch.shared_mem = 1, THREADS, shared_bytes if dynamic else 0
+        launch.grid_x, launch.block_x, launch.shared_mem = (
+            1,
+            THREADS,
+            shared_bytes if dynamic else 0,
+        )
         extras = trtp.SymIntExprs(1)
         extras[0] = trtp.SymInt32(x.shape[0])
         return "aapt_probe", ptx, launch, extras

@@ -41,7 +41,10 @@ class Compiled:
 
     def __post_init__(self) -> None:
         if not self.ptx.lstrip().startswith(("//", ".version")):
-            raise BundleError(f"kernel {self.name} is no PTX; TensorRT embeds nothing else", "compile it to PTX, or build with the Python plugin")
+            raise BundleError(
+                f"kernel {self.name} is no PTX; TensorRT embeds nothing else",
+                "compile it to PTX, or build with the Python plugin",
+            )
         if self.dynamic_shared_bytes > MOST_DYNAMIC_SHARED_BYTES:
             raise BundleError(
                 f"kernel {self.name} wants {self.dynamic_shared_bytes} bytes of dynamic shared memory; a self-contained plan passes at most "
@@ -77,11 +80,17 @@ def define(compile_kernel: Compile, lazy: bool = False) -> None:
 def _define_pack(compile_kernel: Compile, lazy: bool) -> None:
     @trtp.register(PACK_ID, lazy_register=lazy)  # type: ignore[untyped-decorator]
     def describe(
-        k: trtp.TensorDesc, v: trtp.TensorDesc, k_scale: trtp.TensorDesc, k_mean: trtp.TensorDesc, v_scale: trtp.TensorDesc
+        k: trtp.TensorDesc,
+        v: trtp.TensorDesc,
+        k_scale: trtp.TensorDesc,
+        k_mean: trtp.TensorDesc,
+        v_scale: trtp.TensorDesc,
     ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
         _, tokens, heads, head_dim = k.shape_expr
         shape = (heads, trtp.cdiv(tokens, TILE_KEYS), head_dim * TILE_KEYS)
-        return trtp.from_shape_expr(shape, trt.DataType.FP8), trtp.from_shape_expr(shape, trt.DataType.FP8)
+        return trtp.from_shape_expr(shape, trt.DataType.FP8), trtp.from_shape_expr(
+            shape, trt.DataType.FP8
+        )
 
     @trtp.autotune(PACK_ID)  # type: ignore[untyped-decorator]
     def formats(
@@ -136,7 +145,11 @@ def _define_attend(compile_kernel: Compile, lazy: bool) -> None:
         v_scale: trtp.TensorDesc,
         outputs: tuple[trtp.TensorDesc],
     ) -> list[trtp.AutoTuneCombination]:
-        return [trtp.AutoTuneCombination("BF16, FP8, FP8, FP8, FP8, INT32, FP32, FP32, FP32, BF16", "LINEAR")]
+        return [
+            trtp.AutoTuneCombination(
+                "BF16, FP8, FP8, FP8, FP8, INT32, FP32, FP32, FP32, BF16", "LINEAR"
+            )
+        ]
 
     @trtp.aot_impl(ATTEND_ID)  # type: ignore[untyped-decorator]
     def kernel(
@@ -153,7 +166,9 @@ def _define_attend(compile_kernel: Compile, lazy: bool) -> None:
         tactic: int,
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
         _, tokens, heads, head_dim = q.shape
-        return _answer(compile_kernel(ATTEND, tokens, heads, head_dim), (tokens, heads, k_cache.shape[1]))
+        return _answer(
+            compile_kernel(ATTEND, tokens, heads, head_dim), (tokens, heads, k_cache.shape[1])
+        )
 
 
 def _answer(compiled: Compiled, numbers: tuple[int, ...]) -> tuple[str, str, Any, Any]:

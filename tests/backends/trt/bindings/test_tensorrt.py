@@ -29,12 +29,21 @@ MODULES = (
     "backends/trt/plugin/python", "backends/trt/plugin/ahead_of_time",
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not link_stubs.supported(), reason="link stubs are written for Linux on x86-64 and ARM64")
+pytestmark = pytest.mark.skipif(
+    not link_stubs.supported(), reason="link stubs are written for Linux on x86-64 and ARM64"
+)
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=HERE, env=os.environ | paths | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=HERE,
+        env=os.environ | paths | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_a_stub_is_a_library_whose_functions_return_their_value(tmp_path: Path) -> None:
@@ -55,11 +64,16 @@ def test_without_tensorrt_its_module_says_how_to_get_it(monkeypatch: pytest.Monk
     assert caught.value.hint == "pip install 'aapt_deploy[tensorrt]'"
 
 
-def test_what_cannot_be_downloaded_is_told_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_downloaded_is_told_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(wheels, "FOLDER", tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(wheels.Unavailable, match=r"(?s)tensorrt-cu13-bindings==11.* could not be downloaded for Python 3\..*PIP_FIND_LINKS"):
+    with pytest.raises(
+        wheels.Unavailable,
+        match=r"(?s)tensorrt-cu13-bindings==11.* could not be downloaded for Python 3\..*PIP_FIND_LINKS",
+    ):
         wheels.bindings("11.4")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -77,7 +91,18 @@ def release(request: pytest.FixtureRequest) -> str:
 
 def test_contracts(release: str) -> None:
     files = sorted(HERE.glob("contract_*.py"))
-    options = ["-p", "tests.support.bindings.inside", "--release", release, "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HERE)]
+    options = [
+        "-p",
+        "tests.support.bindings.inside",
+        "--release",
+        release,
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(HERE),
+    ]
     options += ["-W", "error", "--tb=short", "-q"]
     done = run("-m", "pytest", *options, *map(str, files))
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
@@ -114,7 +139,14 @@ def test_types(release: str, tmp_path: Path) -> None:
     planted.write_text(PLANTED)
     stubs = type_stubs.type_stubs(release)
     files = [str(ROOT / "aapt_deploy" / f"{module}.py") for module in MODULES]
-    options = ["--config-file", str(ROOT / "pyproject.toml"), "--follow-imports", "silent", "--no-error-summary", "--no-pretty"]
+    options = [
+        "--config-file",
+        str(ROOT / "pyproject.toml"),
+        "--follow-imports",
+        "silent",
+        "--no-error-summary",
+        "--no-pretty",
+    ]
     options += ["--cache-dir", str(stubs.parent / "mypy"), "--disable-error-code", "type-arg"]
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *options, *files, str(planted)],
@@ -122,6 +154,12 @@ def test_types(release: str, tmp_path: Path) -> None:
     )  # fmt: skip
     found = {int(line) for line in re.findall(r"planted\.py:(\d+): error", done.stdout)}
     marks = ("# wrong:", f"# wrong in {release}")
-    wanted = {number for number, line in enumerate(PLANTED.splitlines(), 1) if any(mark in line for mark in marks)}
+    wanted = {
+        number
+        for number, line in enumerate(PLANTED.splitlines(), 1)
+        if any(mark in line for mark in marks)
+    }
     assert found == wanted, done.stdout
-    assert [line for line in done.stdout.splitlines() if ": error" in line and "planted.py" not in line] == [], done.stdout + done.stderr
+    assert [
+        line for line in done.stdout.splitlines() if ": error" in line and "planted.py" not in line
+    ] == [], done.stdout + done.stderr
