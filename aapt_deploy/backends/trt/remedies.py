@@ -1,7 +1,7 @@
-"""What TensorRT says when it gives up -> what a user can do: one table, read by everything that calls TensorRT.
+"""Map TensorRT's messages to what a user can do: one table for all who call TensorRT.
 
-The words are TensorRT's own, found in its documentation and in public reports; none was provoked here, because TensorRT has not run here. A message
-that no row knows is passed on as it is, with the way to report it.
+The words are TensorRT's own, from its documentation and from public reports. A message that no
+row matches is passed on as it is, with the way to report it.
 """
 
 import re
@@ -15,10 +15,16 @@ class Remedy(NamedTuple):
     hint: str
 
 
-SMALLER = "close other programs on the GPU, or take a smaller profile; aapt plan NAME tells what one needs"
+SMALLER = (
+    "close other programs on the GPU, or take a smaller profile; aapt plan NAME tells what one "
+    "needs"
+)
 SAME_VERSION = "export the bundle and build the engine again with one version of aapt_deploy"
 NEWER = "install a newer TensorRT: pip install --upgrade 'aapt_deploy[tensorrt]'"
-NATIVE = "build with --attention native to see whether our plugin is to blame, and report what aapt doctor --tensorrt finds"
+NATIVE = (
+    "build with --attention native to see whether our plugin is to blame, and report what aapt "
+    "doctor --tensorrt finds"
+)
 
 REMEDIES = (
     Remedy(
@@ -30,7 +36,8 @@ REMEDIES = (
         "bf16 needs SM 80 or newer; build with --precision fp32",
     ),
     Remedy(
-        r"out of memory|OutOfMemory|insufficient memory|[Rr]equested size was|bad_alloc|cudaErrorMemoryAllocation",
+        r"out of memory|OutOfMemory|insufficient memory|[Rr]equested size was|bad_alloc"
+        r"|cudaErrorMemoryAllocation",
         SMALLER,
     ),
     Remedy(
@@ -49,7 +56,8 @@ REMEDIES = (
     ),
     Remedy(
         r"PTX|JIT compil|unsupported toolchain",
-        "the driver is too old for the kernels' PTX: update it to release 565 or newer, or --attention python",
+        "the driver is too old for the kernels' PTX: update it to release 565 or newer, or "
+        "--attention python",
     ),
     Remedy(r"No importer registered|UNSUPPORTED_NODE|[Uu]nsupported (ONNX )?op|opset", NEWER),
     Remedy(
@@ -65,7 +73,8 @@ REMEDIES = (
         SAME_VERSION,
     ),
     Remedy(
-        r"Serialization assertion|[Vv]ersion tag does not match|stdVersionRead|incompatible with .*version",
+        r"Serialization assertion|[Vv]ersion tag does not match|stdVersionRead"
+        r"|incompatible with .*version",
         "the plan is of another TensorRT: build the engine again: aapt build-engine",
     ),
     Remedy(
@@ -74,11 +83,13 @@ REMEDIES = (
     ),
     Remedy(
         r"illegal memory|misaligned|launch fail|unspecified launch",
-        "a kernel failed: run aapt doctor --tensorrt and report what it finds; --attention native does without ours",
+        "a kernel failed: run aapt doctor --tensorrt and report what it finds; --attention native "
+        "does without ours",
     ),
     Remedy(
         r"insufficient driver|driver version|forward compatib|no CUDA-capable|CUDA initialization",
-        "update the NVIDIA driver; in a container, pass the GPU in; aapt doctor tells what is missing",
+        "update the NVIDIA driver; in a container, pass the GPU in; aapt doctor tells what is "
+        "missing",
     ),
     Remedy(
         r"cancel|[Ii]nterrupt",
@@ -89,5 +100,5 @@ UNKNOWN = "see TensorRT's messages above; aapt doctor tells the versions to repo
 
 
 def hint(text: str) -> str:
-    """What can be done about a message of TensorRT."""
+    """Return what can be done about a message of TensorRT."""
     return next((remedy.hint for remedy in REMEDIES if re.search(remedy.said, text)), UNKNOWN)
