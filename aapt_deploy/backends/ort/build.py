@@ -1,7 +1,8 @@
-"""ONNX Runtime's engines: lower the portable graphs, quantise them, find the best threads.
+"""Build ONNX Runtime's engines: lower the graphs, quantise them, find the best threads.
 
-Caches are written in place. int8 has dynamic linears and a statically calibrated decoder, and is compared with fp32. A bundle in fp8 gets that alone,
-computed in fp32 between the roundings: to see what FP8 costs in pictures, not to be fast.
+Caches are written in place. int8 has dynamic linears and a statically calibrated decoder, and is
+compared with fp32. A bundle in fp8 gets only an fp8 engine, computed in fp32 between the
+roundings. It shows what FP8 costs in pictures, and is not fast.
 """
 
 import contextlib
@@ -42,15 +43,13 @@ LINEAR_PATH = ".decoder.linear."  # in the names of its weights
 
 
 def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
-    """Build the engines of `precisions`, and fp32 before int8, which is calibrated on it and compared with it.
+    """Build the engines of `precisions`.
 
-    Raises BusyError if another build holds the bundle, BundleError for a damaged bundle.
+    fp32 is built before int8, which is calibrated on it and compared with it. Raises BusyError
+    if another build has locked the bundle, BundleError for a damaged bundle.
     """
-    if (
-        "int8" in precisions
-        and "fp32" not in precisions
-        and f"{BACKEND}-fp32" not in bundle.engines
-    ):
+    has_fp32 = "fp32" in precisions or f"{BACKEND}-fp32" in bundle.engines
+    if "int8" in precisions and not has_fp32:
         precisions = ("fp32", *precisions)
     return [_build(bundle, precision, options.report) for precision in precisions]
 
@@ -61,9 +60,8 @@ def _build(bundle: Bundle, precision: str, report: Report) -> Built:
         starts = all_starts(bundle)
         report(f"{key}: lowering the graphs")
         graphs = _lower(bundle, stage, precision, starts, report)
-        threads, step_ms = _tune(
-            bundle.profile, graphs, precision, starts[0], lambda text: report(f"{key}: {text}")
-        )
+        named = lambda text: report(f"{key}: {text}")  # noqa: E731
+        threads, step_ms = _tune(bundle.profile, graphs, precision, starts[0], named)
         engines, psnr = OrtEngines(bundle.profile, graphs, threads, precision), None
         if precision != "fp32":
             report(f"{key}: comparing with fp32")
@@ -72,28 +70,22 @@ def _build(bundle: Bundle, precision: str, report: Report) -> Built:
             reference.close()
         engines.close()
         built = Built(
-            key,
-            round(step_ms, 2),
-            stage.size,
-            threads.count,
-            threads.spinning,
-            psnr,
+            key, round(step_ms, 2), stage.size, threads.count, threads.spinning, psnr,
             round(time.monotonic() - began, 1),
-        )
+        )  # fmt: skip
         stage.entry |= {
             "backend": BACKEND, "precision": precision, "cache_layout": "token_major",
             "graphs": {name: f"{stage.relative}/{path.name}" for name, path in graphs.items()},
         }  # fmt: skip
         if precision == "int8":
-            stage.entry["weight_bits"] = (
-                WEIGHT_BITS if adds_int8_exactly() else SAFE_WEIGHT_BITS
-            )  # read where the engine is opened
+            # Opening an engine reads this.
+            stage.entry["weight_bits"] = WEIGHT_BITS if adds_int8_exactly() else SAFE_WEIGHT_BITS
         stage.entry |= asdict(built)
     return built
 
 
 def _reference(bundle: Bundle, precision: str, report: Report) -> Engines:
-    """What an engine is compared with: the fp32 engine, or torch, because an fp8 bundle has no fp32 graphs."""
+    """Return what an engine is compared with: fp32, or torch for a bundle without fp32 graphs."""
     if precision == "int8":
         return open_engines(bundle, BACKEND, "fp32", report)
     from aapt_deploy.backends import torch_eager
@@ -125,36 +117,41 @@ def _lower(
 
 
 def _quantise_linears(path: Path) -> None:
-    """int8 weights, activations quantised as they come: no calibration, and attention stays fp32."""
+    """Quantise weights to int8. Activations are quantised at run time; attention stays fp32."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet(), _in_float(path) as source:
         quantize_dynamic(
-            source, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8, reduce_range=not adds_int8_exactly(),
+            source, path, op_types_to_quantize=["MatMul"], per_channel=True,
+            weight_type=QuantType.QInt8, reduce_range=not adds_int8_exactly(),
             extra_options={"MatMulConstBOnly": True},
         )  # fmt: skip
 
 
 def _quantise_decoder(path: Path, samples: list[dict[str, np.ndarray]]) -> None:
-    """int8 convolutions (QDQ), calibrated on `samples`: the latents and memories of the bundle's own rollouts in fp32.
+    """Quantise convolutions to int8 (QDQ), calibrated on `samples`.
 
-    The linear path stays in float: it makes nearly all of the picture, for a few percent of the products, and pictures that are darker than the
-    start frames would leave its calibrated range (docs/log.md).
+    These are the latents and memories of the bundle's own rollouts in fp32. The linear path
+    stays in float. It makes nearly all of the picture for a few percent of the products, and
+    pictures that are darker than the start frames would leave its calibrated range
+    (docs/log.md).
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     with _quiet(), _in_float(path) as source:
+        nodes = load_model(source).graph.node
+        linear = [n.name for n in nodes if any(LINEAR_PATH in name for name in n.input)]
         quantize_static(
-            source, path, Samples(samples), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], reduce_range=not adds_int8_exactly(),
-            nodes_to_exclude=[node.name for node in load_model(source).graph.node if any(LINEAR_PATH in name for name in node.input)],
-            extra_options={"CalibMovingAverage": True},
+            source, path, Samples(samples), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv"], reduce_range=not adds_int8_exactly(),
+            nodes_to_exclude=linear, extra_options={"CalibMovingAverage": True},
         )  # fmt: skip
 
 
 @contextlib.contextmanager
 def _in_float(path: Path) -> Iterator[Path]:
-    """The graph at `path`, moved out of its quantised version's way, with the weights beside it if it has any; gone at the end."""
+    """Move the graph at `path`, and weights beside it, away; remove them at the end."""
     folder = path.with_suffix("")
     folder.mkdir()
     for file in (path, path.with_name(f"{path.name}.data")):
@@ -165,7 +162,7 @@ def _in_float(path: Path) -> Iterator[Path]:
 
 
 class Samples:
-    """Input sets as the calibrator reads them (onnxruntime's CalibrationDataReader asks for `get_next` alone)."""
+    """Input sets as onnxruntime's CalibrationDataReader returns them."""
 
     def __init__(self, samples: list[dict[str, np.ndarray]]) -> None:
         self.rest = iter(samples)
@@ -177,29 +174,24 @@ class Samples:
 def _decoder_inputs(
     bundle: Bundle, starts: list[Start], report: Report
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every input set that the fp32 decoder sees in short rollouts."""
+    """Yield every input set that the fp32 decoder gets in short rollouts."""
     engines, seen = open_engines(bundle, BACKEND, "fp32", report), list[dict[str, np.ndarray]]()
     decoder = engines["decoder"]
     assert isinstance(decoder, OrtEngine)
     for start in starts:
-        for _ in itertools.islice(
-            left_and_right(Tapped(engines, partial(_record, decoder, seen)), bundle.profile, start),
-            1 + CALIBRATION_BLOCKS,
-        ):
+        tapped = Tapped(engines, partial(_record, decoder, seen))
+        frames = left_and_right(tapped, bundle.profile, start)
+        for _ in itertools.islice(frames, 1 + CALIBRATION_BLOCKS):
             yield from seen
             seen.clear()
     engines.close()
 
 
 def _record(
-    decoder: OrtEngine,
-    seen: list[dict[str, np.ndarray]],
-    graph: str,
-    method: str,
-    call: Callable[..., Any],
-    inputs: dict[str, Any],
-) -> Any:
-    """A tap that notes every input set of the decoder, its memory included."""
+    decoder: OrtEngine, seen: list[dict[str, np.ndarray]],
+    graph: str, method: str, call: Callable[..., Any], inputs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Record every input set of the decoder, its memory included (a tap)."""
     if (graph, method) == ("decoder", "run"):
         memory = {name: array.copy() for name, array in decoder.memory.items()}
         seen.append({"latent": np.array(inputs["latent"], np.float32), **memory})
@@ -219,20 +211,15 @@ def _quiet() -> Iterator[None]:
 def _tune(
     profile: Profile, graphs: dict[str, Path], precision: str, start: Start, report: Report
 ) -> tuple[Threads, float]:
-    """The fastest thread setting and its median step."""
+    """Return the fastest thread setting and its median step."""
     results: dict[Threads, float] = {}
     counts = sorted({1, min(2, cores()), cores()})
-    for threads in [
-        Threads(count, spinning)
-        for count in counts
-        for spinning in (False, True)
-        if count > 1 or not spinning
-    ]:
+    settings = [Threads(count, spinning) for count in counts for spinning in (False, True)]
+    for threads in (one for one in settings if one.count > 1 or not one.spinning):
         engines = OrtEngines(profile, graphs, threads, precision)
         results[threads] = median_step_ms(engines, profile, start)
         engines.close()
-        report(
-            f"{threads.count} thread{'s' * (threads.count > 1)}{', spinning' * threads.spinning}: {results[threads]:.1f} ms a step"
-        )
+        setting = f"thread{'s' * (threads.count > 1)}{', spinning' * threads.spinning}"
+        report(f"{threads.count} {setting}: {results[threads]:.1f} ms a step")
     best = min(results, key=lambda threads: results[threads])
     return best, results[best]
