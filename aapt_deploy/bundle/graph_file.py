@@ -35,8 +35,10 @@ Bytes = NDArray[np.uint8]
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Write a whole graph."""
     external = model.ByteSize() > INLINE_LIMIT_BYTES
-    beside = {"all_tensors_to_one_file": True, "location": f"{path.name}.data"}
-    onnx.save_model(model, path, save_as_external_data=external, **beside)
+    onnx.save_model(
+        model, path, save_as_external_data=external,
+        all_tensors_to_one_file=True, location=f"{path.name}.data",
+    )  # fmt: skip
 
 
 def load_model(path: Path, listed_bytes: int | None = None) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""Bundles: what is damaged is refused by name before it is used; what is half-written never shows; two processes never write at once."""
+"""Bundles: damage is refused by name, half-written files never show, one process writes."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def refusal(call: Callable[[], object], kind: type[AaptError] = BundleError) -> 
 
 
 def child(code: str, path: Path, **options: Any) -> "subprocess.Popen[str]":
-    """A second process that runs `code` with the bundle's `path` at hand, and tests/support/bundles.py."""
+    """A second process that runs `code` with the bundle's `path` and tests/support/bundles.py."""
     head = "import os, signal, sys, time, resource\nfrom tests.support.bundles import *\n"
     head += f"from aapt_deploy import errors\npath = Path({str(path)!r})\n"
     pipes: dict[str, Any] = {
@@ -199,10 +199,14 @@ def test_a_manifest_of_absurd_size_is_not_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format_version", "1"), ("format_version", None), ("profile", 3), ("files", []), ("files", {"a": 3}), ("files", {"a": {"bytes": 1}}),
-        ("files", {"a": {"bytes": True, "sha256": "0" * 64}}), ("files", {"a": {"bytes": 1, "sha256": "0" * 63}}),
-        ("files", {"a": {"bytes": 1, "sha256": 0}}), ("engines", []), ("engines", {"a": 3}), ("start_frames", []), ("start_frames", {"a": 3}),
-        ("precision", ["fp8"]), ("source", None), ("source", {}), ("source", {"sha256": 3}), ("source", {"sha256": "0" * 63}),
+        ("format_version", "1"), ("format_version", None), ("profile", 3), ("files", []),
+        ("files", {"a": 3}), ("files", {"a": {"bytes": 1}}),
+        ("files", {"a": {"bytes": True, "sha256": "0" * 64}}),
+        ("files", {"a": {"bytes": 1, "sha256": "0" * 63}}),
+        ("files", {"a": {"bytes": 1, "sha256": 0}}), ("engines", []), ("engines", {"a": 3}),
+        ("start_frames", []), ("start_frames", {"a": 3}),
+        ("precision", ["fp8"]), ("source", None), ("source", {}), ("source", {"sha256": 3}),
+        ("source", {"sha256": "0" * 63}),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_named(path: Path, key: str, value: object) -> None:
@@ -320,7 +324,9 @@ def test_a_damaged_engine_is_built_again_and_a_damaged_graph_exported_again(path
         (stage.path / "decoder.plan").write_bytes(b"plan")
     commands = {
         engine_file(opened): f"aapt build-engine {path} --backend onnxruntime --precision fp32",
-        "engines/tensorrt-fp8/1/decoder.plan": f"aapt build-engine {path} --backend tensorrt --precision fp8",
+        "engines/tensorrt-fp8/1/decoder.plan": (
+            f"aapt build-engine {path} --backend tensorrt --precision fp8"
+        ),
         "encoder.onnx": f"aapt export CKPT -o {path} --force",
     }
     for name, command in commands.items():
@@ -437,7 +443,8 @@ def test_an_error_or_ctrl_c_leaves_nothing_half_written(
     if existing:
         make(path)
     before = tree(path.parent)
-    with pytest.raises(type(error)), create(path, TINY, overwrite=True) as draft:  # noqa: PT012  the error comes in the middle of the work
+    # The error comes in the middle of the work.
+    with pytest.raises(type(error)), create(path, TINY, overwrite=True) as draft:  # noqa: PT012
         (draft.path / "encoder.onnx").write_bytes(b"half")
         raise error
     assert tree(path.parent) == before
@@ -480,7 +487,8 @@ def test_a_place_that_cannot_be_written_is_an_output_error(path: Path) -> None:
 def test_readers_never_see_a_moment_without_a_bundle(path: Path) -> None:
     make(path)
     reader = child(
-        "print('ready', flush=True)\nwhile not (path.parent / 'stop').exists(): Bundle.open(path)\nprint('done')",
+        "print('ready', flush=True)\n"
+        "while not (path.parent / 'stop').exists(): Bundle.open(path)\nprint('done')",
         path,
     )
     wait_for(reader, "ready")
@@ -573,7 +581,9 @@ def test_a_killed_first_export_leaves_its_traces_named_and_the_next_one_succeeds
 def test_a_bundle_moved_aside_by_a_killed_export_comes_back(path: Path) -> None:
     """There is a moment between two renames; this is the state that a kill leaves in it."""
     kill = "rename = Path.rename\n"
-    kill += "def renamed(self, to):\n    rename(self, to)\n    os.kill(os.getpid(), signal.SIGKILL)\nPath.rename = renamed\n"
+    kill += "def renamed(self, to):\n    rename(self, to)\n"
+    kill += "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    kill += "Path.rename = renamed\n"
     make(path)
     killed = child(kill + "with create(path, TINY, overwrite=True): pass", path)
     finish(killed)
@@ -593,10 +603,11 @@ def test_a_bundle_moved_aside_by_a_killed_export_comes_back(path: Path) -> None:
 
 @pytest.mark.parametrize("step", range(1, 25))
 def test_add_engine_killed_at_any_system_call_leaves_a_valid_bundle(path: Path, step: int) -> None:
-    """The audit hook sees every file operation of the second build; the process dies at the `step`-th."""
+    """The audit hook sees the second build's file operations; the process dies at the `step`-th."""
     hook = (
         "count = 0\ndef hook(event, args):\n    global count\n"
-        "    if event in ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.unlink', 'os.scandir'):\n"
+        "    if event in ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.unlink', "
+        "'os.scandir'):\n"
         "        count += 1\n"
         f"        if count == {step}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "opened = Bundle.open(path)\nsys.addaudithook(hook)\nadd(opened, 'second')\nprint(count)"
@@ -623,7 +634,10 @@ def test_add_engine_killed_at_any_system_call_leaves_a_valid_bundle(path: Path, 
 # --- a full disk ---
 
 LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes}))\n"
-REPORT = "try:\n    {work}\nexcept errors.OutputError as error:\n    print(error, error.exit_code, bool(error.hint))"
+REPORT = (
+    "try:\n    {work}\nexcept errors.OutputError as error:\n"
+    "    print(error, error.exit_code, bool(error.hint))"
+)
 
 
 @pytest.mark.parametrize("bytes_left", [0, 500, 5000])
@@ -633,7 +647,7 @@ REPORT = "try:\n    {work}\nexcept errors.OutputError as error:\n    print(error
 def test_no_room_is_an_output_error_and_the_old_bundle_stays(
     path: Path, work: str, bytes_left: int
 ) -> None:
-    """A limit on the size of a file refuses a write as a full disk does, in the middle of it: in the profile, a graph, or the engine."""
+    """A limit on file sizes refuses a write in its middle, as a full disk does: any file's."""
     before = make(path).manifest
     out, err = finish(child(LIMIT.format(bytes=bytes_left) + REPORT.format(work=work), path))
     assert (out, err) == (f"bundle {path} cannot be written: File too large 6 True", "")

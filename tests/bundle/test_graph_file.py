@@ -1,4 +1,7 @@
-"""ONNX files as an attacker or a full disk may leave them: each is one error with its fix, and nothing is read from outside the bundle."""
+"""ONNX files as an attacker or a full disk may leave them: each is one error with its fix.
+
+Nothing is read from outside the bundle.
+"""
 
 import os
 from collections.abc import Callable
@@ -97,7 +100,7 @@ def test_a_float_weight_is_turned_and_an_fp8_weight_is_not() -> None:
 def test_weights_of_two_gigabytes_and_a_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Protobuf ends at 2 GB; a graph with more is small, and finds its weights behind that mark. The file is sparse."""
+    """Protobuf ends at 2 GB; a larger graph finds its weights beyond. The file is sparse."""
     path, data = tmp_path / "g.onnx", tmp_path / "g.onnx.data"
     beside(path, "g.onnx.data", 8, offset=2 * GIGABYTE + 4096)
     with data.open("wb") as file:

@@ -12,7 +12,9 @@ from aapt_deploy.bundle import bundle
 from aapt_deploy.bundle.bundle import Bundle
 
 
-def tampered(path: Path, change: Callable[[ModelProto], None], weights: bytes | None, graph: str = "encoder") -> Bundle:
+def tampered(
+    path: Path, change: Callable[[ModelProto], None], weights: bytes | None, graph: str = "encoder"
+) -> Bundle:
     """The bundle with a changed graph, sealed as if it had been made like that."""
     model = onnx.load(path / f"{graph}.onnx")
     change(model)
@@ -33,7 +35,10 @@ Change = Callable[[ModelProto], None]
 
 
 def external(
-    location: str = "encoder.onnx.data", offset: str = "0", length: str = "16", kind: int = TensorProto.EXTERNAL
+    location: str = "encoder.onnx.data",
+    offset: str = "0",
+    length: str = "16",
+    kind: int = TensorProto.EXTERNAL,
 ) -> Change:
     """Add an initializer of four floats that lies at `location`."""
 
@@ -43,7 +48,9 @@ def external(
     return change
 
 
-def _stolen(location: str, offset: str = "0", length: str = "16", kind: int = TensorProto.EXTERNAL) -> TensorProto:
+def _stolen(
+    location: str, offset: str = "0", length: str = "16", kind: int = TensorProto.EXTERNAL
+) -> TensorProto:
     tensor = TensorProto(name="stolen", data_type=TensorProto.FLOAT, dims=[4], data_location=kind)
     for key, value in {"location": location, "offset": offset, "length": length}.items():
         tensor.external_data.add(key=key, value=value)
@@ -52,13 +59,17 @@ def _stolen(location: str, offset: str = "0", length: str = "16", kind: int = Te
 
 def _in_node(**attributes: Any) -> Change:
     """Add a node with these attributes."""
-    return lambda model: model.graph.node.append(helper.make_node("Constant", [], ["stolen"], **attributes))
+    return lambda model: model.graph.node.append(
+        helper.make_node("Constant", [], ["stolen"], **attributes)
+    )
 
 
 def _in_function(model: ModelProto) -> None:
     node = helper.make_node("Constant", [], ["stolen"], value=_stolen("/etc/passwd"))
     opset = [helper.make_opsetid("", 24)]
-    model.functions.append(helper.make_function("somebody.elses", "F", [], ["stolen"], [node], opset))
+    model.functions.append(
+        helper.make_function("somebody.elses", "F", [], ["stolen"], [node], opset)
+    )
 
 
 def _sparse() -> SparseTensorProto:

@@ -9,13 +9,15 @@ from aapt_deploy.ops.block_causal_attention.hopper_fp8 import Swizzle
 
 
 def descriptor(address: int, swizzle: Swizzle) -> int:
-    """Shared-memory matrix descriptor of a K-major operand that starts at byte `address`; the next 32 bytes along K are at descriptor + 2.
+    """Shared-memory matrix descriptor of a K-major operand that starts at byte `address`.
 
-    bits 0-13   address / 16
-    bits 16-29  leading byte offset / 16: ignored for swizzled K-major operands, by convention 1
-    bits 32-45  stride byte offset / 16: from one group of 8 rows to the next
-    bits 49-51  base offset: 0, because tiles are aligned to `swizzle.group_bytes`
-    bits 62-63  swizzle
+    The next 32 bytes along K are at descriptor + 2.
+
+        bits 0-13   address / 16
+        bits 16-29  leading byte offset / 16: ignored for swizzled K-major operands, by convention 1
+        bits 32-45  stride byte offset / 16: from one group of 8 rows to the next
+        bits 49-51  base offset: 0, because tiles are aligned to `swizzle.group_bytes`
+        bits 62-63  swizzle
     """
     assert 0 <= address < 1 << 18 and address % 16 == 0, (
         f"{address=} cannot be written into a descriptor"
@@ -24,7 +26,10 @@ def descriptor(address: int, swizzle: Swizzle) -> int:
 
 
 def d_fragment(thread: Any, register: Any) -> tuple[Any, Any]:
-    """(row, column) of the 64 x N result in float32 register `register` (0 .. N / 2 - 1) of `thread` (0 .. 127)."""
+    """(row, column) of the 64 x N result in a float32 register.
+
+    `register` is 0 .. N / 2 - 1, `thread` 0 .. 127.
+    """
     warp, lane = thread >> 5, thread & 31
     return 16 * warp + (lane >> 2) + 8 * (register >> 1 & 1), 8 * (register >> 2) + 2 * (
         lane & 3
@@ -32,7 +37,10 @@ def d_fragment(thread: Any, register: Any) -> tuple[Any, Any]:
 
 
 def a_fragment(thread: Any, register: Any, byte: Any) -> tuple[Any, Any]:
-    """(row, column) of the 64 x 32 operand A in `byte` of 32-bit register `register` (0 .. 3) of `thread` (0 .. 127)."""
+    """(row, column) of the 64 x 32 operand A in `byte` of a 32-bit register.
+
+    `register` is 0 .. 3, `thread` 0 .. 127.
+    """
     warp, lane = thread >> 5, thread & 31
     return 16 * warp + (lane >> 2) + 8 * (register & 1), 16 * (register >> 1) + 4 * (
         lane & 3
@@ -40,8 +48,9 @@ def a_fragment(thread: Any, register: Any, byte: Any) -> tuple[Any, Any]:
 
 
 def a_source(half: Any, register: Any, byte: Any) -> Any:
-    """Which float32 register of the scores becomes `byte` of register `register` of A, for keys 32 * half ..: always one of the same thread.
+    """Which float32 register of the scores becomes `byte` of `register` of A.
 
-    The columns of A are thereby not in key order: column c holds key kappa(c). V tiles are stored to match.
+    Keys are 32 * half and following. It is always one of the same thread. So the columns of A are not in key order: column c is
+    key kappa(c). V tiles are stored to match.
     """
     return 16 * half + 8 * (register >> 1) + 2 * (register & 1) + 4 * (byte >> 1) + (byte & 1)

@@ -11,7 +11,6 @@ the cache is masked, so it must be finite: the runtime fills it with zeros.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,10 +136,11 @@ def _aot_nodes(node: NodeProto) -> Iterable[NodeProto]:
         ("Pack", [k, v, k_scale, k_mean, v_scale], [k_block, v_block]),
         ("Attend", [q, k_block, v_block, *past, q_scale, k_scale, v_scale], [out]),
     )
-    new = partial(helper.make_node, domain=DOMAIN, **attributes)
-    return [
-        new(f"{NAME}{part}", reads, writes, f"{node.name}.{part}") for part, reads, writes in rows
-    ]
+    nodes = []
+    for part, reads, writes in rows:
+        name, label = f"{NAME}{part}", f"{node.name}.{part}"
+        nodes.append(helper.make_node(name, reads, writes, label, domain=DOMAIN, **attributes))
+    return nodes
 
 
 # Inputs of the plugin behind the op's own six, in layout hopper_fp8.

@@ -1,7 +1,8 @@
-"""`aapt build-engine --backend tensorrt` as a whole, over an emulated device; a fake TensorRT's plans are the lowered graphs.
+"""`aapt build-engine --backend tensorrt` over an emulated device.
 
-What is executed is everything of ours: choosing a form, lowering, keeping plans, the audit, the engine that the bundle gets, the comparison with
-ONNX Runtime, the timing, the manifest, and then a stream from it. TensorRT's own API is for tests/backends/trt/bindings/contract_build.py.
+Fake plans are lowered graphs. Everything of ours runs: choosing a form, lowering, keeping plans,
+the audit, the engine of the bundle, the comparison with ONNX Runtime, the timing, the manifest,
+and then a stream from it. TensorRT's own API is for bindings/contract_build.py.
 """
 
 import contextlib
@@ -66,7 +67,8 @@ def test_an_engine_is_built_compared_timed_and_streams(
         and entry["step_ms"] > 0
     )
     assert entry["audit"]["generator"] | {"layers": 0} == {
-        "layers": 0, "plugins": 0, "fp8": 0, "reformats": 0, "attention": 2, "plugins_expected": 0, "fp8_expected": 0, "attention_expected": 2,
+        "layers": 0, "plugins": 0, "fp8": 0, "reformats": 0, "attention": 2, "plugins_expected": 0,
+        "fp8_expected": 0, "attention_expected": 2,
     }  # fmt: skip
     receipt = entry["receipts"]["generator"]
     assert (
@@ -232,7 +234,7 @@ def test_attention_that_is_not_fused_and_many_reformats_are_told(
 
 
 def fp8_bundle(path: Path) -> Bundle:
-    """The bundle as if it had been exported in fp8; its graphs stay as they are, which is enough to choose a form."""
+    """The bundle as if exported in fp8; its graphs stay, which is enough to choose a form."""
     from aapt_deploy.bundle import bundle, scales
 
     profile = Bundle.open(path).profile
@@ -304,9 +306,12 @@ def test_everything_that_a_plan_is_made_of_changes_its_hash(bare: Path, here: Te
     )
     order = build.Order(fp8_bundle(bare), "fp8", choices[0], found, None, print, None)
     orders = [
-        order, replace(order, precision="bf16"), *(replace(order, choice=choice) for choice in choices[1:]),
-        replace(order, choice=replace(choices[0], packed=True)), replace(order, here=replace(found, sm=89)),
-        replace(order, here=replace(found, tensorrt="10.16.1.11")), replace(order, here=replace(found, kernels="o" * 64)),
+        order, replace(order, precision="bf16"),
+        *(replace(order, choice=choice) for choice in choices[1:]),
+        replace(order, choice=replace(choices[0], packed=True)),
+        replace(order, here=replace(found, sm=89)),
+        replace(order, here=replace(found, tensorrt="10.16.1.11")),
+        replace(order, here=replace(found, kernels="o" * 64)),
     ]  # fmt: skip
     assert len({build.inputs_hash(one, "generator") for one in orders}) == len(orders)
     assert (
@@ -351,7 +356,8 @@ def test_without_room_on_the_gpu_nothing_is_begun(
     assert large.total_gb > 25
     with pytest.raises(
         MachineError,
-        match=rf"profile tiny-cpu needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are free on Emulated H100",
+        match=rf"profile tiny-cpu needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are free on "
+        "Emulated H100",
     ) as caught:
         made(bare)
     assert "aapt plan" in caught.value.hint and not here.built
@@ -387,7 +393,8 @@ def test_phases_are_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixtu
         phases.done("Timing")
         phases.done("Building engine")
     assert capsys.readouterr().err.splitlines() == [
-        "building", "tensorrt-fp8: building generator", "tensorrt-fp8: building generator: Building engine",
+        "building", "tensorrt-fp8: building generator",
+        "tensorrt-fp8: building generator: Building engine",
     ]  # fmt: skip
 
 

@@ -1,7 +1,9 @@
-"""backends/trt/engine over an emulated device: the plans are run by ONNX Runtime or torch, everything around them is the engine's own.
+"""backends/trt/engine over an emulated device.
 
-The emulated driver does nothing before it is waited for, so that a wait, a copy or a commit that is missing, or of the wrong place, shows in the
-frames. What TensorRT and a GPU do with the same calls is not tested here.
+The plans are run by ONNX Runtime or torch; everything around them is the engine's own. The
+emulated driver does nothing before it is waited for. So a wait, a copy or a commit that is
+missing, or of the wrong place, shows in the frames. What TensorRT and a GPU do with these calls
+is not tested here.
 """
 
 import dataclasses
@@ -112,7 +114,7 @@ def test_half_precision_tensors_are_converted_where_the_host_reads_them(
 def test_text_of_another_type_than_the_cache_is_converted(
     bundle: Path, tiny: Profile, computes: dict[str, Compute], wanted: list[np.ndarray]
 ) -> None:
-    """As where the prompt's plan leaves bf16 and the caches are float32: bits are not taken for numbers."""
+    """The prompt's plan leaves bf16 and the caches are float32: bits are not taken for numbers."""
     opened = Bundle.open(bundle)
     engines = opened_over(
         Driver(),
@@ -151,7 +153,8 @@ def test_nothing_is_allocated_or_captured_after_opening(
     frames_of(engines, opened, BLOCKS, 0, changing)
     later = {call.split("(")[0] for call in driver.journal[begun:]}
     assert later == {
-        "cuCtxSetCurrent", "cuGraphLaunch", "cuEventRecord", "cuEventQuery", "cuMemcpyHtoDAsync", "cuMemcpyDtoDAsync", "cuMemsetD8Async",
+        "cuCtxSetCurrent", "cuGraphLaunch", "cuEventRecord", "cuEventQuery", "cuMemcpyHtoDAsync",
+        "cuMemcpyDtoDAsync", "cuMemsetD8Async",
     }  # fmt: skip
     with pytest.raises(AssertionError, match="sealed"):
         engines.device.memory(1)
@@ -169,7 +172,7 @@ def test_nothing_is_allocated_or_captured_after_opening(
 def test_the_next_block_is_generated_while_this_one_is_decoded(
     bundle: Path, tiny: Profile, computes: dict[str, Compute]
 ) -> None:
-    """Each decoding waits until the generator has begun another block than the decoded one: without overlap it would wait in vain."""
+    """Each decoding waits until the generator has begun another block; it needs the overlap."""
     passes, met, opened = 0, list[bool](), Bundle.open(bundle)
     grown = threading.Condition()
 
@@ -265,7 +268,7 @@ class Rounded(EagerGenerator):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint:
-    """A checkpoint whose heads have the 64 channels that the FP8 layout is for; 8x4 latents give 8 tokens a block, 4 of text."""
+    """A checkpoint with heads of 64 channels, for FP8; 8x4 latents: 8 tokens a block, 4 of text."""
     shape = dataclasses.replace(tiny, name="wide", model=Model(dim=128, depth=2, heads=2, patch=2))
     return make_checkpoint(tmp_path_factory.mktemp("wide") / "wide.safetensors", shape)
 
@@ -294,7 +297,7 @@ def by_torch(module: torch.nn.Module, signature: GraphSignature) -> Compute:
 def tiled(
     compute: Compute, profile: Profile, scales: list[hopper_fp8.Scales], packed: bool
 ) -> Compute:
-    """A generator's plan with FP8 caches: they are unpacked, the float32 graph runs, its blocks are packed."""
+    """A generator's plan with FP8 caches: unpack them, run the float32 graph, pack its blocks."""
     pairs = list(
         zip(
             *(
@@ -386,7 +389,7 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def rounded(wide: Checkpoint, bundle: Path) -> list[np.ndarray]:
-    """Frames of torch with caches that are rounded to FP8, and proof that the rounding is no small thing."""
+    """Frames of torch with caches rounded to FP8, and proof that the rounding shows."""
     opened: Any = Opened(wide, bundle)
     exact = EagerEngines(wide, 1, "fp32")
     reference = EagerEngines(wide, 1, "fp32")
@@ -411,32 +414,35 @@ def test_fp8_caches_are_committed_and_given_their_text_by_our_kernels(
 # --- planted mistakes ---
 
 OTHER = "cuEventRecord, self._done, self._device._streams[0]._stream"
-OFFSET = "self.addresses = {tensor.name: self.address + offset"
+SUM = "{name: self.address + offset"
+FRAMES = "self.stream.wait()\n            return self.outputs"
+CLEAN = "self.stream.wait()\n            return self.clean"
 PLANTED = {  # module, what is written instead of what
-    "a wrong slot": ("trt", "self.ring.place(block).slot", "self.ring.place(block + 1).slot"),
-    "a missing commit": ("trt", "self.cache.commit(self", "str(self"),
-    "a stale length": ("trt", '"cache_len": place.cache_len', '"cache_len": self.ring.text_tokens'),
-    "an old block's place": ("trt", 'int(inputs.pop("block"))', 'int(inputs.pop("block")) // 2'),
-    "no wait before the frames are read": ("trt", "self.stream.wait()\n            return self.outputs", "return self.outputs"),
-    "no wait before the latent is read": ("trt", "self.stream.wait()\n            return self.clean", "return self.clean"),
+    "a wrong slot": ("engine", "self.ring.place(block).slot", "self.ring.place(block + 1).slot"),
+    "a missing commit": ("engine", "self.cache.commit(self", "str(self"),
+    "a stale length": ("engine", ": place.cache_len", ": self.ring.text_tokens"),
+    "an old block's place": ("engine", 'int(inputs.pop("block"))', 'int(inputs.pop("block")) // 2'),
+    "no wait before the frames are read": ("engine", FRAMES, "return self.outputs"),
+    "no wait before the latent is read": ("engine", CLEAN, "return self.clean"),
     "a wait for the other stream": ("cuda", "cuEventRecord, self._done, self._stream", OTHER),
-    "memory that does not alternate": ("trt", "self.turn = (self.turn + 1) % len(self.steps)", "self.turn = 0"),
-    "memory written over itself": ("trt", "self.state[i], self.state[i - 1]", "self.state[i], self.state[i]"),
-    "memory that is not emptied": ("trt", "for held in self.state:", "for held in self.state[:0]:"),
-    "inputs that stay on the host": ("trt_state", "self.arrays[name][...] = to_bf16", "self.arrays[name] = to_bf16"),
-    "text that is not written": ("trt", "if k in state", "if k in state and not self.cache"),
-    "text of another layer": ("trt", "self.cache.write_text(layer,", "self.cache.write_text(self.layers[0],"),
-    "half a block committed": ("trt_state", "block, self.tokens * self.row_bytes", "block, self.tokens * self.row_bytes // 2"),
-    "memory from nowhere": ("trt_state", OFFSET, f"{OFFSET} + self.host.nbytes"),
-}  # fmt: skip
+    "memory that does not alternate": ("engine", "(self.turn + 1) % len(self.steps)", "0"),
+    "memory written over itself": ("engine", "self.state[i - 1]", "self.state[i]"),
+    "memory that is not emptied": ("engine", "for held in self.state:", "for held in []:"),
+    "inputs that stay on the host": ("state", "[name][...] = to_bf16", "[name] = to_bf16"),
+    "text that is not written": ("engine", "if k in state", "if k in state and not self.cache"),
+    "text of another layer": ("engine", "write_text(layer,", "write_text(self.layers[0],"),
+    "half a block committed": ("state", "block, self.tokens *", "block, self.tokens // 2 *"),
+    "memory from nowhere": ("state", SUM, f"{SUM} + self.host.nbytes"),
+}
+KEYS, VALUES = "(layer.k_block, layer.v_block), self", "(layer.v_block, layer.k_block), self"
 PLANTED_TILES = {
-    "a slot that is not uploaded": ("trt_state", "        self.stream.upload(self.slot_address, self.slot)\n", ""),
-    "text behind the block": ("trt_state", "self.images, self.front, self.text", "self.images, self.slot_address, self.text"),
-    "scales of another layer": ("trt_state", "self.scales[self.layers.index(layer)]", "self.scales[0]"),
-    "keys for values": ("trt_state", "(layer.k_block, layer.v_block), self.slot_address", "(layer.v_block, layer.k_block), self.slot_address"),
-    "text packed before it is there": ("trt_state", "in zip(self.values, stored", "in zip(self.values[:1], stored[:1]"),
-    "a missing commit": ("trt_state", "        self.committing()", "        pass"),
-}  # fmt: skip
+    "a slot that is not uploaded": ("state", "self.stream.upload(self.slot_address,", "str("),
+    "text behind the block": ("state", "self.images, self.front", "self.images, self.slot_address"),
+    "scales of another layer": ("state", "self.scales[self.layers.index(layer)]", "self.scales[0]"),
+    "keys for values": ("state", KEYS, VALUES),
+    "text packed before it is there": ("state", "zip(self.values, stored", "zip([], []"),
+    "a missing commit": ("state", "        self.committing()", "        pass"),
+}
 
 
 def planted(mistake: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -1,8 +1,9 @@
-"""The route of docs/deploy-h100.md, whole: an fp8 export, built for TensorRT, streamed by backends/trt/engine, with the names of one part those of
-the next.
+"""The route of docs/deploy-h100.md: an fp8 export, built for TensorRT, then streamed.
 
-The device is emulated, a plan is its lowered graph (`lowered_graphs`), our kernels are their arithmetic in NumPy. Everything else is what runs on the
-user's machine. The frames are held against ONNX Runtime on the exported graphs, which keeps attention in float32.
+The names of one part must be those of the next. The device is emulated, a plan is its lowered
+graph (`lowered_graphs`), our kernels are their arithmetic in NumPy. Everything else is what runs
+on the user's machine. The frames are compared with ONNX Runtime on the exported graphs, which
+keeps attention in float32.
 """
 
 import json

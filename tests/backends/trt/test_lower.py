@@ -1,4 +1,7 @@
-"""Graphs as TensorRT gets them: the same numbers where ONNX Runtime can run them, types where it cannot, and nothing read from outside a bundle."""
+"""Lowered graphs for TensorRT: equal numbers if ONNX Runtime can run them, else types.
+
+Nothing is read from outside a bundle.
+"""
 
 from pathlib import Path
 
@@ -43,7 +46,7 @@ def random_inputs(profile: Profile, cache_len: int) -> dict[str, np.ndarray]:
 
 
 def test_native_attention_is_the_portable_function(bundle: Path, tiny: Profile) -> None:
-    """Over an empty, a half-full and a full cache; what lies behind its valid tokens does not matter."""
+    """Over an empty, a half-full and a full cache; tokens behind the valid ones do not matter."""
     exported = onnx.load(bundle / "generator.onnx")
     native = lower_native(exported, Ring.of(tiny), TensorProto.FLOAT)
     onnx.checker.check_model(native, full_check=True)

@@ -1,4 +1,4 @@
-"""An exported generator, lowered to what the TensorRT plugin reads. That the plugin takes it is tested in tests/backends/trt/bindings."""
+"""Lower an exported generator for the plugin, which bindings/ tests."""
 
 from pathlib import Path
 

@@ -38,8 +38,10 @@ def told(form: str, layers: list[tuple[str, str, str, str]]) -> str:
 
 
 LAYERS = [
-    ("layer.0.attention", "PluginV3", "FP8", ""), ("layer.1.attention", "PluginV3", "FP8", ""), ("reformat of x", "Reformat", "FP8", ""),
-    ("layer.0.mlp", "gemm", "FP8", "sm90_gemm_e4m3"), ("layer.1.mlp", "gemm", "BF16", "sm90_gemm_bf16"), ("norm", "kgen", "BF16", ""),
+    ("layer.0.attention", "PluginV3", "FP8", ""), ("layer.1.attention", "PluginV3", "FP8", ""),
+    ("reformat of x", "Reformat", "FP8", ""),
+    ("layer.0.mlp", "gemm", "FP8", "sm90_gemm_e4m3"),
+    ("layer.1.mlp", "gemm", "BF16", "sm90_gemm_bf16"), ("norm", "kgen", "BF16", ""),
 ]  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def test_the_machine_that_built_a_plan_runs_it() -> None:
     [
         ({"sm": 89, "gpu": "NVIDIA L40S"}, MachineError, "SM 89 (NVIDIA L40S); this GPU is SM 90"),
         ({"tensorrt": "10.16.1.11"}, MachineError, "TensorRT 10.16.1.11; here is 11.4.0.106"),
-        ({"tensorrt": "11.4.0.107"}, MachineError, "11.4.0.107"), ({"kernels": "b" * 64}, BundleError, "kernels bbbbbbbbbbbb"),
+        ({"tensorrt": "11.4.0.107"}, MachineError, "11.4.0.107"),
+        ({"kernels": "b" * 64}, BundleError, "kernels bbbbbbbbbbbb"),
         ({"graph_sha256": "d" * 64}, BundleError, "another graph"),
     ],
 )  # fmt: skip

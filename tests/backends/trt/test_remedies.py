@@ -26,11 +26,13 @@ SAID = (  # words as the documentation and public reports have them
     ("Failed to open file: generator.onnx.data", "export the bundle again"),
     ("network has dynamic inputs, but no optimization profile has been defined", "static"),
     (
-        "Error Code 1: Serialization (Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.)",
+        "Error Code 1: Serialization (Serialization assertion stdVersionRead == "
+        "kSERIALIZATION_VERSION failed.)",
         "another TensorRT",
     ),
     (
-        "The engine plan file is generated on an incompatible device, expecting compute 9.0 got compute 8.9",
+        "The engine plan file is generated on an incompatible device, expecting compute 9.0 got "
+        "compute 8.9",
         "another GPU",
     ),
     ("CUDA initialization failure with error: 35", "update the NVIDIA driver"),

@@ -68,9 +68,9 @@ def examine(
         report(f"{name} on {here.gpu}, TensorRT {here.tensorrt}")
         began = time.monotonic()
         answer, reason = _ask(name, patience_s)
+        ok = answer is not None and answer.get("ok") is True
         if answer:
             reason = str(answer.get("found", answer.get("error", "")))
-        ok = bool(answer) and answer.get("ok") is True
         found.append(Proof(name, ok, reason, round(time.monotonic() - began, 1)))
     with writing(receipts.receipt_file(here), "set XDG_CACHE_HOME to a folder of yours"):
         return Findings(here, found, receipts.save(here, found))

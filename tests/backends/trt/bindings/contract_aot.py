@@ -1,4 +1,4 @@
-"""The ahead-of-time plugins, driven through the real `tensorrt.plugin` layer, and the traps of that layer that their module steps around."""
+"""The ahead-of-time plugins through the real `tensorrt.plugin`, and its traps."""
 
 import importlib
 import itertools
@@ -34,7 +34,7 @@ def trtp() -> ModuleType:
 
 @pytest.fixture
 def module(trtp: ModuleType, registry: Any) -> Iterator[ModuleType]:
-    """Our module with both plugins defined; forgotten afterwards, so that every test may define them."""
+    """Our module with both plugins defined; undone afterwards, so every test may define them."""
     from aapt_deploy.backends.trt.plugin import ahead_of_time
 
     compiled = lambda kernel, tokens, heads, head_dim: ahead_of_time.Compiled(
@@ -140,7 +140,9 @@ def trap(trtp: ModuleType, registry: Any) -> Iterator[str]:
 
 def registered(trtp: ModuleType, plugin_id: str) -> None:
     @trtp.register(plugin_id)
-    def describe(x: trtp.TensorDesc, first: str, second: str) -> trtp.TensorDesc:  # type: ignore[name-defined]
+    def describe(  # type: ignore[name-defined]
+        x: trtp.TensorDesc, first: str, second: str
+    ) -> trtp.TensorDesc:
         return x.like()
 
 
@@ -190,7 +192,7 @@ def test_trap_2_tactic_and_the_return_annotation_are_mandatory(trap: str, trtp: 
         @trtp.aot_impl(trap)
         def without(
             x, first, second, outputs
-        ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]:  # type: ignore[no-untyped-def,name-defined]
+        ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]:
             pass
 
     with pytest.raises(ValueError, match="No return annotation"):
@@ -209,7 +211,7 @@ def test_trap_3_postponed_annotations_and_defaults_are_refused(trap: str, trtp: 
     with pytest.raises(ValueError, match="default"):
 
         @trtp.register(f"{trap}2")
-        def default(x: trtp.TensorDesc, first: int = 3) -> trtp.TensorDesc:  # type: ignore[name-defined]
+        def default(x: trtp.TensorDesc, first: int = 3) -> trtp.TensorDesc:
             return x
 
 
@@ -286,7 +288,7 @@ def test_trap_9_without_a_request_the_plugin_is_not_ahead_of_time(
 
 
 def test_trap_10_and_12_do_not_concern_us(module: ModuleType) -> None:
-    """10 is about just-in-time plugins, 12 about shape inputs, workspace and several kernels: we define none of these."""
+    """We define none of these: just-in-time plugins (10), shape inputs, workspace, kernels (12)."""
     from tensorrt.plugin import _lib
 
     ours = [
@@ -313,7 +315,7 @@ def test_trap_11_a_collection_keeps_nothing_alive(trt: ModuleType) -> None:
 def test_trap_13_whole_numbers_are_no_attributes_under_10_16(
     trap: str, trtp: ModuleType, trt: ModuleType, registry: Any, release: str
 ) -> None:
-    """Found here: the layer of 10.16 converts the array of a number in a way that numpy 2.4 refuses. Our plugins have no attributes."""
+    """10.16 converts the array of a number as numpy 2.4 refuses. Our plugins have no attributes."""
     import numpy as np
 
     @trtp.register(trap)
@@ -323,7 +325,7 @@ def test_trap_13_whole_numbers_are_no_attributes_under_10_16(
     @trtp.aot_impl(trap)
     def kernel(
         x, first, outputs, tactic
-    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]:  # type: ignore[no-untyped-def,name-defined]
+    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]:
         raise AssertionError("not reached")
 
     namespace, name = trap.split("::")

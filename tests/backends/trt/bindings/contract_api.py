@@ -1,6 +1,7 @@
-"""Building and running a plan through strict fakes: the calls in order, and mistakes that must be caught.
+"""Build and run a plan through strict fakes: calls in order, and mistakes to be caught.
 
-The enums, the logger and the progress monitor are the real ones; builder, parser, runtime and their like are fakes made from this release's stubs.
+The enums, the logger and the progress monitor are the real ones. Builder, parser, runtime and
+the like are fakes made from this release's stubs.
 """
 
 import importlib
@@ -52,15 +53,25 @@ class Rig:
         self.script = self.recorder.script
         self.script |= {
             "INetworkDefinition.num_layers": lambda: len(self.kinds),
-            "INetworkDefinition.get_layer": lambda index: self.make("ILayer", type=getattr(trt.LayerType, self.kinds[index])),
-            "INetworkDefinition.num_inputs": 2, "INetworkDefinition.get_input": lambda index: self.tensors[index],
-            "INetworkDefinition.num_outputs": 1, "INetworkDefinition.get_output": lambda index: self.tensors[2],
+            "INetworkDefinition.get_layer": (
+                lambda index: self.make("ILayer", type=getattr(trt.LayerType, self.kinds[index]))
+            ),
+            "INetworkDefinition.num_inputs": 2,
+            "INetworkDefinition.get_input": lambda index: self.tensors[index],
+            "INetworkDefinition.num_outputs": 1,
+            "INetworkDefinition.get_output": lambda index: self.tensors[2],
             "Builder.build_serialized_network": PLAN, "ITimingCache.serialize": b"timing",
-            "ICudaEngine.num_io_tensors": 3, "ICudaEngine.get_tensor_name": lambda index: [*tensors][index],
-            "ICudaEngine.get_tensor_mode": lambda name: trt.TensorIOMode.OUTPUT if name == "clean" else trt.TensorIOMode.INPUT,
+            "ICudaEngine.num_io_tensors": 3,
+            "ICudaEngine.get_tensor_name": lambda index: [*tensors][index],
+            "ICudaEngine.get_tensor_mode": (
+                lambda name: getattr(trt.TensorIOMode, "OUTPUT" if name == "clean" else "INPUT")
+            ),
             "ICudaEngine.get_tensor_dtype": lambda name: getattr(trt.DataType, tensors[name][0]),
-            "ICudaEngine.get_tensor_shape": lambda name: tensors[name][1], "ICudaEngine.device_memory_size_v2": 12345,
-            "EngineInspector.get_engine_information": '{"Layers": [{"Name": "a", "LayerType": "PluginV3"}]}',
+            "ICudaEngine.get_tensor_shape": lambda name: tensors[name][1],
+            "ICudaEngine.device_memory_size_v2": 12345,
+            "EngineInspector.get_engine_information": (
+                '{"Layers": [{"Name": "a", "LayerType": "PluginV3"}]}'
+            ),
         }  # fmt: skip
 
     def build(self, api: ModuleType | None = None, **more: Any) -> Any:
@@ -176,8 +187,10 @@ def test_a_shape_that_is_not_fixed_is_refused(rig: Rig, plan_file: Path) -> None
 
 def test_the_parser_s_reason_names_the_node(rig: Rig) -> None:
     rig.script |= {
-        "OnnxParser.parse_from_file": False, "OnnxParser.num_errors": 1, "ParserError.desc": "Plugin not found, are the names right?",
-        "ParserError.node_name": "layer.7.attention", "ParserError.node_operator": "BlockCausalAttention",
+        "OnnxParser.parse_from_file": False, "OnnxParser.num_errors": 1,
+        "ParserError.desc": "Plugin not found, are the names right?",
+        "ParserError.node_name": "layer.7.attention",
+        "ParserError.node_operator": "BlockCausalAttention",
     }  # fmt: skip
     with pytest.raises(
         BundleError, match=r"BlockCausalAttention node 'layer\.7\.attention': Plugin not found"
@@ -189,8 +202,10 @@ def test_the_parser_s_reason_names_the_node(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("said", "hint"),
     [
-        ("Networks with FP8 Q/DQ layers require hardware with FP8 support", "SM 89"), ("CUDA error 2: out of memory", "smaller profile"),
-        ("Could not find any implementation for node {ForeignNode[a...b]}", "--attention native"), ("something else", "aapt doctor"),
+        ("Networks with FP8 Q/DQ layers require hardware with FP8 support", "SM 89"),
+        ("CUDA error 2: out of memory", "smaller profile"),
+        ("Could not find any implementation for node {ForeignNode[a...b]}", "--attention native"),
+        ("something else", "aapt doctor"),
     ],
 )  # fmt: skip
 def test_the_builder_s_last_words_are_told_with_a_hint(
@@ -227,7 +242,7 @@ def test_what_the_plugin_raised_in_this_build_is_the_reason(rig: Rig) -> None:
 
 
 def test_without_a_gpu_builder_and_runtime_say_so(trt: ModuleType, plan_file: Path) -> None:
-    """No fakes here: the stub's factories return nothing, as TensorRT's do on a machine without a driver."""
+    """No fakes here: the stub's factories return nothing, as TensorRT's without a driver."""
     api = importlib.import_module("aapt_deploy.backends.trt.api")
     for attempt in (lambda: api.build(GRAPH, api.Settings(0, 1)), lambda: api.open_plan(plan_file)):
         with pytest.raises(MachineError, match="TensorRT cannot start"):

@@ -1,7 +1,9 @@
-"""build-engine through strict fakes of one release: what it asks of TensorRT for a whole fp8 bundle, in each form of attention, with golden logs.
+"""build-engine through strict fakes of one release, with golden logs of its calls.
 
-The bundle is synthetic and small; its generator has our op's nodes and one product in FP8. Builder, parser and runtime are fakes made from the
-release's stubs; a "network" has the layers that the lowered file has nodes, but a plugin's only where its creator is registered, as TensorRT does it.
+For a whole fp8 bundle, in each form of attention. The bundle is synthetic and small; its
+generator has our op's nodes and one product in FP8. Builder, parser and runtime are fakes made
+from the release's stubs. A "network" has as many layers as the lowered file has nodes, but a
+plugin's only if its creator is registered, as in TensorRT.
 """
 
 import importlib
@@ -96,9 +98,9 @@ def test_the_runtime_reads_what_the_builder_wrote(rig: Rig) -> None:
 
 def test_packed_caches_are_int32(rig: Rig) -> None:
     rig.plans(Choice(PYTHON, packed=True, captured=True, reason=""))
-    kinds = {value.name: TRT_TYPES[value.type.tensor_type.elem_type] for value in onnx.load_from_string(
-        (rig.bundle.path / rig.bundle.engines["tensorrt-fp8"]["graphs"]["generator"]).read_bytes()
-    ).graph.input}  # fmt: skip
+    graph = rig.bundle.engines["tensorrt-fp8"]["graphs"]["generator"]
+    inputs = onnx.load_from_string((rig.bundle.path / graph).read_bytes()).graph.input
+    kinds = {value.name: TRT_TYPES[value.type.tensor_type.elem_type] for value in inputs}
     assert kinds["k_cache.00"] == "INT32"
 
 
@@ -186,7 +188,8 @@ def test_ctrl_c_in_the_middle_leaves_nothing_half_written(rig: Rig) -> None:
 
 def test_errors_of_the_parser_reach_the_user_with_what_can_be_done(rig: Rig) -> None:
     rig.recorder.script |= {
-        "OnnxParser.parse_from_file": False, "OnnxParser.num_errors": 1, "ParserError.desc": "No importer registered for op: Attention",
+        "OnnxParser.parse_from_file": False, "OnnxParser.num_errors": 1,
+        "ParserError.desc": "No importer registered for op: Attention",
         "ParserError.node_name": "attention.0", "ParserError.node_operator": "Attention",
     }  # fmt: skip
     with pytest.raises(BundleError, match=r"Attention node 'attention\.0': No importer") as caught:

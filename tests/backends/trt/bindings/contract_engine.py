@@ -1,7 +1,9 @@
-"""The whole engine through strict fakes: what backends/trt/engine asks of TensorRT and of the CUDA driver, call by call, over a ring that wraps.
+"""The whole engine through strict fakes: every call to TensorRT and the CUDA driver.
 
-TensorRT's runtime classes are fakes made from this release's stubs; the CUDA driver is tests/cuda_emulator.py, which checks every call against the
-real bindings' signatures. Both write into one journal, and that is compared with a golden one. Nothing is computed.
+It runs over a ring that wraps. TensorRT's runtime classes are fakes made from this release's
+stubs. The CUDA driver is tests/support/cuda_emulator.py, which checks every call against the
+real bindings' signatures. Both write into one journal, which is compared with a golden one.
+Nothing is computed.
 """
 
 import importlib
@@ -46,12 +48,18 @@ class Rig:
         self.trt, self.tensors = trt, list[tuple[str, bool, str, tuple[int, ...]]]()
         self.layout = layout
         self.recorder.script |= {
-            "Runtime.deserialize_cuda_engine": self._deserialise, "ICudaEngine.num_io_tensors": lambda: len(self.tensors),
-            "ICudaEngine.get_tensor_name": lambda index: self.tensors[index][0], "ICudaEngine.device_memory_size_v2": 4096,
-            "ICudaEngine.get_tensor_mode": lambda name: trt.TensorIOMode.INPUT if self._one(name)[1] else trt.TensorIOMode.OUTPUT,
+            "Runtime.deserialize_cuda_engine": self._deserialise,
+            "ICudaEngine.num_io_tensors": lambda: len(self.tensors),
+            "ICudaEngine.get_tensor_name": lambda index: self.tensors[index][0],
+            "ICudaEngine.device_memory_size_v2": 4096,
+            "ICudaEngine.get_tensor_mode": (
+                lambda name: getattr(trt.TensorIOMode, "INPUT" if self._one(name)[1] else "OUTPUT")
+            ),
             "ICudaEngine.get_tensor_dtype": lambda name: getattr(trt.DataType, self._one(name)[2]),
             "ICudaEngine.get_tensor_shape": lambda name: self._one(name)[3],
-            "EngineInspector.get_engine_information": '{"Layers": [{"Name": "a", "LayerType": "PluginV3", "TacticName": "aapt"}]}',
+            "EngineInspector.get_engine_information": (
+                '{"Layers": [{"Name": "a", "LayerType": "PluginV3", "TacticName": "aapt"}]}'
+            ),
         }  # fmt: skip
         plans = {}
         for graph in signatures(self.profile):

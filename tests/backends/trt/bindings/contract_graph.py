@@ -1,4 +1,4 @@
-"""A graph as `lower_for_plugin` leaves it is what the plugin takes: names, attributes, inputs, shapes and types."""
+"""A graph of `lower_for_plugin` is what the plugin takes: names, shapes, types."""
 
 from types import ModuleType
 from typing import Any
@@ -105,8 +105,9 @@ def test_every_node_is_one_that_the_plugin_takes(trt: ModuleType, form: str, dty
     ours = [node for node in lowered.graph.node if node.op_type == NAME]
     assert len(ours) == LAYERS and {node.domain for node in ours} == {DOMAIN}
     for layer, node in enumerate(ours):
-        assert {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute} == {
-            "scale": np.float32(softmax_scale(D)), "plugin_namespace": b"aapt", "plugin_version": b"1",
+        assert {one.name: helper.get_attribute_value(one) for one in node.attribute} == {
+            "scale": np.float32(softmax_scale(D)), "plugin_namespace": b"aapt",
+            "plugin_version": b"1",
         }  # fmt: skip
         size = python_plugin.sizes([found[name][0] for name in node.input])
         layout = "token_major" if form == "token_major" else "hopper_fp8"

@@ -143,7 +143,7 @@ def test_the_plugin_is_all_three_capabilities(
 def test_serialised_fields_survive_the_collector_and_make_the_same_plugin(
     plugin: python_plugin.BlockCausalAttention, creator: python_plugin.Creator, trt: ModuleType
 ) -> None:
-    """Trap: a collection of temporaries points to freed memory. Without the plugin's own references the first noise would be read here."""
+    """Trap: a collection of temporaries points to freed memory, and would be read here."""
     twin = plugin.clone()
     del plugin
     collection = twin.get_fields_to_serialize()
@@ -258,10 +258,14 @@ def test_a_packed_cache_is_the_same_bytes(
 @pytest.mark.parametrize(
     ("layout", "change", "reason"),
     [
-        ("token_major", {3: (1, S, H, 32)}, "caches"), ("token_major", {0: (2, T, H, D), 1: (2, T, H, D), 2: (2, T, H, D)}, "q (2"),
-        ("token_major", {5: (2,)}, "cache_len"), ("token_major", {1: (1, T + 1, H, D)}, "k (1"), ("token_major", {0: (1, -1, H, D)}, "every extent"),
-        ("hopper_fp8", {3: (H, TILES, 32 * D), 4: (H, TILES, 32 * D)}, "FP8 [3, tiles, 4096] or INT32 [3, tiles, 1024]"),
-        ("hopper_fp8", {3: (H, TILES, 16 * D), 4: (H, TILES, 16 * D)}, "not 4096 bytes"), ("hopper_fp8", {8: (H,)}, "scales"),
+        ("token_major", {3: (1, S, H, 32)}, "caches"),
+        ("token_major", {0: (2, T, H, D), 1: (2, T, H, D), 2: (2, T, H, D)}, "q (2"),
+        ("token_major", {5: (2,)}, "cache_len"), ("token_major", {1: (1, T + 1, H, D)}, "k (1"),
+        ("token_major", {0: (1, -1, H, D)}, "every extent"),
+        ("hopper_fp8", {3: (H, TILES, 32 * D), 4: (H, TILES, 32 * D)},
+         "FP8 [3, tiles, 4096] or INT32 [3, tiles, 1024]"),
+        ("hopper_fp8", {3: (H, TILES, 16 * D), 4: (H, TILES, 16 * D)}, "not 4096 bytes"),
+        ("hopper_fp8", {8: (H,)}, "scales"),
         ("hopper_fp8", {4: (H, TILES + 1, 64 * D)}, "caches"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
-"""The micro-engines of `aapt doctor --tensorrt`: their calls through strict fakes, and their comparisons over an emulated device.
+"""The micro-engines of `aapt doctor --tensorrt`: calls and comparisons.
 
-A fake plan answers rightly or wrongly, so that every question is seen to say yes to the one and no to the other. What TensorRT answers is for it.
+Calls go through strict fakes, comparisons run over an emulated device. A fake plan answers
+rightly or wrongly, so every check is seen to pass the one and fail the other.
 """
 
 import contextlib
@@ -28,11 +29,16 @@ from tests.support.bindings.plugin_layer import Setter, descs, forget
 from tests.support.cuda_emulator import Driver
 
 PLAIN = {
-    receipts.NATIVE_BUILDS: cases.native, receipts.CAPTURED: cases.native, receipts.SLOT: cases.native,
-    receipts.FP8_PRODUCTS: cases.fp8_product, receipts.PLUGIN_FP8: cases.plugin, receipts.PLUGIN_CAPTURED: cases.plugin,
-    receipts.PLUGIN_PACKED: lambda: cases.plugin(packed=True), receipts.FUNCTION: lambda: cases.plugin(with_function=True),
+    receipts.NATIVE_BUILDS: cases.native, receipts.CAPTURED: cases.native,
+    receipts.SLOT: cases.native,
+    receipts.FP8_PRODUCTS: cases.fp8_product, receipts.PLUGIN_FP8: cases.plugin,
+    receipts.PLUGIN_CAPTURED: cases.plugin,
+    receipts.PLUGIN_PACKED: lambda: cases.plugin(packed=True),
+    receipts.FUNCTION: lambda: cases.plugin(with_function=True),
     receipts.AOT_OP: lambda: cases.plugin(aot=True), receipts.FP8_ATTENTION: cases.fp8_attention,
-} | {name: lambda: cases.small_plugin("Probe", 64) for name in (receipts.AOT_WORKS, receipts.AOT_STATIC, receipts.AOT_DYNAMIC)}  # fmt: skip
+}  # fmt: skip
+SMALL = (receipts.AOT_WORKS, receipts.AOT_STATIC, receipts.AOT_DYNAMIC)
+PLAIN |= {name: lambda: cases.small_plugin("Probe", 64) for name in SMALL}
 
 Change = Callable[[dict[str, np.ndarray]], None]
 
@@ -121,7 +127,8 @@ LAYERS = {
     "mha": PlanLayer("a", "fmha", "", ("FP8",), ()),
 }
 NEEDED = {
-    receipts.FP8_PRODUCTS: "fp8", receipts.PLUGIN_FP8: "plugin", receipts.PLUGIN_PACKED: "plugin", receipts.PLUGIN_CAPTURED: "plugin",
+    receipts.FP8_PRODUCTS: "fp8", receipts.PLUGIN_FP8: "plugin", receipts.PLUGIN_PACKED: "plugin",
+    receipts.PLUGIN_CAPTURED: "plugin",
     receipts.FUNCTION: "plugin", receipts.FP8_ATTENTION: "mha",
 }  # fmt: skip
 

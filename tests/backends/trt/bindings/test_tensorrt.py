@@ -1,10 +1,12 @@
-"""Our TensorRT code against the real Python bindings of two releases, on a machine without TensorRT and without a GPU.
+"""Our TensorRT code against the real Python bindings of two releases.
 
-    link stubs    the bindings load over libraries that hold only names (link_stubs.py)
+The machine needs neither TensorRT nor a GPU.
+
+    link stubs    the bindings load over libraries that have only names (link_stubs.py)
     contracts     contract_*.py, run inside a process of its own for each release
-    types         mypy over our TensorRT modules with stubs made from each release, and over planted mistakes
+    types         mypy over our TensorRT modules with stubs of each release; planted mistakes
 
-The first run downloads the bindings (wheels.py); afterwards no network is needed. Nothing here says that a plan was built or run.
+The first run downloads the bindings (wheels.py); later ones need no network.
 """
 
 import ctypes
@@ -72,7 +74,8 @@ def test_what_cannot_be_downloaded_is_told_with_a_way_out(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(
         wheels.Unavailable,
-        match=r"(?s)tensorrt-cu13-bindings==11.* could not be downloaded for Python 3\..*PIP_FIND_LINKS",
+        match=r"(?s)tensorrt-cu13-bindings==11.* could not be downloaded for Python 3\..*"
+        "PIP_FIND_LINKS",
     ):
         wheels.bindings("11.4")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -114,7 +117,8 @@ PLANTED = """
 import tensorrt as trt
 
 def f(
-    builder: trt.Builder, network: trt.INetworkDefinition, config: trt.IBuilderConfig, parser: trt.OnnxParser, context: trt.IExecutionContext
+    builder: trt.Builder, network: trt.INetworkDefinition, config: trt.IBuilderConfig,
+    parser: trt.OnnxParser, context: trt.IExecutionContext
 ) -> None:
     config.set_flag("FP8")  # wrong: a name for an enum
     config.set_flag(8)  # wrong: a number for an enum
@@ -127,7 +131,8 @@ def f(
     context.set_input_shape("x", (1, 2))
     config.set_flag(trt.BuilderFlag.TF32)
     config.set_flag(trt.BuilderFlag.FP8)  # wrong in 11.4
-    builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))  # wrong in 11.4
+    flag = trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH  # wrong in 11.4
+    builder.create_network(1 << int(flag))
     parser.supports_model(b"")  # wrong in 11.4
     network.add_attention_v2  # wrong in 10.16
 """
@@ -150,7 +155,8 @@ def test_types(release: str, tmp_path: Path) -> None:
     options += ["--cache-dir", str(stubs.parent / "mypy"), "--disable-error-code", "type-arg"]
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *options, *files, str(planted)],
-        cwd=ROOT, env=os.environ | {"MYPYPATH": str(stubs)}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=os.environ | {"MYPYPATH": str(stubs)}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     found = {int(line) for line in re.findall(r"planted\.py:(\d+): error", done.stdout)}
     marks = ("# wrong:", f"# wrong in {release}")

@@ -1,4 +1,7 @@
-"""aapt doctor --tensorrt: every question in a process of its own, so that a crash, a hang or nonsense is a failed check and the doctor goes on."""
+"""aapt doctor --tensorrt runs every check in a process of its own.
+
+So a crash, a hang or nonsense is a failed check, and the next one runs.
+"""
 
 import json
 import sys

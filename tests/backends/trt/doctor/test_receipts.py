@@ -1,4 +1,4 @@
-"""What the doctor proved is kept for exactly one machine, and decides which form of attention a build may take."""
+"""Receipts of the doctor: valid for exactly one machine, and they decide a build's form."""
 
 import dataclasses
 import json
