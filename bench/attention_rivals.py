@@ -55,7 +55,12 @@ class Meter:
 
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(0).uuid)
-            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            self.nvml, self.handle = (
+                pynvml,
+                pynvml.nvmlDeviceGetHandleByUUID(
+                    uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+                ),
+            )
         except Exception as error:
             self.nvml = None
             if not HOW.small and not Meter.told:
@@ -88,7 +93,12 @@ class Meter:
         if not late:
             return {}
         clock, watts, celsius = (statistics.median(column) for column in zip(*late, strict=True))
-        return {"sm_mhz": clock, "sm_mhz_min": min(c for c, _, _ in late), "watts": round(watts, 1), "celsius": celsius}
+        return {
+            "sm_mhz": clock,
+            "sm_mhz_min": min(c for c, _, _ in late),
+            "watts": round(watts, 1),
+            "celsius": celsius,
+        }
 
 
 def rivals(drawn: Callable[[], Case]) -> dict[str, Callable[[], Callable[[], object]]]:
@@ -121,7 +131,10 @@ def rivals(drawn: Callable[[], Case]) -> dict[str, Callable[[], Callable[[], obj
         if not HOW.small:
             from aapt_deploy.ops.block_causal_attention import triton_op  # noqa: F401
         q, k, v, cached = inputs_of()
-        own, past = [x[None, cached:].contiguous() for x in (k, v)], [x[None, :cached].contiguous() for x in (k, v)]
+        own, past = (
+            [x[None, cached:].contiguous() for x in (k, v)],
+            [x[None, :cached].contiguous() for x in (k, v)],
+        )
         length = torch.tensor([cached], dtype=torch.int32, device=q.device)
         return lambda: torch_op.operator(q[None], *own, *past, length)
 
@@ -135,28 +148,53 @@ def rivals(drawn: Callable[[], Case]) -> dict[str, Callable[[], Callable[[], obj
         import sageattention
 
         inputs = heads_first()
-        return lambda: sageattention.sageattn_qk_int8_pv_fp8_cuda_sm90(*inputs, tensor_layout="HND", sm_scale=scale)
+        return lambda: sageattention.sageattn_qk_int8_pv_fp8_cuda_sm90(
+            *inputs, tensor_layout="HND", sm_scale=scale
+        )
 
     def cudnn_fp8() -> Callable[[], object]:
         import cudnn
 
         inputs = [fp8(x) for x in heads_first()]
-        handle, single, narrow = cudnn.create_handle(), cudnn.data_type.FLOAT, cudnn.data_type.FP8_E4M3
-        graph = cudnn.pygraph(io_data_type=narrow, intermediate_data_type=single, compute_data_type=single, handle=handle)
+        handle, single, narrow = (
+            cudnn.create_handle(),
+            cudnn.data_type.FLOAT,
+            cudnn.data_type.FP8_E4M3,
+        )
+        graph = cudnn.pygraph(
+            io_data_type=narrow,
+            intermediate_data_type=single,
+            compute_data_type=single,
+            handle=handle,
+        )
         nodes = [graph.tensor_like(x).set_data_type(narrow) for x in inputs]
         one = torch.ones(1, 1, 1, 1, device="cuda")
-        scales = [graph.tensor(dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=single) for _ in range(6)]
+        scales = [
+            graph.tensor(dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=single) for _ in range(6)
+        ]
         out, _, amax_s, amax_o = graph.sdpa_fp8(
             q=nodes[0], k=nodes[1], v=nodes[2], descale_q=scales[0], descale_k=scales[1], descale_v=scales[2], descale_s=scales[3],
             scale_s=scales[4], scale_o=scales[5], is_inference=True, attn_scale=scale, use_causal_mask=False, name="sdpa",
         )  # fmt: skip
         made = torch.empty_like(inputs[0])
-        out.set_output(True).set_dim(list(made.shape)).set_stride(list(made.stride())).set_data_type(narrow)
+        out.set_output(True).set_dim(list(made.shape)).set_stride(
+            list(made.stride())
+        ).set_data_type(narrow)
         for amax in (amax_s, amax_o):
-            amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(single)
+            amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(
+                single
+            )
         graph.build([cudnn.heur_mode.A])
-        workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device="cuda")
-        pack = {**dict(zip(nodes, inputs, strict=True)), **dict.fromkeys(scales, one), out: made, amax_s: one.clone(), amax_o: one.clone()}
+        workspace = torch.empty(
+            max(1, graph.get_workspace_size()), dtype=torch.uint8, device="cuda"
+        )
+        pack = {
+            **dict(zip(nodes, inputs, strict=True)),
+            **dict.fromkeys(scales, one),
+            out: made,
+            amax_s: one.clone(),
+            amax_o: one.clone(),
+        }
         return lambda: graph.execute(pack, workspace, handle=handle)
 
     return {

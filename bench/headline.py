@@ -179,7 +179,9 @@ def psnr_by_block() -> list[float]:
     psnr = []
     for _ in range(1 + blocks):
         mine, true = (next(s).astype(np.float64) for s in streams)
-        psnr.append(round(float(10 * np.log10(255**2 / max(np.square(mine - true).mean(), 1e-3))), 2))
+        psnr.append(
+            round(float(10 * np.log10(255**2 / max(np.square(mine - true).mean(), 1e-3))), 2)
+        )
     return psnr
 
 

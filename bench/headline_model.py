@@ -17,7 +17,10 @@ EFFICIENCY = {
 ONE_SCALE = 1.15  # products with one scale for all rows, over those by row
 FUSED_BYTES = 47  # moved by a layer's small operations, per number of the stream [F, dim]
 UNFUSED = 3.2  # times as many
-LAUNCH_MS = {"captured": 0.0012, "launched": 0.006}  # gap before each kernel; launched ones come from Python
+LAUNCH_MS = {
+    "captured": 0.0012,
+    "launched": 0.006,
+}  # gap before each kernel; launched ones come from Python
 KERNELS = {"fused": 14, "unfused": 48}  # of a layer
 PINNED_GB_S = 22.0
 LEAST_FPS, FLAT, PARITY_DB = 24.0, 0.05, 40.0
@@ -40,18 +43,39 @@ def predicted(profile: Profile, precision: str, variant: str = "as it is") -> di
     launch = "launched" if variant in ("no captured graph", RIVAL) else "captured"
     attention = "attention of PyTorch" if variant == RIVAL else f"attention {kind}"
     parts = {
-        "products": work.products_gflop * 1e12 / (rate * EFFICIENCY[f"{kind} products"]) / (ONE_SCALE if "one FP8" in variant else 1),
+        "products": work.products_gflop
+        * 1e12
+        / (rate * EFFICIENCY[f"{kind} products"])
+        / (ONE_SCALE if "one FP8" in variant else 1),
         "attention": work.attention_gflop * 1e12 / (rate * EFFICIENCY[attention]),
-        "small operations": 1000 * FUSED_BYTES * numbers / (GPU.bandwidth * EFFICIENCY["bandwidth"]) * (UNFUSED if fused == "unfused" else 1),
+        "small operations": 1000
+        * FUSED_BYTES
+        * numbers
+        / (GPU.bandwidth * EFFICIENCY["bandwidth"])
+        * (UNFUSED if fused == "unfused" else 1),
         "gaps": KERNELS[fused] * profile.model.depth * LAUNCH_MS[launch],
     }
-    generator, decoder = sum(parts.values()), stages["decoder"].products_gflop * 1e12 / (GPU.flops["bf16"] * EFFICIENCY["decoder"])
+    generator, decoder = (
+        sum(parts.values()),
+        stages["decoder"].products_gflop * 1e12 / (GPU.flops["bf16"] * EFFICIENCY["decoder"]),
+    )
     video = profile.video
     hand_off = video.temporal_stride * video.height * video.width * 3 / (PINNED_GB_S * 1e6)
     # Side by side they share the multiprocessors: the sum of their work, less a fifth of the shorter one that fills the other's gaps.
     step = generator + decoder - 0.2 * min(generator, decoder) + hand_off
-    whole = {"generator": generator, "decoder": decoder, "hand-off": hand_off, "overlapped step": step, "fps": 1000 * video.temporal_stride / step}
-    return {name: round(value, 3) for name, value in (whole | {f"generator: {name}": ms for name, ms in parts.items()}).items()}
+    whole = {
+        "generator": generator,
+        "decoder": decoder,
+        "hand-off": hand_off,
+        "overlapped step": step,
+        "fps": 1000 * video.temporal_stride / step,
+    }
+    return {
+        name: round(value, 3)
+        for name, value in (
+            whole | {f"generator: {name}": ms for name, ms in parts.items()}
+        ).items()
+    }
 
 
 @functools.cache
@@ -74,7 +98,11 @@ def share_of_floor(of: Plan, measured_ms: dict[str, float]) -> dict[str, dict[st
         if stage.name in measured_ms:
             ms = measured_ms[stage.name]
             tflops = (stage.products_gflop + stage.attention_gflop) / ms
-            found[stage.name] = {"tflops": round(tflops, 2), "floor_ms": stage.floor_ms, "share": stage.floor_ms and round(stage.floor_ms / ms, 3)}
+            found[stage.name] = {
+                "tflops": round(tflops, 2),
+                "floor_ms": stage.floor_ms,
+                "share": stage.floor_ms and round(stage.floor_ms / ms, 3),
+            }
     return found
 
 
@@ -86,13 +114,21 @@ def goals(record: dict[str, Any]) -> dict[str, bool]:
         o = wide_["overlapped"]
         found[f"at least {LEAST_FPS:.0f} fps end to end at 736x416"] = o["fps"] >= LEAST_FPS
         found[f"goal: {goal_fps():.0f} fps"] = o["fps"] >= goal_fps()
-        found["flat over all steps that were asked for"] = o["steps"] == o["asked"] and abs(o["last_tenth_over_first"] - 1) <= FLAT
+        found["flat over all steps that were asked for"] = (
+            o["steps"] == o["asked"] and abs(o["last_tenth_over_first"] - 1) <= FLAT
+        )
         found["nothing allocated after warm-up"] = o["allocated_bytes_more"] == 0
-        times = [entry["ms"]["p50"] for entry in rivals_.values() if isinstance(entry, dict) and "ms" in entry]
+        times = [
+            entry["ms"]["p50"]
+            for entry in rivals_.values()
+            if isinstance(entry, dict) and "ms" in entry
+        ]
         if times and "stages" in wide_:
             name = f"{goal_ratio()} times the fastest plain PyTorch, by generator pass"
             found[name] = min(times) >= goal_ratio() * wide_["stages"]["generator"]["p50"]
     if "captured" in parity_:
-        found[f"at least {PARITY_DB:.0f} dB against float32 on the CPU"] = min(parity_["psnr_db_by_block"]) >= PARITY_DB
+        found[f"at least {PARITY_DB:.0f} dB against float32 on the CPU"] = (
+            min(parity_["psnr_db_by_block"]) >= PARITY_DB
+        )
         found["a captured pass is the launched one"] = parity_["captured"]
     return found

@@ -67,9 +67,13 @@ def changes(source: str) -> Iterator[tuple[tuple[int, int, str, int], Any, Any]]
     places = wrapper.resolve(PositionProvider)
 
     def visit(node: Any) -> Iterator[Any]:
-        if isinstance(node, libcst.Annotation | libcst.Decorator | libcst.Import | libcst.ImportFrom):
+        if isinstance(
+            node, libcst.Annotation | libcst.Decorator | libcst.Import | libcst.ImportFrom
+        ):
             return
-        if isinstance(node, libcst.If) and "TYPE_CHECKING" in wrapper.module.code_for_node(node.test):
+        if isinstance(node, libcst.If) and "TYPE_CHECKING" in wrapper.module.code_for_node(
+            node.test
+        ):
             return
         called = node.func if isinstance(node, libcst.Call) else None
         plain = isinstance(called, libcst.Name) and called.value in SKIPPED_CALLS
@@ -123,12 +127,17 @@ def modules_named(source: str, folder: Path = ROOT) -> set[str]:
 
 def import_graph(folder: Path = ROOT) -> dict[str, set[str]]:
     """What each file of the package and of the tests imports."""
-    files = [path for top in ("aapt_deploy", "tests") for path in sorted((folder / top).rglob("*.py"))]
+    files = [
+        path for top in ("aapt_deploy", "tests") for path in sorted((folder / top).rglob("*.py"))
+    ]
     graph = {}
     for path in files:
         named = modules_named(path.read_text(encoding="utf-8"), folder)
         if path.name.startswith("test_"):  # runs the contracts beside it in a process of its own
-            named |= {beside.relative_to(folder).as_posix() for beside in path.parent.glob("contract_*.py")}
+            named |= {
+                beside.relative_to(folder).as_posix()
+                for beside in path.parent.glob("contract_*.py")
+            }
         graph[path.relative_to(folder).as_posix()] = named
     return graph
 
@@ -145,11 +154,15 @@ def tests_of(module: str, graph: dict[str, set[str]]) -> tuple[list[str], list[s
             fresh = {name for name in named if name.startswith("tests/")} - found
         return set().union(*(graph.get(name, set()) for name in found))
 
-    seen = {test: {name for name in reached(test) if name.startswith("aapt_deploy/")} for test in tests}
+    seen = {
+        test: {name for name in reached(test) if name.startswith("aapt_deploy/")} for test in tests
+    }
     own = {f"test_{Path(module).stem}.py", f"test_{Path(module).parent.name}.py"}
     rank = lambda test: (Path(test).name not in own, module not in graph[test], len(seen[test]))
     near = sorted((test for test in tests if module in seen[test]), key=rank)
-    users = {name for name, named in graph.items() if module in named and name.startswith("aapt_deploy/")}
+    users = {
+        name for name, named in graph.items() if module in named and name.startswith("aapt_deploy/")
+    }
     far = sorted((test for test in tests if seen[test] & users and test not in near), key=rank)
     return near, far
 
@@ -176,9 +189,22 @@ class Tree:
 
     def pytest(self, files: list[str], once: Path | None, limit_s: float) -> str:
         """Run `files` until the first failure."""
-        own = {"PYTHONPATH": os.pathsep.join([str(self.folder), *sys.path[1:]]), "OMP_NUM_THREADS": "1"}
+        own = {
+            "PYTHONPATH": os.pathsep.join([str(self.folder), *sys.path[1:]]),
+            "OMP_NUM_THREADS": "1",
+        }
         own |= {"PYTHONDONTWRITEBYTECODE": "1"} | ({"TESTS_ONCE": str(once)} if once else {})
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+        ]
         process = subprocess.Popen(
             [*command, "-m", ALL_SELECTED, *files], cwd=self.folder, env=os.environ | own,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -197,11 +223,19 @@ class Tree:
         original = file.read_text(encoding="utf-8")
         file.write_text(planted(mutant), encoding="utf-8")
         try:
-            for ring, files, shared in (("near", near, True), ("near, alone", near, False), ("far", far, False)):
+            for ring, files, shared in (
+                ("near", near, True),
+                ("near, alone", near, False),
+                ("far", far, False),
+            ):
                 if shared:
                     shutil.rmtree(self.once)
                     shutil.copytree(self.clean, self.once)
-                result = self.pytest(files, self.once if shared else None, self.limit_s) if files else SURVIVED
+                result = (
+                    self.pytest(files, self.once if shared else None, self.limit_s)
+                    if files
+                    else SURVIVED
+                )
                 if result != SURVIVED:
                     return result, ring
             return SURVIVED, ""
@@ -224,7 +258,9 @@ def changed_lines(base: str) -> dict[str, set[int]]:
     command = ["git", "diff", "--merge-base", "-U0", base, "--", "aapt_deploy"]
     found: dict[str, set[int]] = {}
     name = ""
-    for line in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+    for line in subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines():
         if line.startswith("+++ b/"):
             name = line.removeprefix("+++ b/")
         elif match := re.match(r"@@ \S+ \+(\d+)(?:,(\d+))? @@", line):
@@ -236,12 +272,16 @@ def changed_lines(base: str) -> dict[str, set[int]]:
 def wanted(options: argparse.Namespace) -> list[Mutant]:
     if options.module:
         return [mutant for module in options.module for mutant in all_mutants(module)]
-    package = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "aapt_deploy").rglob("*.py"))
+    package = sorted(
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "aapt_deploy").rglob("*.py")
+    )
     package = [name for name in package if not name.startswith(NOT_MUTATED)]
     if options.changed:
         lines = changed_lines(options.changed)
         chosen = [name for name in package if name in lines]
-        return [mutant for name in chosen for mutant in all_mutants(name) if mutant.line in lines[name]]
+        return [
+            mutant for name in chosen for mutant in all_mutants(name) if mutant.line in lines[name]
+        ]
     everything = [mutant for name in package for mutant in all_mutants(name)]
     print(f"{len(everything)} mutants in {len(package)} files", file=sys.stderr)
     return random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
@@ -263,25 +303,39 @@ def difference(mutant: Mutant) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--module", action="append", help="every mutant of this file; may be repeated")
-    parser.add_argument("--changed", nargs="?", const="main", metavar="BASE", help="mutants on changed lines")
-    parser.add_argument("--sample", type=int, default=300, help="this many of the package, at random")
+    parser.add_argument(
+        "--module", action="append", help="every mutant of this file; may be repeated"
+    )
+    parser.add_argument(
+        "--changed", nargs="?", const="main", metavar="BASE", help="mutants on changed lines"
+    )
+    parser.add_argument(
+        "--sample", type=int, default=300, help="this many of the package, at random"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, help="only the first N of those that are left")
     parser.add_argument("--limit-s", type=float, default=300.0, help="for one run of the tests")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.json", help="the record")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "mutants.json", help="the record"
+    )
     parser.add_argument("--equivalent", metavar="ID", help="mark a survivor of the record")
     parser.add_argument("--reason", default="", help="why it cannot be told from the original")
     options = parser.parse_args()
-    record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"mutants": {}}
+    record: dict[str, Any] = (
+        json.loads(options.out.read_text()) if options.out.exists() else {"mutants": {}}
+    )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    save = lambda: options.out.write_text(json.dumps(record | {"score": score(record)}, indent=1) + "\n")
+    save = lambda: options.out.write_text(
+        json.dumps(record | {"score": score(record)}, indent=1) + "\n"
+    )
     if options.equivalent:
         record["mutants"][options.equivalent] |= {"state": EQUIVALENT, "reason": options.reason}
         save()
         return
     graph = import_graph()
-    left = [mutant for mutant in wanted(options) if mutant.key not in record["mutants"]][: options.first]
+    left = [mutant for mutant in wanted(options) if mutant.key not in record["mutants"]][
+        : options.first
+    ]
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Tree(Path(folder), options.limit_s) if left else None
         for mutant in left:
@@ -292,7 +346,9 @@ def main() -> None:
             record["mutants"][mutant.key] = entry | mutant._asdict() | {"diff": difference(mutant)}
             save()
             place = f"{mutant.module}:{mutant.line} {mutant.operator}"
-            print(f"{state:<9} {entry['seconds']:6.1f} s  {place}  ({score(record)})", file=sys.stderr)
+            print(
+                f"{state:<9} {entry['seconds']:6.1f} s  {place}  ({score(record)})", file=sys.stderr
+            )
     print(score(record))
 
 

@@ -13,6 +13,7 @@ from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines
 from aapt_deploy.rollout.loop import Steering, rollout
 from aapt_deploy.rollout.starts import Start
+from aapt_deploy.video import metrics
 
 TUNING_BLOCKS = 10  # measured for each thread setting
 QUALITY_BLOCKS = 6  # compared with fp32: one second
@@ -78,7 +79,7 @@ def psnr_db(reference: Engines, engines: Engines, profile: Profile, start: Start
     """PSNR of the first second's frames between two engines, same start and seed."""
     pairs = zip(left_and_right(reference, profile, start), left_and_right(engines, profile, start), strict=False)
     errors = [np.square(a.astype(np.float64) - b).mean() for a, b in itertools.islice(pairs, 1, 1 + QUALITY_BLOCKS)]
-    return float(10 * np.log10(255**2 / max(np.mean(errors), 1e-9)))
+    return metrics.psnr_db(float(np.mean(errors)))
 
 
 def mean_psnr_db(reference: Engines, engines: Engines, profile: Profile, starts: list[Start]) -> float:

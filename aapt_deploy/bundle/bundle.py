@@ -5,10 +5,11 @@
     checkpoint.safetensors      the weights they came from
     start/*.png                 pictures to start a stream from
     engines/<key>/<n>/          what `build` made of the graphs for one backend and precision
-    manifest.json               format version, sha256 and size of every file, where it all came from
+    manifest.json               format version, sha256 and size of every file, sources
 
-The manifest is read first, and no other byte is used before its hash fits. A bundle appears whole or not at all (built in a folder beside it,
-then renamed), an engine likewise, and one process at a time may add to a bundle. The hashes find damage; they do not say who made a bundle.
+The manifest is read first, and no other file is used before its hash is checked. A bundle is built
+in a folder beside it and then renamed, so it appears whole or not at all; an engine likewise. One
+process at a time may add to a bundle. Hashes detect damage, not authorship.
 """
 
 import contextlib
@@ -35,22 +36,24 @@ MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"  # key of the manifest's own hash, over everything else in it
 REPLACED = "replaced"  # the old bundle, for the moment between two renames
 LARGEST_MANIFEST_BYTES = 16 << 20
-REPLACING_S = 1.0  # how long `open` waits for a bundle that is being replaced; the moment lasts microseconds
+REPLACING_S = 1.0  # `open` waits so long for a bundle that is being replaced, in microseconds
+STRANGER = "do not use this bundle; get it from a source you trust"  # hint for what no export makes
 
 
 def export_again(path: Path) -> str:
-    """The hint for a damaged bundle at `path`."""
+    """Return the hint: make a damaged bundle again."""
     return f"make a whole one in its place with: aapt export CKPT -o {path} --force"
 
 
 def build_again(path: Path, backend: str, precision: str) -> str:
-    """The hint for a damaged engine of the bundle at `path`."""
-    return f"build it again with: aapt build-engine {path} --backend {backend} --precision {precision}"
+    """Return the hint: build a damaged engine again."""
+    engine = f"--backend {backend} --precision {precision}"
+    return f"build it again with: aapt build-engine {path} {engine}"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An open bundle. Files are verified one by one, when they are asked for."""
+    """Open bundle. Files are verified one by one, when they are asked for."""
 
     path: Path
     manifest: dict[str, Any]
@@ -60,45 +63,58 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path) -> "Bundle":
-        """Read a bundle's manifest. Raises BundleError if it is missing, damaged, of a newer format, or points outside the bundle."""
+        """Read a bundle's manifest.
+
+        Raises BundleError if it is missing, damaged, of a newer format, or names files outside.
+        """
         aside, until = _unfinished(path) / REPLACED, time.monotonic() + REPLACING_S
         try:
             return cls._read(path)
         except BundleError:
-            while os.path.exists(aside) and time.monotonic() < until:  # an export is between its two renames
-                time.sleep(0.01)
+            while os.path.exists(aside) and time.monotonic() < until:
+                time.sleep(0.01)  # an export is between its two renames
             return cls._read(path)
 
     @classmethod
     def _read(cls, path: Path) -> "Bundle":
         try:
-            reason = "is not a directory" if not path.is_dir() else "" if (path / MANIFEST).is_file() else f"has no {MANIFEST}: not a bundle"
+            reason = "" if path.is_dir() else "is not a directory"
+            if not reason and not (path / MANIFEST).is_file():
+                reason = f"has no {MANIFEST}: not a bundle"
             half = _unfinished(path)
             if reason and half.exists():
-                reason += f"; {half} is what an export that was stopped, or still runs, has made so far"
+                made = "is what an export that was stopped, or still runs, has made so far"
+                reason += f"; {half} {made}"
         except OSError as error:
             reason = f"cannot be read: {error.strerror}"
         if reason:
-            raise BundleError(f"bundle {path} {reason}", f"make a whole one with: aapt export CKPT -o {path}")
+            hint = f"make a whole one with: aapt export CKPT -o {path}"
+            raise BundleError(f"bundle {path} {reason}", hint)
         return cls(path, _read_manifest(path))
 
     @cached_property
     def profile(self) -> Profile:
-        """What the bundle was made for. Raises BundleError when its text is no profile: a hash does not say who wrote it."""
+        """Return what the bundle was made for. Raises BundleError if profile.toml is invalid."""
         path = self.checked("profile.toml")
         try:
             return profiles.loads(path.read_text(encoding="utf-8"), str(path))
         except (UnicodeDecodeError, ProfileError) as error:
-            raise BundleError(f"bundle {self.path} has a profile.toml that cannot be used: {error}", export_again(self.path)) from None
+            raise BundleError(
+                f"bundle {self.path} has a profile.toml that cannot be used: {error}",
+                export_again(self.path),
+            ) from None
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:
-        """Built engines by key."""
+        """Return built engines by key."""
         engines: dict[str, dict[str, Any]] = self.manifest["engines"]
         return engines
 
     def checked(self, name: str) -> Path:
-        """The path of file `name`, once its size and hash are found to be the manifest's. Raises BundleError."""
+        """Check size and hash of file `name` against the manifest and return its path.
+
+        Raises BundleError if it is not listed, missing, outside the bundle, or differs.
+        """
         entry = self.manifest["files"].get(name)
         path = self.path / name
         engine = re.match("engines/([^/]+)-([^/-]+)/", name)  # engines/<backend>-<precision>/
@@ -111,39 +127,52 @@ class Bundle:
             inside = path.is_file() and path.resolve().is_relative_to(self.path.resolve())
             found = _describe(path) if inside else None
         except OSError as error:
-            raise BundleError(f"bundle file {path} cannot be read: {error.strerror}", hint) from None
+            reason = f"cannot be read: {error.strerror}"
+            raise BundleError(f"bundle file {path} {reason}", hint) from None
         if found is None:
             raise BundleError(f"bundle file {path} is missing or leads out of the bundle", hint)
         if found != entry:
-            raise BundleError(f"bundle file {path} does not match the manifest ({_difference(found, entry)})", hint)
+            difference = _difference(found, entry)
+            raise BundleError(
+                f"bundle file {path} does not match the manifest ({difference})", hint
+            )
         self._seen.add(name)
         return path
 
-    def verify(self) -> None:
-        """Check every file. Raises BundleError at the first that does not fit."""
+    def listed_bytes(self, name: str) -> int:
+        """Return the size of file `name` by the manifest; 0 if it is not listed."""
+        size: int = self.manifest["files"].get(name, {}).get("bytes", 0)
+        return size
+
+    def verify(self) -> int:
+        """Check every file and return their number. Raises BundleError at the first bad one."""
         for name in self.manifest["files"]:
             self.checked(name)
+        return len(self.manifest["files"])
 
     @contextlib.contextmanager
     def add_engine(self, key: str) -> Iterator["Stage"]:
-        """Add or replace engine `key`: files written into the stage and its `entry` join the bundle together at the end, or not at all.
+        """Add or replace engine `key`.
 
-        Raises BusyError when another process is building, BundleError when the bundle changed in the meantime, OutputError when it cannot be
-        written.
+        Files in the stage and its `entry` join the bundle together at the end, or not at all.
+        Raises BusyError if another process is building. Raises BundleError if the bundle changed
+        in the meantime. Raises OutputError if it cannot be written.
         """
         with _writable(self.path), locked(self.path, f"bundle {self.path}"):
-            for left in self.path.glob(".stage-*"):  # of a process that was killed: we hold the lock, so nobody uses it
+            for left in self.path.glob(".stage-*"):  # of a killed process: the lock is ours
                 shutil.rmtree(left, ignore_errors=True)
-            manifest = _read_manifest(self.path)  # another process may have added an engine before we held the lock
+            manifest = _read_manifest(self.path)  # it may have changed before the lock was ours
             home = self.path / "engines" / key
             if not home.resolve().is_relative_to(self.path.resolve()):
-                raise BundleError(f"bundle folder {home} leads out of the bundle", "do not use this bundle; get it from a source you trust")
+                raise BundleError(f"bundle folder {home} leads out of the bundle", STRANGER)
             older = sorted(home.iterdir()) if home.is_dir() else []
-            number = 1 + max((int(p.name) for p in older if p.name.isdigit()), default=0)  # a new folder: the old engine stays whole until the end
+            # A new folder: the old engine stays whole until the end.
+            number = 1 + max((int(p.name) for p in older if p.name.isdigit()), default=0)
             with tempfile.TemporaryDirectory(prefix=".stage-", dir=self.path) as folder:
                 stage = Stage(Path(folder), f"engines/{key}/{number}")
                 yield stage
-                files = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"engines/{key}/")}
+                own, listed = f"engines/{key}/", manifest["files"].items()
+                files = {name: entry for name, entry in listed if not name.startswith(own)}
                 files |= _inventory(stage.path, f"{stage.relative}/")
                 home.mkdir(parents=True, exist_ok=True)
                 stage.path.rename(self.path / stage.relative)
@@ -161,7 +190,7 @@ class Bundle:
 
 @dataclass
 class Stage:
-    """A half-made engine: write files below `path`, and what is to be known about it into `entry`."""
+    """Unfinished engine: write files below `path`, and its part of the manifest into `entry`."""
 
     folder: Path
     relative: str  # where `path` will be in the bundle
@@ -173,13 +202,13 @@ class Stage:
 
     @property
     def size(self) -> int:
-        """Bytes of the files so far."""
+        """Return the bytes of all files so far."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
 
 @dataclass
 class Draft:
-    """A half-made bundle: write files below `path`; `manifest` may gain entries of its own."""
+    """Unfinished bundle: write files below `path`; `manifest` takes entries of its own."""
 
     path: Path
     manifest: dict[str, Any]
@@ -187,10 +216,11 @@ class Draft:
 
 @contextlib.contextmanager
 def create(path: Path, profile: Profile, overwrite: bool = False) -> Iterator[Draft]:
-    """Make a bundle at `path`. It appears when the block ends without an error; an existing bundle is replaced only then.
+    """Make a bundle at `path`. It appears, or replaces an older one, at the end of the block.
 
-    Raises OutputError when `path` exists and is no bundle, or exists and `overwrite` is off, or cannot be written; BusyError when another
-    process is making the same bundle, or building engines in the one to be replaced.
+    Raises OutputError if `path` exists and is not a bundle or `overwrite` is off. Raises
+    OutputError if it cannot be written. Raises BusyError if another process makes the same
+    bundle or builds engines in the old one.
     """
     target = Path(os.path.realpath(path))
     folder = _unfinished(target)
@@ -199,9 +229,11 @@ def create(path: Path, profile: Profile, overwrite: bool = False) -> Iterator[Dr
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, f"bundle {path}"):
             try:
-                _clear(folder, target)  # what a killed process left: we hold the lock, so nobody uses it
-                with locked(target, f"bundle {path}") if target.exists() else contextlib.nullcontext():
-                    draft = Draft(folder / "new", {"format_version": FORMAT_VERSION, "profile": profile.name, "engines": {}})
+                _clear(folder, target)  # what a killed process left: the lock is ours
+                exists, nobody = target.exists(), contextlib.nullcontext()
+                with locked(target, f"bundle {path}") if exists else nobody:
+                    head = {"format_version": FORMAT_VERSION, "profile": profile.name}
+                    draft = Draft(folder / "new", head | {"engines": {}})
                     draft.path.mkdir()
                     (draft.path / "profile.toml").write_text(profile.dumps(), encoding="utf-8")
                     yield draft
@@ -217,29 +249,33 @@ def create(path: Path, profile: Profile, overwrite: bool = False) -> Iterator[Dr
 
 
 def _unfinished(path: Path) -> Path:
-    """Where the bundle `path` is made before it is renamed."""
+    """Return the folder where the bundle `path` is made before it is renamed."""
     target = Path(os.path.realpath(path))
     return target.parent / f".{target.name}.unfinished"
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise OutputError where `create` would, for what lies at `path`."""
+    """Raise OutputError if `create` would because of what exists at `path`."""
     if path.exists():
         if not (path / MANIFEST).is_file():
-            raise OutputError(f"{path} exists and is not a bundle; it is left as it is", "choose another output path")
+            reason = "exists and is not a bundle; it is left as it is"
+            raise OutputError(f"{path} {reason}", "choose another output path")
         if not overwrite:
             raise OutputError(f"bundle {path} exists", "add --force to replace it")
 
 
 def _move_into_place(new: Path, target: Path, aside: Path) -> None:
-    """Rename `new` to `target`. An older bundle there is first moved to `aside`; `_clear` brings it back if we stop in between."""
+    """Rename `new` to `target`, with an older bundle there moved to `aside`.
+
+    `_clear` brings it back if the process ends between the two renames.
+    """
     if target.exists():
         target.rename(aside)
     new.rename(target)
 
 
 def _clear(folder: Path, target: Path) -> None:
-    """Remove what was being made in `folder`. A bundle that was moved aside and not yet replaced goes back to its place."""
+    """Remove unfinished work in `folder`; restore a bundle that was moved aside, not replaced."""
     if (folder / REPLACED).is_dir() and not target.exists():
         (folder / REPLACED).rename(target)
     for name in ("new", REPLACED):
@@ -254,36 +290,48 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(file.read_bytes())
         version = manifest["format_version"]
         if type(version) is int and version > FORMAT_VERSION:
-            raise BundleError(f"bundle {path} has format {version}, this aapt knows {FORMAT_VERSION}", "upgrade aapt_deploy, or export again")
+            newer = f"has format {version}, this aapt knows {FORMAT_VERSION}"
+            raise BundleError(f"bundle {path} {newer}", "upgrade aapt_deploy, or export again")
         if manifest.pop(SEAL) != _seal(manifest):
             raise ValueError("it was changed after it was written")
         if wrong := _mistyped(manifest):
             raise ValueError(f"wrong type of {', '.join(map(repr, wrong))}")
     except OSError as error:
-        raise BundleError(f"bundle manifest {file} cannot be read: {error.strerror}", export_again(path)) from None
+        unread = f"cannot be read: {error.strerror}"
+        raise BundleError(f"bundle manifest {file} {unread}", export_again(path)) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise BundleError(f"bundle manifest {file} is damaged: {reason}", export_again(path)) from None
+        damage = f"is damaged: {reason}"
+        raise BundleError(f"bundle manifest {file} {damage}", export_again(path)) from None
     for name in manifest["files"]:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise BundleError(f"bundle manifest {file} names {name!r}, outside the bundle", "do not use this bundle; get it from a source you trust")
+            raise BundleError(
+                f"bundle manifest {file} names {name!r}, outside the bundle", STRANGER
+            )
     return manifest
 
 
 def _mistyped(manifest: dict[str, Any]) -> list[str]:
-    """Keys and names whose values have not the type that the rest of the package counts on. Raises KeyError for a key that every bundle has."""
+    """Return the keys and names whose values are not of the types that others count on.
+
+    Raises KeyError for a key that every bundle has.
+    """
     shapes: dict[str, type] = {
-        "format_version": int, "profile": str, "precision": str, "source": dict, "files": dict, "engines": dict, "start_frames": dict,
+        "format_version": int, "profile": str, "precision": str, "source": dict, "files": dict,
+        "engines": dict, "start_frames": dict,
     }  # fmt: skip
-    if wrong := [key for key, kind in shapes.items() if not isinstance(manifest.get(key, kind()), kind)]:
+    of_kind = ((key, isinstance(manifest.get(key, kind()), kind)) for key, kind in shapes.items())
+    if wrong := [key for key, ok in of_kind if not ok]:
         return wrong
     for name, entry in manifest["files"].items():
-        if not (isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} and type(entry["bytes"]) is int and _is_sha256(entry["sha256"])):
+        whole_entry = isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"}
+        if not (whole_entry and type(entry["bytes"]) is int and _is_sha256(entry["sha256"])):
             wrong.append(name)
     wrong += ["source"] * (not _is_sha256(manifest["source"].get("sha256")))
     wrong += [key for key, entry in manifest["engines"].items() if not isinstance(entry, dict)]
-    return wrong + [name for name, prompt in manifest.get("start_frames", {}).items() if not isinstance(prompt, str)]
+    starts = manifest.get("start_frames", {}).items()
+    return wrong + [name for name, prompt in starts if not isinstance(prompt, str)]
 
 
 def _is_sha256(value: Any) -> bool:
@@ -295,8 +343,9 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest | {SEAL: _seal(manifest)}, indent=1, sort_keys=True)
     with whole(path / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest | {SEAL: _seal(manifest)}, indent=1, sort_keys=True), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _inventory(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
@@ -311,7 +360,8 @@ def _inventory(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
 
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -1,17 +1,19 @@
-"""Calibrated FP8 scales of one generator: the file that `quantize` writes and everything that computes in FP8 reads. NumPy only.
+"""Calibrated FP8 scales of one generator, and their file. NumPy only.
 
-`scales.safetensors`, all tensors float32. A stored code is e4m3(x / scale), saturating at +-448, and x is about code * scale:
+`scales.safetensors`, all float32. A code is e4m3(x / scale), saturating at +-448; x is about
+code * scale:
 
-    linear.<path>.input_scale    [1]       static, one for the whole input of the linear layer at `generator.<path>`
-    linear.<path>.weight_scale   [out]     one for each output channel, that is each row of `weight` [out, in]
+    linear.<path>.input_scale    [1]       static, of the input of linear layer `generator.<path>`
+    linear.<path>.weight_scale   [out]     of each output channel: each row of `weight` [out, in]
     attention.NN.q_scale         [H]       of layer NN (two digits), after QK-norm and RoPE
     attention.NN.k_scale         [H]       the text's keys included
-    attention.NN.k_mean          [H, D]    subtracted from K before it is scaled; zeros: K is not centred
+    attention.NN.k_mean          [H, D]    subtracted from K before scaling; zeros: K is not centred
     attention.NN.v_scale         [H, D]    the text's values included
 
-<path> is a path inside `models.generator.Generator`, such as `visual.3.qkv` or `text.3.w1`. A linear layer without scales stays as it is.
-Metadata is one JSON object of strings under the key `aapt`, so that the same scales are the same bytes: `format`, `profile` (name),
-`checkpoint_sha256`, `margin` (scale = margin * largest magnitude / 448), `keep` (the rules, JSON) and `calibration` (JSON: what was run).
+<path> is a path inside the generator, such as `visual.3.qkv` or `text.3.w1`. A linear layer without
+scales stays as it is. Metadata is one JSON object of strings under the key `aapt`, so equal scales
+are equal bytes: `format`, `profile` (name), `checkpoint_sha256`, `margin` (scale = margin * largest
+magnitude / 448), `keep` (the rules, JSON) and `calibration` (JSON: what was run).
 
 Nothing here touches weights; `models.fp8` applies scales to networks.
 """
@@ -26,7 +28,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aapt_deploy.errors import InputError, OutputError
+from aapt_deploy.bundle.files import writing
+from aapt_deploy.errors import InputError
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
 from aapt_deploy.profiles import Profile
 
@@ -49,10 +52,10 @@ class LinearScales:
 
 @dataclass(frozen=True)
 class Scales:
-    """One calibration: which linear layers run in FP8 and with what scales, and those of every layer's attention and cache."""
+    """Scales of one calibration: of the linear layers in FP8, and of every layer's attention."""
 
     linear: dict[str, LinearScales]  # by path inside the generator
-    attention: list[hopper_fp8.Scales]  # by layer, for `onnx_function.lower_for_plugin` and the FP8 cache
+    attention: list[hopper_fp8.Scales]  # by layer, for the plugin and the FP8 cache
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -68,23 +71,25 @@ def save(scales: Scales, path: Path) -> None:
     for layer, attention in enumerate(scales.attention):
         tensors |= {f"attention.{layer:02d}.{key}": value for key, value in vars(attention).items()}
     contiguous = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={KEY: json.dumps(scales.metadata | {"format": FORMAT}, sort_keys=True)})
-    except (SafetensorError, OSError) as error:
-        raise OutputError(f"scales {path} cannot be written: {error}", "name a file in a folder that exists, with room for it") from None
+    metadata = {KEY: json.dumps(scales.metadata | {"format": FORMAT}, sort_keys=True)}
+    hint = "name a file in a folder that exists, with room for it"
+    with writing(f"scales {path}", hint, SafetensorError):
+        save_file(contiguous, path, metadata=metadata)
 
 
 def load(path: Path, profile: Profile) -> Scales:
     """Read a scales file made for `profile`'s shape.
 
-    Raises InputError for a file that is missing, damaged or of another format, and for scales that are misshapen, not positive or not finite.
+    Raises InputError if it is missing, damaged or of another format. Raises InputError if scales
+    are misshapen, not positive or not finite.
     """
     try:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes long")
         with safe_open(path, framework="numpy") as file:
             metadata = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            names = file.keys()  # it is not a dict
+            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"scales {path} cannot be read: {error}", HINT) from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
@@ -92,12 +97,14 @@ def load(path: Path, profile: Profile) -> Scales:
     try:
         return _parse(tensors, metadata, profile)
     except ValueError as error:
-        raise InputError(f"scales {path} does not fit profile {profile.name}: {error}", HINT) from None
+        what = f"scales {path} does not fit profile {profile.name}"
+        raise InputError(f"{what}: {error}", HINT) from None
 
 
 def _parse(tensors: dict[str, Any], metadata: dict[str, str], profile: Profile) -> Scales:
     heads, head_dim = profile.model.heads, profile.head_dim
-    shapes = {"q_scale": (heads,), "k_scale": (heads,), "k_mean": (heads, head_dim), "v_scale": (heads, head_dim)}
+    channels = (heads, head_dim)
+    shapes = {"q_scale": (heads,), "k_scale": (heads,), "k_mean": channels, "v_scale": channels}
 
     def take(name: str, shape: tuple[int, ...] | None) -> Floats:
         value = tensors.pop(name, None)
@@ -109,18 +116,25 @@ def _parse(tensors: dict[str, Any], metadata: dict[str, str], profile: Profile) 
             raise ValueError(f"{name} is not finite and positive")
         return value  # type: ignore[no-any-return]
 
-    attention = [
-        hopper_fp8.Scales(**{key: take(f"attention.{layer:02d}.{key}", shape) for key, shape in shapes.items()})
-        for layer in range(profile.model.depth)
-    ]
-    names = sorted(name.removeprefix("linear.").removesuffix(".input_scale") for name in tensors if name.endswith(".input_scale"))
-    linear = {name: LinearScales(take(f"linear.{name}.input_scale", (1,)), take(f"linear.{name}.weight_scale", None)) for name in names}
+    def layer_scales(prefix: str) -> hopper_fp8.Scales:
+        return hopper_fp8.Scales(**{k: take(f"{prefix}.{k}", shape) for k, shape in shapes.items()})
+
+    def linear_scales(name: str) -> LinearScales:
+        weight_scale = take(f"linear.{name}.weight_scale", None)
+        return LinearScales(take(f"linear.{name}.input_scale", (1,)), weight_scale)
+
+    attention = [layer_scales(f"attention.{layer:02d}") for layer in range(profile.model.depth)]
+    ending = ".input_scale"
+    paths = [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
+    names = sorted(path.removeprefix("linear.") for path in paths)
+    linear = {name: linear_scales(name) for name in names}
     if tensors:
         raise ValueError(f"{len(tensors)} surplus tensors: {', '.join(sorted(tensors)[:8])}")
     return Scales(linear, attention, metadata)
 
 
 def describe(scales: Scales) -> str:
-    """One line about where the scales come from."""
+    """Return one line about the origin of the scales."""
     calibration = json.loads(scales.metadata.get("calibration", "{}"))
-    return f"{len(scales.linear)} linear layers, margin {scales.metadata.get('margin', '?')}, {calibration.get('passes', '?')} passes"
+    margin, passes = scales.metadata.get("margin", "?"), calibration.get("passes", "?")
+    return f"{len(scales.linear)} linear layers, margin {margin}, {passes} passes"

@@ -1,4 +1,4 @@
-"""What a graph takes and gives: a GraphSignature of TensorSpecs. Families compute them from a Profile."""
+"""Describe what a graph takes and returns. Families compute signatures from a Profile."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,9 @@ from aapt_deploy.profiles import Profile
 
 Array = TypeVar("Array")
 
-Tensors = Mapping[str, tuple[str, Sequence[int | str | None]]]  # name -> dtype and shape, as found in a file
+# Name -> dtype and shape, as found in a file.
+Tensors = Mapping[str, tuple[str, Sequence[int | str | None]]]
+ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -23,30 +25,44 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * {"float32": 4, "int32": 4, "int64": 8, "uint8": 1}[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class GraphSignature:
-    """A graph as its callers see it. `inputs` and `outputs` change hands every run; `state` stays inside an engine."""
+    """Graph as its callers see it.
+
+    `inputs` and `outputs` are passed every run; `state` stays inside an engine. Every run reads
+    it. The decoder's memory is also returned, as NEXT; a cache is committed block by block.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    state: tuple[TensorSpec, ...] = ()  # read by every run; the decoder's memory leaves as NEXT, a cache is committed block by block
+    state: tuple[TensorSpec, ...] = ()
 
     def spec(self, name: str) -> TensorSpec:
-        return next(spec for spec in (*self.inputs, *self.outputs, *self.state) if spec.name == name)
+        specs = (*self.inputs, *self.outputs, *self.state)
+        return next(spec for spec in specs if spec.name == name)
 
     def misfit(self, inputs: "Tensors", outputs: "Tensors", state_leaves: bool) -> str:
-        """The first tensor, in words, in which a graph with these inputs and outputs is not this one; "" where it is. `state_leaves`: as NEXT."""
-        leaving = [TensorSpec(spec.name + NEXT, spec.shape, spec.dtype) for spec in self.state if state_leaves]
-        for side, specs, found in (("input", (*self.inputs, *self.state), inputs), ("output", (*self.outputs, *leaving), outputs)):
+        """Return, in words, the first tensor that differs in a graph with these; "" if none.
+
+        `state_leaves` if the graph returns its state as NEXT.
+        """
+        state = self.state if state_leaves else ()
+        leaving = [TensorSpec(spec.name + NEXT, spec.shape, spec.dtype) for spec in state]
+        sides = (
+            ("input", (*self.inputs, *self.state), inputs),
+            ("output", (*self.outputs, *leaving), outputs),
+        )
+        for side, specs, found in sides:
             wanted = {spec.name: f"{spec.dtype} {list(spec.shape)}" for spec in specs}
             there = {name: f"{dtype} {list(shape)}" for name, (dtype, shape) in found.items()}
             for name in sorted(wanted.keys() | there.keys()):
                 if wanted.get(name) != there.get(name):
-                    return f"{side} {name!r} is {there.get(name, 'missing')}, by the profile {wanted.get(name, 'none')}"
+                    is_, by = there.get(name, "missing"), wanted.get(name, "none")
+                    return f"{side} {name!r} is {is_}, by the profile {by}"
         return ""
 
 
@@ -58,6 +74,8 @@ def layer_names(prefix: str, profile: Profile) -> list[str]:
 def text_pairs(profile: Profile, state: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     """The text's keys and values in `state`, each with the name of the cache that it belongs to."""
     for kind in ("k", "v"):
-        for text, cache in zip(layer_names(f"text_{kind}", profile), layer_names(f"{kind}_cache", profile), strict=True):
+        for text, cache in zip(
+            layer_names(f"text_{kind}", profile), layer_names(f"{kind}_cache", profile), strict=True
+        ):
             if text in state:
                 yield cache, state[text]

@@ -2,15 +2,20 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from aapt_deploy.cli.options import Json
-from aapt_deploy.errors import VerdictError
+from aapt_deploy.errors import UsageError, VerdictError
 
 
 def doctor(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(help="Check every file of this bundle against its manifest instead.", metavar="BUNDLE"),
+    ] = None,
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Ask TensorRT itself, with one micro-engine a question, and keep the answers for build-engine.")
     ] = False,
@@ -18,10 +23,15 @@ def doctor(
 ) -> None:
     """Tell what this machine can run, and the fix for what it cannot. Exit 3 if streaming on the CPU (--tensorrt: any plan) would fail.
 
+    With BUNDLE, check that every file of it is whole. Exit 4 at the first that is not.
+
     The questions of --tensorrt are what we could not try ourselves: they were never run by us on TensorRT.
     """
     from aapt_deploy.cli import console, reports
 
+    if bundle:
+        _verify(bundle, tensorrt, as_json)
+        return
     if tensorrt:
         from aapt_deploy.backends.trt.doctor import ask
 
@@ -38,3 +48,15 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks]))
     raise typer.Exit(0 if all(check.ok for check in checks if check.needed) else VerdictError.exit_code)
+
+
+def _verify(bundle: Path, tensorrt: bool, as_json: bool) -> None:
+    from aapt_deploy.bundle.bundle import Bundle
+    from aapt_deploy.cli import console
+
+    if tensorrt:
+        raise UsageError("--tensorrt checks this machine, and BUNDLE a bundle", "leave one of them out")
+    count = Bundle.open(bundle).verify()
+    console.say(f"{count} files, all whole")
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(bundle), "files": count}))

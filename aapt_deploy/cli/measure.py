@@ -14,7 +14,7 @@ from aapt_deploy.errors import VerdictError, needs_extra
 if TYPE_CHECKING:
     from aapt_deploy.measure.latency import Latency
     from aapt_deploy.measure.quality import Loss
-    from aapt_deploy.models.cost import Plan
+    from aapt_deploy.models.cost import Cost
     from aapt_deploy.profiles import Profile
 
 
@@ -121,13 +121,13 @@ def _floors(shape: "Profile") -> dict[str, float]:
     if shape.target.device == "cpu":
         return {}
     try:
-        from aapt_deploy.models.cost import plan
+        from aapt_deploy.models.cost import cost_of
     except ModuleNotFoundError:
         return {}
-    return plan(shape).floors_ms
+    return cost_of(shape).floors_ms
 
 
-def _cost(preset: str) -> "Plan":
+def _cost(preset: str) -> "Cost":
     from aapt_deploy import profiles
     from aapt_deploy.bundle.bundle import Bundle
 
@@ -135,7 +135,7 @@ def _cost(preset: str) -> "Plan":
     with needs_extra("export"):
         from aapt_deploy.models import cost
 
-        return cost.plan(shape)
+        return cost.cost_of(shape)
 
 
 def _quality(

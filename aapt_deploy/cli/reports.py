@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aapt_deploy.measure.doctor import Check
     from aapt_deploy.measure.latency import Latency
     from aapt_deploy.measure.quality import Loss
-    from aapt_deploy.models.cost import Plan
+    from aapt_deploy.models.cost import Cost
     from aapt_deploy.models.fp8 import Coverage
     from aapt_deploy.rollout.engine import LayerTime
     from aapt_deploy.stream.stream import Streamed
@@ -88,7 +88,7 @@ def _change(change: "Change") -> tuple[str, ...]:
     return (change.name[:NAME_SHOWN], *times, f"{change.delta_ms:+.3f}", "" if change.ratio is None else f"{change.ratio:.2f}")
 
 
-def plan(result: "Plan") -> None:
+def plan(result: "Cost") -> None:
     rows = [
         (s.name, f"{s.products_gflop:,.1f}", f"{s.attention_gflop:,.1f}", f"{s.weights_gb:.3f}", f"{s.activations_gb:.3f}",
          "" if s.floor_ms is None else f"{s.floor_ms:.2f}", s.bound)

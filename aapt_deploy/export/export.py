@@ -99,8 +99,7 @@ def export_bundle(
             needed = ROOM * 4 * sum(modules[name].state_dict()[n].numel() for n in used)
             if name in ("prompt", "generator") and needed > _free_bytes():
                 report(
-                    f"{name} would take {needed / 1e9:.0f} GB to check; "
-                    "a copy with two of its blocks takes its place"
+                    f"{name} would take {needed / 1e9:.0f} GB to check; a copy with two of its blocks takes its place"
                 )
                 table += _check_reduced(draft.path, signature.name, profile, weights)
             else:

@@ -1,6 +1,6 @@
-"""`aapt init`: a checkpoint of random weights in any profile's shape, to size an engine before anything is trained.
+"""`aapt init`: write a checkpoint of random weights, to size an engine before training.
 
-The networks are built on the meta device and drawn straight into float16, so they never exist in float32.
+The networks are built on the meta device and drawn in float16, so they never exist in float32.
 """
 
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from aapt_deploy.bundle.files import refuse_irregular
+from aapt_deploy.bundle.files import free_memory_bytes, refuse_irregular
 from aapt_deploy.errors import MachineError, OutputError, UsageError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.profiles import Profile
@@ -17,28 +17,33 @@ SPARE = 0.85  # share of the free memory that weights may take
 LARGEST_SEED = 2**64 - 1  # PyTorch's
 
 
-def random_checkpoint(profile: Profile, path: Path, seed: int, device: str = "cpu", overwrite: bool = False) -> int:
-    """Write random weights of realistic scale for `profile` to `path`. Returns the parameter count. A GPU draws them in seconds, and others.
+def random_checkpoint(
+    profile: Profile, path: Path, seed: int, device: str = "cpu", overwrite: bool = False
+) -> int:
+    """Write random weights of realistic scale for `profile` to `path`; return their number.
 
-    Raises UsageError for an unknown device or a seed above LARGEST_SEED, MachineError when they do not fit into memory, OutputError when the file
-    cannot be written, or exists and `overwrite` is off.
+    A GPU draws in seconds, and other numbers. Raises UsageError for an unknown device or a seed
+    above LARGEST_SEED. Raises MachineError if they do not fit into memory. Raises OutputError if
+    the file cannot be written, or exists and `overwrite` is off.
     """
     refuse_irregular(path)
-    if os.path.exists(path) and not overwrite:  # now, and not after minutes of drawing: it may be hours of somebody's training
+    if os.path.exists(path) and not overwrite:  # now, not after minutes of drawing
         raise OutputError(f"checkpoint {path} exists", "add --force to replace it")
     with torch.device("meta"):
         generator, vae = checkpoint.build(profile)
     count = sum(p.numel() for module in (generator, vae) for p in module.parameters())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory_bytes()
     if seed > LARGEST_SEED:
         raise UsageError(f"--seed {seed} is above {LARGEST_SEED}", "take a smaller one")
     if device not in ("cpu", "cuda"):
         raise UsageError(f"weights cannot be drawn on device {device!r}", "devices: cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("weights cannot be drawn on a GPU: PyTorch finds none", "leave out --device cuda; aapt doctor tells what is missing")
+        hint = "leave out --device cuda; aapt doctor tells what is missing"
+        raise MachineError("weights cannot be drawn on a GPU: PyTorch finds none", hint)
     if 2 * count > SPARE * free:
+        size = f"{count / 1e9:.1f}e9 parameters, {2 * count / 1e9:.0f} GB in float16"
         raise MachineError(
-            f"{profile.name} has {count / 1e9:.1f}e9 parameters, {2 * count / 1e9:.0f} GB in float16; {free / 1e9:.0f} GB of memory are free",
+            f"{profile.name} has {size}; {free / 1e9:.0f} GB of memory are free",
             "use a machine with more memory, or a smaller profile",
         )
     checkpoint.draw(generator, vae, seed, torch.device(device), torch.float16)

@@ -237,8 +237,7 @@ def _finite(figures: Mapping[str, float], step: int, state: Path) -> None:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {name} of update {step + 1} is {value} ({state.stem})",
-                "the last saved state is kept: lower the learning rate in the recipe, "
-                "or look for broken clips, then run the command again",
+                "the last saved state is kept: lower the learning rate in the recipe, or look for broken clips, then run the command again",
             )
 
 

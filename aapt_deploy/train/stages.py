@@ -216,8 +216,7 @@ class GeneratorStages:
             with self.setup.autocast():
                 fade = measure_fade(self.generator, self.latents, stage, rng)
             self.report(
-                f"trajectory stage {number}: a rollout of {stage.fade_blocks} blocks "
-                f"leaves {float(fade.mean()):.2f} of its detail"
+                f"trajectory stage {number}: a rollout of {stage.fade_blocks} blocks leaves {float(fade.mean()):.2f} of its detail"
             )
 
         def loss(student: Generator, rng: torch.Generator) -> Tensor:
@@ -233,8 +232,7 @@ class GeneratorStages:
         with self.setup.autocast():
             flights = own_flights(self.generator, self.latents, stage, rng)
         self.report(
-            f"anchored stage {number}: {len(flights.z)} of {stage.flights} flights "
-            f"of {stage.flight_blocks} blocks have not run away"
+            f"anchored stage {number}: {len(flights.z)} of {stage.flights} flights of {stage.flight_blocks} blocks have not run away"
         )
 
         def loss(student: Generator, rng: torch.Generator) -> Tensor:
@@ -248,10 +246,8 @@ class GeneratorStages:
     def _play(self, number: int, stage: AdversarialStage, adapted: Generator) -> None:
         if stage.blocks > (available := self.latents.conditions.shape[1]):
             raise InputError(
-                f"adversarial stage {number} wants segments of {stage.blocks} blocks, "
-                f"the clips have {available}",
-                "make longer ones, as those were made, with: "
-                f"aapt train data FOLDER --blocks {stage.blocks}",
+                f"adversarial stage {number} wants segments of {stage.blocks} blocks, the clips have {available}",
+                f"make longer ones, as those were made, with: aapt train data FOLDER --blocks {stage.blocks}",
             )
         seed = self._seed("adversarial", number)
         torch.manual_seed(seed)  # of the discriminator's heads

@@ -3,4 +3,5 @@
 sinks.py      write frames to a file or a pipe, in the formats of one table
 metrics.py    PSNR and luma
 pictures.py   read and write pictures, read the frames of a video
+metrics.py    PSNR and brightness, the same for every room
 """

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from aapt_deploy.models.cost import plan
+from aapt_deploy.models.cost import cost_of
 from aapt_deploy.profiles import load
 from tests.support.commands import ROOT
 
@@ -120,7 +120,7 @@ def test_a_prediction_is_work_over_rate(model: ModuleType) -> None:
     found = model.predicted(profile, "fp8")
     parts = [value for name, value in found.items() if name.startswith("generator: ")]
     assert sum(parts) == pytest.approx(found["generator"], abs=0.01)
-    generator = next(stage for stage in plan(profile).stages if stage.name == "generator")
+    generator = next(stage for stage in cost_of(profile).stages if stage.name == "generator")
     assert found["generator: products"] == pytest.approx(generator.products_gflop / (1979 * 0.60), rel=1e-3)  # GFLOP / TFLOP/s = ms
     assert found["generator: attention"] == pytest.approx(generator.attention_gflop / (1979 * 0.33), rel=1e-3)
     assert max(found["generator"], found["decoder"]) < found["overlapped step"] < found["generator"] + found["decoder"] + found["hand-off"]
@@ -135,7 +135,7 @@ def test_a_prediction_is_work_over_rate(model: ModuleType) -> None:
 
 
 def test_a_share_of_the_floor_is_its_time_over_the_measured(model: ModuleType) -> None:
-    planned = plan(load("aapt-8b-736x416-h100"))
+    planned = cost_of(load("aapt-8b-736x416-h100"))
     floor = next(stage.floor_ms for stage in planned.stages if stage.name == "generator")
     found = model.share_of_floor(planned, {"generator": 2 * floor})["generator"]
     assert found["share"] == 0.5 and found["tflops"] == pytest.approx((9753.6 + 20384.1) / (2 * floor), rel=1e-3)

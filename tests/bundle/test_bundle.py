@@ -1,4 +1,4 @@
-"""Bundles: what is damaged is refused by name before it is used; what is half-written never shows; two processes never write at once."""
+"""Bundles: damage is refused by name, half-written files never show, one process writes."""
 
 import hashlib
 import json
@@ -15,8 +15,17 @@ import pytest
 from aapt_deploy.bundle import bundle as bundles
 from aapt_deploy.bundle.bundle import FORMAT_VERSION, SEAL, Bundle, create
 from aapt_deploy.errors import AaptError, BundleError, BusyError, OutputError
-from tests.support.bundles import ENGINE, FILES, SOURCE, add, engine_file, make, rewrite_manifest, tree
-from tests.support.commands import ENVIRONMENT
+from tests.support.bundles import (
+    ENGINE,
+    FILES,
+    SOURCE,
+    add,
+    engine_file,
+    make,
+    rewrite_manifest,
+    tree,
+)
+from tests.support.commands import ENVIRONMENT, Ran
 from tests.support.toys import TINY
 
 
@@ -28,10 +37,15 @@ def refusal(call: Callable[[], object], kind: type[AaptError] = BundleError) -> 
 
 
 def child(code: str, path: Path, **options: Any) -> "subprocess.Popen[str]":
-    """A second process that runs `code` with the bundle's `path` at hand, and tests/support/bundles.py."""
+    """A second process that runs `code` with the bundle's `path` and tests/support/bundles.py."""
     head = "import os, signal, sys, time, resource\nfrom tests.support.bundles import *\n"
     head += f"from aapt_deploy import errors\npath = Path({str(path)!r})\n"
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "stdin": subprocess.PIPE,
+        "text": True,
+    }
     return subprocess.Popen([sys.executable, "-c", head + code], env=ENVIRONMENT, **pipes | options)
 
 
@@ -63,7 +77,15 @@ def test_a_bundle_gives_back_what_was_put_in(path: Path) -> None:
     assert opened.checked("encoder.onnx").read_bytes().startswith(b"first encoder.onnx")
     assert opened.checked(engine_file(opened)).read_bytes() == b"first" * 1000
     assert os.listdir(path.parent) == ["bundle"]
-    assert tree(path) == {*opened.manifest["files"], "manifest.json", ".lock", "start", "engines", f"engines/{ENGINE}", f"engines/{ENGINE}/1"}
+    assert tree(path) == {
+        *opened.manifest["files"],
+        "manifest.json",
+        ".lock",
+        "start",
+        "engines",
+        f"engines/{ENGINE}",
+        f"engines/{ENGINE}/1",
+    }
 
 
 def test_a_bundle_may_be_moved(path: Path) -> None:
@@ -78,7 +100,10 @@ def test_a_bundle_is_as_readable_as_any_new_file(path: Path) -> None:
     plain.touch()
     for name in ("manifest.json", "profile.toml"):
         assert (path / name).stat().st_mode == plain.stat().st_mode
-    assert path.stat().st_mode & 0o777 == path.parent.joinpath("bundle", "start").stat().st_mode & 0o777
+    assert (
+        path.stat().st_mode & 0o777
+        == path.parent.joinpath("bundle", "start").stat().st_mode & 0o777
+    )
 
 
 def test_only_the_asked_file_is_read_and_only_once(path: Path) -> None:
@@ -116,6 +141,19 @@ def test_engines_that_two_openers_add_in_turn_are_both_kept(path: Path) -> None:
     Bundle.open(path).verify()
 
 
+def test_doctor_checks_every_file_of_a_bundle(path: Path, aapt: Callable[..., Ran]) -> None:
+    opened = make(path)
+    count = len(opened.manifest["files"])
+    good = aapt("doctor", path, "--json")
+    assert good.code == 0 and json.loads(good.out) == {"bundle": str(path), "files": count}
+    assert good.err == f"{count} files, all whole\n"
+    name = [*opened.manifest["files"]][-1]
+    (path / name).write_bytes(b"damaged")
+    bad = aapt("doctor", path)
+    assert (bad.code, bad.out) == (4, "") and name in bad.error
+    assert aapt("doctor", path, "--tensorrt").code == 2
+
+
 # --- what is not a bundle ---
 
 
@@ -129,11 +167,27 @@ def test_a_path_without_a_bundle_is_refused(path: Path) -> None:
     assert refusal(lambda: Bundle.open(path)) == f"bundle {path} has no manifest.json: not a bundle"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b'"text"', b"\xff\xfe\x00", b"{}", b"[" * 100_000, b'{"format_version": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"null",
+        b'"text"',
+        b"\xff\xfe\x00",
+        b"{}",
+        b"[" * 100_000,
+        b'{"format_version": 1}',
+    ],
+)
 def test_a_manifest_that_is_no_manifest_is_damaged(path: Path, content: bytes) -> None:
     make(path)
     (path / "manifest.json").write_bytes(content)
-    assert refusal(lambda: Bundle.open(path)).startswith(f"bundle manifest {path}/manifest.json is damaged: ")
+    assert refusal(lambda: Bundle.open(path)).startswith(
+        f"bundle manifest {path}/manifest.json is damaged: "
+    )
 
 
 def test_a_manifest_of_absurd_size_is_not_read(path: Path) -> None:
@@ -145,10 +199,14 @@ def test_a_manifest_of_absurd_size_is_not_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format_version", "1"), ("format_version", None), ("profile", 3), ("files", []), ("files", {"a": 3}), ("files", {"a": {"bytes": 1}}),
-        ("files", {"a": {"bytes": True, "sha256": "0" * 64}}), ("files", {"a": {"bytes": 1, "sha256": "0" * 63}}),
-        ("files", {"a": {"bytes": 1, "sha256": 0}}), ("engines", []), ("engines", {"a": 3}), ("start_frames", []), ("start_frames", {"a": 3}),
-        ("precision", ["fp8"]), ("source", None), ("source", {}), ("source", {"sha256": 3}), ("source", {"sha256": "0" * 63}),
+        ("format_version", "1"), ("format_version", None), ("profile", 3), ("files", []),
+        ("files", {"a": 3}), ("files", {"a": {"bytes": 1}}),
+        ("files", {"a": {"bytes": True, "sha256": "0" * 64}}),
+        ("files", {"a": {"bytes": 1, "sha256": "0" * 63}}),
+        ("files", {"a": {"bytes": 1, "sha256": 0}}), ("engines", []), ("engines", {"a": 3}),
+        ("start_frames", []), ("start_frames", {"a": 3}),
+        ("precision", ["fp8"]), ("source", None), ("source", {}), ("source", {"sha256": 3}),
+        ("source", {"sha256": "0" * 63}),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_named(path: Path, key: str, value: object) -> None:
@@ -172,13 +230,26 @@ def test_a_missing_key_is_named(path: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [(b"name = '\xff'", "'utf-8' codec can't decode byte 0xff"), (b"name = 3", "'name' = 3 must be str"), (b"name = ", "not valid TOML")],
+    [
+        (b"name = '\xff'", "'utf-8' codec can't decode byte 0xff"),
+        (b"name = 3", "'name' = 3 must be str"),
+        (b"name = ", "not valid TOML"),
+    ],
 )
-def test_a_profile_that_cannot_be_used_is_the_bundles_fault_though_its_hash_fits(path: Path, text: bytes, reason: str) -> None:
+def test_a_profile_that_cannot_be_used_is_the_bundles_fault_though_its_hash_fits(
+    path: Path, text: bytes, reason: str
+) -> None:
     make(path)
     (path / "profile.toml").write_bytes(text)
-    rewrite_manifest(path, lambda manifest: manifest["files"].update({"profile.toml": bundles._describe(path / "profile.toml")}))
-    with pytest.raises(BundleError, match=f"^bundle {path} has a profile.toml that cannot be used: ") as caught:
+    rewrite_manifest(
+        path,
+        lambda manifest: manifest["files"].update(
+            {"profile.toml": bundles._describe(path / "profile.toml")}
+        ),
+    )
+    with pytest.raises(
+        BundleError, match=f"^bundle {path} has a profile.toml that cannot be used: "
+    ) as caught:
         _ = Bundle.open(path).profile
     assert reason in str(caught.value)
     assert caught.value.hint.endswith(f"aapt export CKPT -o {path} --force")
@@ -186,8 +257,12 @@ def test_a_profile_that_cannot_be_used_is_the_bundles_fault_though_its_hash_fits
 
 def test_a_newer_format_says_upgrade(path: Path) -> None:
     make(path)
-    (path / "manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION + 1, "content": "of a shape unknown here"}))
-    with pytest.raises(BundleError, match=f"has format {FORMAT_VERSION + 1}, this aapt knows {FORMAT_VERSION}") as caught:
+    (path / "manifest.json").write_text(
+        json.dumps({"format_version": FORMAT_VERSION + 1, "content": "of a shape unknown here"})
+    )
+    with pytest.raises(
+        BundleError, match=f"has format {FORMAT_VERSION + 1}, this aapt knows {FORMAT_VERSION}"
+    ) as caught:
         Bundle.open(path)
     assert "upgrade" in caught.value.hint
 
@@ -219,7 +294,9 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(path: Path) -> None:
             flipped = content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
             manifest.write_bytes(flipped)
             try:
-                same = json.loads(flipped) == json.loads(content)  # between the values, a space may become another blank
+                same = json.loads(flipped) == json.loads(
+                    content
+                )  # between the values, a space may become another blank
             except ValueError:
                 same = False
             if not same:
@@ -229,11 +306,16 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(path: Path) -> None:
 def test_a_file_cut_short_lost_or_unlisted_is_named(path: Path) -> None:
     opened = make(path)
     os.truncate(path / "encoder.onnx", 10)
-    assert f"{path}/encoder.onnx does not match the manifest (bytes 10 instead of 9" in refusal(lambda: opened.checked("encoder.onnx"))
+    assert f"{path}/encoder.onnx does not match the manifest (bytes 10 instead of 9" in refusal(
+        lambda: opened.checked("encoder.onnx")
+    )
     (path / "generator.onnx").unlink()
     assert f"{path}/generator.onnx is missing" in refusal(lambda: opened.checked("generator.onnx"))
     (path / "surplus.onnx").touch()
-    assert refusal(lambda: opened.checked("surplus.onnx")) == f"bundle {path} does not list 'surplus.onnx'"
+    assert (
+        refusal(lambda: opened.checked("surplus.onnx"))
+        == f"bundle {path} does not list 'surplus.onnx'"
+    )
 
 
 def test_a_damaged_engine_is_built_again_and_a_damaged_graph_exported_again(path: Path) -> None:
@@ -242,7 +324,9 @@ def test_a_damaged_engine_is_built_again_and_a_damaged_graph_exported_again(path
         (stage.path / "decoder.plan").write_bytes(b"plan")
     commands = {
         engine_file(opened): f"aapt build-engine {path} --backend onnxruntime --precision fp32",
-        "engines/tensorrt-fp8/1/decoder.plan": f"aapt build-engine {path} --backend tensorrt --precision fp8",
+        "engines/tensorrt-fp8/1/decoder.plan": (
+            f"aapt build-engine {path} --backend tensorrt --precision fp8"
+        ),
         "encoder.onnx": f"aapt export CKPT -o {path} --force",
     }
     for name, command in commands.items():
@@ -266,8 +350,12 @@ def test_a_folder_or_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(pat
 # --- leading out of the bundle ---
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "start/../../secret", "..", "", "a\\..\\b", "nul\0byte"])
-def test_a_manifest_that_names_what_is_outside_is_refused_before_anything_is_read(path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "start/../../secret", "..", "", "a\\..\\b", "nul\0byte"]
+)
+def test_a_manifest_that_names_what_is_outside_is_refused_before_anything_is_read(
+    path: Path, name: str
+) -> None:
     make(path)
     (path.parent / "secret").write_bytes(b"secret")
     entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
@@ -321,7 +409,9 @@ def test_what_exists_is_not_replaced_unasked_and_never_when_it_is_no_bundle(path
             occupied.mkdir()
         else:
             occupied.write_text("precious")
-        assert "is not a bundle; it is left as it is" in refusal(lambda there=occupied: make(there, overwrite=True), OutputError)
+        assert "is not a bundle; it is left as it is" in refusal(
+            lambda there=occupied: make(there, overwrite=True), OutputError
+        )
     assert sorted(os.listdir(path.parent)) == ["bundle", "file", "folder"]
     assert Bundle.open(path).manifest["mark"] == "first"
 
@@ -347,11 +437,14 @@ def test_a_bundle_behind_a_link_is_replaced_where_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt(), BundleError("…")], ids=repr)
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_error_or_ctrl_c_leaves_nothing_half_written(path: Path, error: BaseException, existing: bool) -> None:
+def test_an_error_or_ctrl_c_leaves_nothing_half_written(
+    path: Path, error: BaseException, existing: bool
+) -> None:
     if existing:
         make(path)
     before = tree(path.parent)
-    with pytest.raises(type(error)), create(path, TINY, overwrite=True) as draft:  # noqa: PT012  the error comes in the middle of the work
+    # The error comes in the middle of the work.
+    with pytest.raises(type(error)), create(path, TINY, overwrite=True) as draft:  # noqa: PT012
         (draft.path / "encoder.onnx").write_bytes(b"half")
         raise error
     assert tree(path.parent) == before
@@ -378,15 +471,26 @@ def test_a_path_that_appears_in_the_meantime_is_not_overwritten(path: Path) -> N
 
 def test_a_place_that_cannot_be_written_is_an_output_error(path: Path) -> None:
     path.write_text("a file")
-    assert "cannot be written: Not a directory" in refusal(lambda: make(path / "below"), OutputError)
-    assert "cannot be written: File name too long" in refusal(lambda: make(path.with_name("x" * 250)), OutputError)
+    assert "cannot be written: Not a directory" in refusal(
+        lambda: make(path / "below"), OutputError
+    )
+    assert "cannot be written: File name too long" in refusal(
+        lambda: make(path.with_name("x" * 250)), OutputError
+    )
     if Path("/proc/self").exists():  # a folder that takes no new one, not even from root
-        assert refusal(lambda: make(Path("/proc/bundle")), OutputError) == "bundle /proc/bundle cannot be written: No such file or directory"
+        assert (
+            refusal(lambda: make(Path("/proc/bundle")), OutputError)
+            == "bundle /proc/bundle cannot be written: No such file or directory"
+        )
 
 
 def test_readers_never_see_a_moment_without_a_bundle(path: Path) -> None:
     make(path)
-    reader = child("print('ready', flush=True)\nwhile not (path.parent / 'stop').exists(): Bundle.open(path)\nprint('done')", path)
+    reader = child(
+        "print('ready', flush=True)\n"
+        "while not (path.parent / 'stop').exists(): Bundle.open(path)\nprint('done')",
+        path,
+    )
     wait_for(reader, "ready")
     for _ in range(30):
         with create(path, TINY, overwrite=True) as draft:
@@ -417,7 +521,9 @@ def test_a_second_writer_is_told_at_once_who_is_at_work(path: Path, hold: str) -
     make(path)
     holder = child(hold, path)
     wait_for(holder, "busy")
-    with pytest.raises(BusyError, match=f"^bundle {path} is being written by process {holder.pid}$") as caught:
+    with pytest.raises(
+        BusyError, match=f"^bundle {path} is being written by process {holder.pid}$"
+    ) as caught:
         add(Bundle.open(path), "second")
     assert caught.value.exit_code == 7
     assert str(holder.pid) in refusal(lambda: make(path, "second", overwrite=True), BusyError)
@@ -432,13 +538,17 @@ def test_two_exports_to_one_new_place_do_not_mix(path: Path) -> None:
     holder = child(HOLD_CREATE, path)
     wait_for(holder, "busy")
     assert str(holder.pid) in refusal(lambda: make(path), BusyError)
-    assert ".bundle.unfinished is what an export that was stopped, or still runs" in refusal(lambda: Bundle.open(path))
+    assert ".bundle.unfinished is what an export that was stopped, or still runs" in refusal(
+        lambda: Bundle.open(path)
+    )
     assert finish(holder) == ("", "")
     assert Bundle.open(path).manifest["mark"] == "child"
 
 
 @pytest.mark.parametrize("hold", [HOLD_ENGINE, HOLD_CREATE])
-def test_a_killed_writer_leaves_the_old_bundle_valid_and_the_next_one_cleans_up(path: Path, hold: str) -> None:
+def test_a_killed_writer_leaves_the_old_bundle_valid_and_the_next_one_cleans_up(
+    path: Path, hold: str
+) -> None:
     before = make(path).manifest
     holder = child(hold, path)
     wait_for(holder, "busy")
@@ -454,7 +564,9 @@ def test_a_killed_writer_leaves_the_old_bundle_valid_and_the_next_one_cleans_up(
     assert os.listdir(path.parent) == ["bundle"]
 
 
-def test_a_killed_first_export_leaves_its_traces_named_and_the_next_one_succeeds(path: Path) -> None:
+def test_a_killed_first_export_leaves_its_traces_named_and_the_next_one_succeeds(
+    path: Path,
+) -> None:
     holder = child(HOLD_CREATE, path)
     wait_for(holder, "busy")
     holder.kill()
@@ -469,7 +581,9 @@ def test_a_killed_first_export_leaves_its_traces_named_and_the_next_one_succeeds
 def test_a_bundle_moved_aside_by_a_killed_export_comes_back(path: Path) -> None:
     """There is a moment between two renames; this is the state that a kill leaves in it."""
     kill = "rename = Path.rename\n"
-    kill += "def renamed(self, to):\n    rename(self, to)\n    os.kill(os.getpid(), signal.SIGKILL)\nPath.rename = renamed\n"
+    kill += "def renamed(self, to):\n    rename(self, to)\n"
+    kill += "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    kill += "Path.rename = renamed\n"
     make(path)
     killed = child(kill + "with create(path, TINY, overwrite=True): pass", path)
     finish(killed)
@@ -489,10 +603,11 @@ def test_a_bundle_moved_aside_by_a_killed_export_comes_back(path: Path) -> None:
 
 @pytest.mark.parametrize("step", range(1, 25))
 def test_add_engine_killed_at_any_system_call_leaves_a_valid_bundle(path: Path, step: int) -> None:
-    """The audit hook sees every file operation of the second build; the process dies at the `step`-th."""
+    """The audit hook sees the second build's file operations; the process dies at the `step`-th."""
     hook = (
         "count = 0\ndef hook(event, args):\n    global count\n"
-        "    if event in ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.unlink', 'os.scandir'):\n"
+        "    if event in ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.unlink', "
+        "'os.scandir'):\n"
         "        count += 1\n"
         f"        if count == {step}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "opened = Bundle.open(path)\nsys.addaudithook(hook)\nadd(opened, 'second')\nprint(count)"
@@ -508,7 +623,10 @@ def test_add_engine_killed_at_any_system_call_leaves_a_valid_bundle(path: Path, 
         assert int(out) < step
         assert content == b"second" * 1000
     add(opened, "third")
-    assert tree(path / "engines") == {ENGINE, *(f"{ENGINE}/{p}" for p in tree(path / "engines" / ENGINE))}
+    assert tree(path / "engines") == {
+        ENGINE,
+        *(f"{ENGINE}/{p}" for p in tree(path / "engines" / ENGINE)),
+    }
     assert len(os.listdir(path / "engines" / ENGINE)) == 1
     assert not list(path.glob(".stage-*"))
 
@@ -516,13 +634,20 @@ def test_add_engine_killed_at_any_system_call_leaves_a_valid_bundle(path: Path, 
 # --- a full disk ---
 
 LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes}))\n"
-REPORT = "try:\n    {work}\nexcept errors.OutputError as error:\n    print(error, error.exit_code, bool(error.hint))"
+REPORT = (
+    "try:\n    {work}\nexcept errors.OutputError as error:\n"
+    "    print(error, error.exit_code, bool(error.hint))"
+)
 
 
 @pytest.mark.parametrize("bytes_left", [0, 500, 5000])
-@pytest.mark.parametrize("work", ["make(path, 'second', overwrite=True)", "add(Bundle.open(path), 'second' * 10)"])
-def test_no_room_is_an_output_error_and_the_old_bundle_stays(path: Path, work: str, bytes_left: int) -> None:
-    """A limit on the size of a file refuses a write as a full disk does, in the middle of it: in the profile, a graph, or the engine."""
+@pytest.mark.parametrize(
+    "work", ["make(path, 'second', overwrite=True)", "add(Bundle.open(path), 'second' * 10)"]
+)
+def test_no_room_is_an_output_error_and_the_old_bundle_stays(
+    path: Path, work: str, bytes_left: int
+) -> None:
+    """A limit on file sizes refuses a write in its middle, as a full disk does: any file's."""
     before = make(path).manifest
     out, err = finish(child(LIMIT.format(bytes=bytes_left) + REPORT.format(work=work), path))
     assert (out, err) == (f"bundle {path} cannot be written: File too large 6 True", "")
@@ -537,10 +662,20 @@ def test_no_room_is_an_output_error_and_the_old_bundle_stays(path: Path, work: s
 def test_no_room_for_the_manifest_alone_keeps_the_old_engine(path: Path) -> None:
     opened = make(path)
     room = (path / "manifest.json").stat().st_size - 200
-    work = "\n".join(["with Bundle.open(path).add_engine('torch-fp32') as stage:", "        (stage.path / 'plan').write_bytes(b'x' * 100)"])
+    work = "\n".join(
+        [
+            "with Bundle.open(path).add_engine('torch-fp32') as stage:",
+            "        (stage.path / 'plan').write_bytes(b'x' * 100)",
+        ]
+    )
     out, err = finish(child(LIMIT.format(bytes=room) + REPORT.format(work=work), path))
     assert (out, err) == (f"bundle {path} cannot be written: File too large 6 True", "")
     assert Bundle.open(path).manifest == opened.manifest
     opened.verify()
     assert not list(path.glob(".manifest*"))
-    assert tree(path / "engines") == {ENGINE, f"{ENGINE}/1", f"{ENGINE}/1/generator.onnx", "torch-fp32"}
+    assert tree(path / "engines") == {
+        ENGINE,
+        f"{ENGINE}/1",
+        f"{ENGINE}/1/generator.onnx",
+        "torch-fp32",
+    }

@@ -35,7 +35,9 @@ def test_a_holder_without_a_number_is_another_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_lock_that_its_holder_has_just_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+def test_a_lock_that_its_holder_has_just_removed_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
     """Between our open and our flock the file may go, and another process may make a new one: two would write."""
     real = fcntl.flock
 
@@ -77,11 +79,18 @@ class Refused(Exception):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(OSError(errno.ENOSPC, "No space left"), "No space left"), (OSError("odd"), "odd"), (Refused("broken"), "broken")],
+    [
+        (OSError(errno.ENOSPC, "No space left"), "No space left"),
+        (OSError("odd"), "odd"),
+        (Refused("broken"), "broken"),
+    ],
 )
 def test_a_refusal_to_write_becomes_one_error_with_its_hint(error: Exception, said: str) -> None:
     message = f"^the file cannot be written: {said}$"
-    with pytest.raises(OutputError, match=message) as caught, writing("the file", "free some space", Refused):
+    with (
+        pytest.raises(OutputError, match=message) as caught,
+        writing("the file", "free some space", Refused),
+    ):
         raise error
     assert caught.value.hint == "free some space"
     with pytest.raises(Refused), writing("the file", ""):
@@ -89,8 +98,12 @@ def test_a_refusal_to_write_becomes_one_error_with_its_hint(error: Exception, sa
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
-def test_what_a_file_must_not_replace_is_refused_also_behind_a_link(tmp_path: Path, kind: str) -> None:
-    there = {"folder": tmp_path / "there", "pipe": tmp_path / "there", "device": Path(os.devnull)}[kind]
+def test_what_a_file_must_not_replace_is_refused_also_behind_a_link(
+    tmp_path: Path, kind: str
+) -> None:
+    there = {"folder": tmp_path / "there", "pipe": tmp_path / "there", "device": Path(os.devnull)}[
+        kind
+    ]
     if kind == "folder":
         there.mkdir()
     elif kind == "pipe":
@@ -125,7 +138,9 @@ def test_a_whole_file_takes_its_place_at_the_end_and_not_before(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(error), whole(path) as temporary:  # noqa: PT012
@@ -147,4 +162,6 @@ def test_behind_a_link_the_target_is_replaced(tmp_path: Path) -> None:
     with whole(tmp_path / "link") as temporary:
         assert temporary.parent == tmp_path / "other"
         temporary.write_text("whole")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "other" / "target").read_text() == "whole"
+    assert (tmp_path / "link").is_symlink() and (
+        tmp_path / "other" / "target"
+    ).read_text() == "whole"

@@ -15,7 +15,7 @@ import aapt_deploy
 from aapt_deploy import __main__ as entry
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.cli import commands, measure
-from aapt_deploy.models import checkpoint
+from aapt_deploy.models import checkpoint, random_weights
 from aapt_deploy.models.checkpoint import Checkpoint
 from tests.support.commands import COMMAND, ENVIRONMENT, ROOT, Ran
 
@@ -230,8 +230,7 @@ def test_a_checkpoint_that_is_there_is_replaced_only_when_asked(aapt: Aapt, tmp_
 
 
 def test_weights_that_do_not_fit_into_memory_are_not_drawn(aapt: Aapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.sysconf
-    monkeypatch.setattr(os, "sysconf", lambda name: 4 if name == "SC_AVPHYS_PAGES" else real(name))
+    monkeypatch.setattr(random_weights, "free_memory_bytes", lambda: 4 * 4096)
     ran = aapt("init", "tiny-cpu", "-o", tmp_path / "r.safetensors")
     assert ran.code == 5
     assert "parameters" in ran.error
@@ -240,7 +239,7 @@ def test_weights_that_do_not_fit_into_memory_are_not_drawn(aapt: Aapt, tmp_path:
 
 @pytest.mark.parametrize("preset", ["aapt-8b-736x416-h100", "aapt-8b-1280x720-h100"])
 def test_a_large_preset_is_sized_before_memory_is_taken(aapt: Aapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
-    monkeypatch.setattr(os, "sysconf", lambda name: 2**20 if name == "SC_AVPHYS_PAGES" else 4096)
+    monkeypatch.setattr(random_weights, "free_memory_bytes", lambda: 2**20 * 4096)
     ran = aapt("init", preset, "-o", tmp_path / "r.safetensors")
     assert ran.code == 5
     assert f"{preset} has " in ran.error

@@ -176,7 +176,7 @@ def test_floors_stand_beside_their_stages(
 def test_a_gpu_profile_s_floors_are_those_of_its_plan(tiny: Profile) -> None:
     assert _floors(tiny) == {}
     shape = tiny.replace(target=Target("cuda", "H100", 90, 80))
-    planned = cost.plan(shape)
+    planned = cost.cost_of(shape)
     by_name = {stage.name: stage.floor_ms for stage in planned.stages}
     assert _floors(shape) == {
         "step": planned.floor_ms,

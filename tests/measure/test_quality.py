@@ -422,13 +422,17 @@ def test_a_change_of_brightness_leaves_sharpness_as_it_is(shift: int, brightness
     rng = np.random.default_rng(0)
     picture = rng.integers(60, 101, (4, 32, 64, 1), dtype=np.uint8).repeat(3, -1)
     a, b = luma(picture), luma((picture.astype(int) + shift).astype(np.uint8))
-    _, figures = quality._figures(np.concatenate([a[:1], a]), np.concatenate([b[:1], b]), np.zeros(4))
+    _, figures = quality._figures(
+        np.concatenate([a[:1], a]), np.concatenate([b[:1], b]), np.zeros(4)
+    )
     sharpness, bright, *_ = figures
     assert sharpness == pytest.approx(1, abs=1e-9)
     assert bright == pytest.approx(1 + shift / a.mean()) == pytest.approx(brightness, abs=0.01)
 
 
-def test_drift_is_that_of_brightness_where_sharpness_stays(spoil: Callable[[str, Change], Loss]) -> None:
+def test_drift_is_that_of_brightness_where_sharpness_stays(
+    spoil: Callable[[str, Change], Loss],
+) -> None:
     lighter = lambda frames: np.minimum(frames, 255 - 40) + np.uint8(40)
     loss = spoil("decoder", lambda out: out | {"frames": lighter(out["frames"])})
     (second,) = loss.seconds
@@ -449,7 +453,9 @@ def seconds_of(sharpness: list[float], brightness: list[float]) -> list[quality.
         ([0.5], [2.0], 0.0),
     ],
 )
-def test_the_slope_is_the_steeper_one_of_sharpness_and_brightness(sharpness: list[float], brightness: list[float], slope: float) -> None:
+def test_the_slope_is_the_steeper_one_of_sharpness_and_brightness(
+    sharpness: list[float], brightness: list[float], slope: float
+) -> None:
     assert quality._slope(seconds_of(sharpness, brightness)) == pytest.approx(slope)
 
 
@@ -459,7 +465,9 @@ def test_the_figures_of_a_block_by_hand() -> None:
     a = np.stack([ramp, ramp + 1, ramp + 3])
     b = 2 * a
     b[-1] += 10
-    pictures, (sharp, bright, change_a, change_b, deviation) = quality._figures(a, b, np.array([5.0, 7.0]))
+    pictures, (sharp, bright, change_a, change_b, deviation) = quality._figures(
+        a, b, np.array([5.0, 7.0])
+    )
     assert pictures[:, 0].tolist() == [5, 7]
     assert pictures[:, 1] == pytest.approx([ssim(a[1], b[1]), ssim(a[2], b[2])])
     assert sharp == pytest.approx(2)
@@ -478,7 +486,9 @@ def test_a_black_reference_divides_nothing() -> None:
 def test_decibels_of_a_square_error() -> None:
     assert quality._decibels(255**2) == 0 and quality._decibels(255**2 / 100) == 20
     assert quality._decibels(0) == round(10 * np.log10(255**2 * 1e9), 2)
-    rows = np.array([[255**2 / 10, 0.8, 1.0, 1.2, 0, 0, 0], [3 * 255**2 / 10, 0.9, 2.0, 1.4, 0, 0, 0]])
+    rows = np.array(
+        [[255**2 / 10, 0.8, 1.0, 1.2, 0, 0, 0], [3 * 255**2 / 10, 0.9, 2.0, 1.4, 0, 0, 0]]
+    )
     assert quality._second(rows) == quality.Second(round(10 * np.log10(5), 2), 0.85, 1.5, 1.3)
 
 

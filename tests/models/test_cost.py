@@ -21,15 +21,15 @@ H100 = load("aapt-8b-736x416-h100")
 
 
 @pytest.fixture(scope="module")
-def planned() -> cost.Plan:
-    return cost.plan(H100)
+def planned() -> cost.Cost:
+    return cost.cost_of(H100)
 
 
-def stage(planned: cost.Plan, name: str) -> cost.Stage:
+def stage(planned: cost.Cost, name: str) -> cost.StageCost:
     return next(s for s in planned.stages if s.name == name)
 
 
-def test_the_generators_operations_by_hand(planned: cost.Plan) -> None:
+def test_the_generators_operations_by_hand(planned: cost.Cost) -> None:
     """Per token and layer 12 dim^2 weights at two operations each; attention two products with each of S cached keys and the block's own."""
     tokens, dim, depth = 46 * 26, 3072, 36
     generator = stage(planned, "generator")
@@ -40,7 +40,7 @@ def test_the_generators_operations_by_hand(planned: cost.Plan) -> None:
     assert generator.bound == "compute"
 
 
-def test_weights_and_cache_by_hand(planned: cost.Plan) -> None:
+def test_weights_and_cache_by_hand(planned: cost.Cost) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Generator(H100).parameters())
     assert stage(planned, "generator").weights_gb + stage(planned, "prompt").weights_gb == pytest.approx(parameters / 1e9, abs=0.002)
@@ -50,18 +50,18 @@ def test_weights_and_cache_by_hand(planned: cost.Plan) -> None:
     assert planned.fits and planned.total_gb < 60
 
 
-def test_a_prompt_is_bound_by_reading_its_weights(planned: cost.Plan) -> None:
+def test_a_prompt_is_bound_by_reading_its_weights(planned: cost.Cost) -> None:
     prompt = stage(planned, "prompt")
     assert prompt.bound == "memory" and prompt.floor_ms == pytest.approx(prompt.weights_gb / 3350 * 1000, rel=1e-2)
 
 
-def test_a_cache_of_wider_numbers_needs_more(planned: cost.Plan) -> None:
+def test_a_cache_of_wider_numbers_needs_more(planned: cost.Cost) -> None:
     wide = H100.replace(precision=Precision("bf16", "fp8_e4m3", "bf16"))
-    assert cost.plan(wide).cache_gb == pytest.approx(2 * planned.cache_gb, rel=0.01)
+    assert cost.cost_of(wide).cache_gb == pytest.approx(2 * planned.cache_gb, rel=0.01)
 
 
 def test_a_cpu_has_no_floor_and_no_limit(tiny: Profile) -> None:
-    planned = cost.plan(tiny)
+    planned = cost.cost_of(tiny)
     assert planned.floor_ms is None and planned.fits and planned.memory_gb["workspace"] == 0
     assert all(s.floor_ms is None and s.bound == "" for s in planned.stages)
 
@@ -93,7 +93,7 @@ def test_activations_are_those_of_a_real_run() -> None:
     with torch.no_grad(), LiveBytes([*inputs, *module.state_dict().values()]) as live:
         module(*inputs)
     assert live.most > 10e6
-    assert stage(cost.plan(demo), "decoder").activations_gb == pytest.approx(live.most / 1e9, abs=0.0006)
+    assert stage(cost.cost_of(demo), "decoder").activations_gb == pytest.approx(live.most / 1e9, abs=0.0006)
 
 
 def test_the_command_prints_a_plan_on_any_machine(aapt: Callable[..., Ran]) -> None:

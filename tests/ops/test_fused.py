@@ -1,4 +1,7 @@
-"""The fused operations: the plain form against PyTorch's own pieces, the Triton form against the plain one, and that it compiles for Hopper."""
+"""The fused operations: plain form against PyTorch's own, Triton's against the plain one.
+
+And Triton's compiles for Hopper.
+"""
 
 import os
 import subprocess
@@ -42,17 +45,24 @@ def test_codes_saturate_and_a_product_undoes_its_scales() -> None:
     assert codes.float().tolist() == [448, -448, 0, pytest.approx(1.125)]
     x, weight, bias = draw(7, 64), draw(48, 64), draw(48)
     steps = weight.abs().amax(1) / fused.E4M3_MAX
-    narrow = [fused.quantised(x, x.abs().max() / fused.E4M3_MAX), fused.quantised(weight, steps[:, None])]
+    narrow = [
+        fused.quantised(x, x.abs().max() / fused.E4M3_MAX),
+        fused.quantised(weight, steps[:, None]),
+    ]
     exact = x @ weight.T + bias
     for x_scale, weight_scale in (((x.abs().max() / fused.E4M3_MAX).expand(7, 1), steps[None]),):
-        error = (fused.product(*narrow, x_scale, weight_scale, bias, torch.float32) - exact).norm() / exact.norm()
+        error = (
+            fused.product(*narrow, x_scale, weight_scale, bias, torch.float32) - exact
+        ).norm() / exact.norm()
         assert 1e-3 < error < 0.05
 
 
 @pytest.mark.parametrize("name", ["aapt-8b-736x416-h100", "aapt-8b-1280x720-h100", "demo-cpu"])
 @pytest.mark.parametrize("by_row", [True, False])
-def test_pytorchs_fp8_product_takes_what_the_step_gives_it(name: str, by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes, strides and multiples of 16, by the checks of `torch._scaled_mm` itself, on tensors that have no memory and claim to be on a GPU."""
+def test_pytorchs_fp8_product_takes_what_the_step_gives_it(
+    name: str, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torch._scaled_mm` checks shapes, strides and multiples of 16, on fake tensors of a GPU."""
     monkeypatch.setattr(torch._meta_registrations, "device_hint", lambda tensor: "cuda")
     from types import SimpleNamespace
 
@@ -62,12 +72,30 @@ def test_pytorchs_fp8_product_takes_what_the_step_gives_it(name: str, by_row: bo
 
     profile = load(name)
     dim, hidden = profile.model.dim, profile.model.dim * profile.model.mlp_ratio
-    kernels = torch_kernels.Kernels(**vars(torch_kernels.plain()) | {"product": fused_triton.product})
+    kernels = torch_kernels.Kernels(
+        **vars(torch_kernels.plain()) | {"product": fused_triton.product}
+    )
     with torch.device("meta"):
-        for inputs, outputs, bias in ((dim, 3 * dim, False), (dim, dim, True), (dim, hidden, True), (hidden, dim, True)):
+        for inputs, outputs, bias in (
+            (dim, 3 * dim, False),
+            (dim, dim, True),
+            (dim, hidden, True),
+            (hidden, dim, True),
+        ):
             wide = torch.bfloat16
-            layer = SimpleNamespace(weight=torch.empty(outputs, inputs, dtype=wide), bias=torch.empty(outputs, dtype=wide) if bias else None)
-            narrow = Narrow(layer, torch.empty(1), torch.empty(outputs), profile.frame_tokens, kernels, torch.bfloat16, by_row)
+            layer = SimpleNamespace(
+                weight=torch.empty(outputs, inputs, dtype=wide),
+                bias=torch.empty(outputs, dtype=wide) if bias else None,
+            )
+            narrow = Narrow(
+                layer,
+                torch.empty(1),
+                torch.empty(outputs),
+                profile.frame_tokens,
+                kernels,
+                torch.bfloat16,
+                by_row,
+            )
             y = narrow(torch.empty(profile.frame_tokens, inputs, dtype=fused.FP8))
             assert y.shape == (profile.frame_tokens, outputs) and y.dtype == torch.bfloat16
             assert narrow.bias is None or narrow.bias.dtype == torch.bfloat16
@@ -81,25 +109,31 @@ from aapt_deploy.ops import fused_triton
 rng = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(*shape, generator=rng)
 step, eps = torch.tensor([0.02]), 1e-5
-fused_triton.FP8 = torch.float32  # the interpreter rounds to e4m3 in a way of its own; what is left is everything before the rounding
+# The interpreter rounds to e4m3 in its own way: test everything before the rounding.
+fused_triton.FP8 = torch.float32
 clamped = lambda x, s: (x.float() / s).clamp(-448, 448)
 fused.quantised = clamped
 def close(made, wanted):
     rtol = 2e-3 if made.dtype == torch.float16 else 1e-4
-    assert made.dtype == wanted.dtype and torch.allclose(made, wanted, rtol=rtol, atol=1e-4), (made - wanted).abs().max()
+    same = made.dtype == wanted.dtype and torch.allclose(made, wanted, rtol=rtol, atol=1e-4)
+    assert same, (made - wanted).abs().max()
 for dtype in (torch.float32, torch.float16):
     for dim in (64, 96):
-        x, y, shift, scale, gate = draw(5, dim).to(dtype), draw(5, dim).to(dtype), draw(dim), draw(dim), draw(dim)
+        x, y, shift, scale, gate = (draw(*shape) for shape in ((5, dim), (5, dim), *[(dim,)] * 3))
+        x, y = x.to(dtype), y.to(dtype)
         for s in (None, step):
-            close(fused_triton.modulated(x, shift, scale, eps, s), fused.modulated(x, shift, scale, eps, s))
-            for made, wanted in zip(fused_triton.gated(x, y, gate, shift, scale, eps, s), fused.gated(x, y, gate, shift, scale, eps, s)):
+            rest = shift, scale, eps, s
+            close(fused_triton.modulated(x, *rest), fused.modulated(x, *rest))
+            pairs = zip(fused_triton.gated(x, y, gate, *rest), fused.gated(x, y, gate, *rest))
+            for made, wanted in pairs:
                 close(made, wanted)
             close(fused_triton.activated(3 * x, s), fused.activated(3 * x, s))
         close(fused_triton.quantised(30 * x, step), clamped(30 * x, step))
         assert clamped(30 * x, step).abs().max() == 448
     for heads, half in ((2, 32), (3, 12)):
         angle = draw(5, half)
-        given = draw(5, 3 * heads * 2 * half).to(dtype), draw(2 * half), draw(2 * half), torch.stack([angle.cos(), angle.sin()]), eps
+        qkv, norms = draw(5, 3 * heads * 2 * half).to(dtype), (draw(2 * half), draw(2 * half))
+        given = qkv, *norms, torch.stack([angle.cos(), angle.sin()]), eps
         for made, wanted in zip(fused_triton.heads(*given), fused.heads(*given)):
             assert made.shape == wanted.shape
             close(made, wanted)
@@ -110,22 +144,26 @@ COMPILED = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from aapt_deploy.ops import fused_triton as f
-floats = dict.fromkeys(("gate", "shift", "scale", "step", "norm_q", "norm_k", "rope"), "*fp32") | {"eps": "fp32"}
+names = ("gate", "shift", "scale", "step", "norm_q", "norm_k", "rope")
+floats = dict.fromkeys(names, "*fp32") | {"eps": "fp32"}
 numbers = dict.fromkeys(("dim", "N", "count"), "i32")
 constant = lambda names: dict.fromkeys(names, "constexpr")
 cases = []
 for quantised in (True, False):
     out = {"out": "*fp8e4nv" if quantised else "*bf16"}
     wide = dict.fromkeys(("x", "y", "kept"), "*bf16") | out
-    cases += [(f._modulate, wide, {"RESIDUAL": r, "QUANTISED": quantised, "BLOCK": 4096}, 8) for r in (True, False)]
-    cases += [(f._pointwise, wide, {"GELU_C": f.GELU_2C, "GELU": g, "QUANTISED": quantised, "BLOCK": f.ELEMENTS}, 4) for g in (True, False)]
+    for flag in (True, False):
+        modulate = {"RESIDUAL": flag, "QUANTISED": quantised, "BLOCK": 4096}
+        pointwise = {"GELU_C": f.GELU_2C, "GELU": flag, "QUANTISED": quantised, "BLOCK": f.ELEMENTS}
+        cases += [(f._modulate, wide, modulate, 8), (f._pointwise, wide, pointwise, 4)]
 for heads, half in ((24, 64), (4, 32)):
     numbers_of = {"H": heads, "P": half, "HEADS": 32 if heads == 24 else 4, "PAIRS": half}
     cases.append((f._heads, dict.fromkeys(("qkv", "q", "k", "v"), "*bf16"), numbers_of, 8))
 for kernel, own, constants, warps in cases:
     kinds = floats | numbers | own | constant(constants)
     signature = {name: kinds[name] for name in kernel.arg_names}
-    made = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    hopper, options = GPUTarget("cuda", 90, 32), {"num_warps": warps}
+    made = compile(ASTSource(kernel, signature, constants), target=hopper, options=options)
     assert "sm_90" in made.asm["ptx"] and made.asm["cubin"]
     if constants.get("QUANTISED"):
         assert "cvt.rn.satfinite.e4m3x2" in made.asm["ptx"]
@@ -133,8 +171,20 @@ print("done")
 """
 
 
-@pytest.mark.parametrize(("code", "variables"), [(INTERPRETED, {"TRITON_INTERPRET": "1"}), (COMPILED, {})], ids=["interpreted", "compiled"])
-def test_triton_in_a_process_of_its_own(code: str, variables: dict[str, str], tmp_path: Path) -> None:
-    environment = os.environ | variables | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("code", "variables"),
+    [(INTERPRETED, {"TRITON_INTERPRET": "1"}), (COMPILED, {})],
+    ids=["interpreted", "compiled"],
+)
+def test_triton_in_a_process_of_its_own(
+    code: str, variables: dict[str, str], tmp_path: Path
+) -> None:
+    environment = (
+        os.environ
+        | variables
+        | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr

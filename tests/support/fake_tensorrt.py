@@ -16,7 +16,7 @@ from aapt_deploy.backends.trt import build, cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
 from aapt_deploy.backends.trt.lower import fp8_products
-from aapt_deploy.backends.trt.plan_file import Layer
+from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.ops.block_causal_attention import NAME
 from aapt_deploy.profiles import Profile
 from tests.support import cuda_emulator
@@ -53,7 +53,7 @@ class TensorRT:
         self.settings: list[Settings] = []
         self.at_build: Callable[[str], None] = lambda graph: None
         self.change: Callable[[str, dict[str, np.ndarray]], None] = lambda graph, outputs: None
-        self.layers: Callable[[list[Layer]], list[Layer]] = lambda layers: layers
+        self.layers: Callable[[list[PlanLayer]], list[PlanLayer]] = lambda layers: layers
 
     def build(self, graph: Path, settings: Settings, progress: Any, failures: Any, messages: Any) -> Made:
         self.at_build(graph.stem)
@@ -80,7 +80,7 @@ class TensorRT:
         kinds = {"Attention": "fmha", "MatMul": "gemm", NAME: "PluginV3"}
         eight = {name for names in fp8_products(model).values() for name in names}
         types = {node.name: ("FP8" if node.name in eight else "Float",) for node in model.graph.node}
-        layers = [Layer(node.name, kinds.get(node.op_type, "kgen"), "", types[node.name], ("Float",)) for node in model.graph.node]
+        layers = [PlanLayer(node.name, kinds.get(node.op_type, "kgen"), "", types[node.name], ("Float",)) for node in model.graph.node]
         plan.layers = lambda: self.layers(layers)  # type: ignore[method-assign]
         return plan
 

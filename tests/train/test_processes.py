@@ -15,7 +15,14 @@ from aapt_deploy.errors import UsageError
 from aapt_deploy.train.processes import joined
 from tests.support.commands import ENVIRONMENT
 
-FILES = ["generator-1", "consistency-1", "trajectory-1", "adversarial-1", "discriminator-1", "anchored-1"]
+FILES = [
+    "generator-1",
+    "consistency-1",
+    "trajectory-1",
+    "adversarial-1",
+    "discriminator-1",
+    "anchored-1",
+]
 
 RUN = """
 import dataclasses, json, os, sys
@@ -74,7 +81,12 @@ def start(cases: dict[Path, Case], world: int) -> list[subprocess.Popen[str]]:
         folder.mkdir()
     runs = json.dumps([[str(folder), *case, free_port()] for folder, case in cases.items()])
     for rank in range(world):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "MASTER_ADDR": "127.0.0.1",
+        }
         environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
         command = [sys.executable, "-c", RUN, runs]
         found.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
@@ -104,7 +116,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train_as_one(case: str, runs: Path) -> None:
     alone, shared = runs / "alone", runs / case
     for stage in ("generator-1", "consistency-1", "trajectory-1", "adversarial-1", "anchored-1"):
-        one, two = ([json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()] for folder in (alone, shared))
+        one, two = (
+            [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+            for folder in (alone, shared)
+        )
         assert len(one) == len(two) == 2
         for a, b in zip(one, two, strict=True):
             for name in a.keys() - {"seconds"}:
@@ -113,10 +128,14 @@ def test_two_processes_train_as_one(case: str, runs: Path) -> None:
         mine, theirs = (load_file(folder / f"{name}.safetensors") for folder in (alone, shared))
         assert mine.keys() == theirs.keys()
         wrong = {key: float((mine[key] - theirs[key]).abs().max()) for key in mine}
-        assert sum(value > 2e-4 for value in wrong.values()) <= len(wrong) // 16, wrong  # Adam makes a sign of a gradient that is almost nothing
+        assert sum(value > 2e-4 for value in wrong.values()) <= len(wrong) // 16, (
+            wrong
+        )  # Adam makes a sign of a gradient that is almost nothing
     state = load_file(shared / "generator-1.state")  # as one process would have left it
     held = load_file(alone / "generator-1.state")
-    assert {name: tensor.shape for name, tensor in state.items()} == {name: tensor.shape for name, tensor in held.items()}
+    assert {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in held.items()
+    }
 
 
 def test_processes_that_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,16 @@ from aapt_deploy.train import loop, recipe
 from aapt_deploy.train import run as stages
 from aapt_deploy.train.judge import evaluate
 from aapt_deploy.train.processes import ALONE, Setup
-from aapt_deploy.train.recipe import AdversarialStage, AnchoredStage, ConsistencyStage, FlowStage, Optimiser, Recipe, TrajectoryStage, gan
+from aapt_deploy.train.recipe import (
+    AdversarialStage,
+    AnchoredStage,
+    ConsistencyStage,
+    FlowStage,
+    Optimiser,
+    Recipe,
+    TrajectoryStage,
+    gan,
+)
 from aapt_deploy.train.run import GeneratorStages, WarmStart
 from aapt_deploy.train.run import train as run_all
 from tests.support.toys import RECIPE, TINY, clips, quiet, toy_latents

@@ -1,16 +1,14 @@
-"""`aapt build-engine --backend tensorrt`: a bundle's graphs -> plans for this GPU, each checked before the bundle takes it.
+"""`aapt build-engine --backend tensorrt`: build plans for this GPU, each checked.
 
-    1  what is here          TensorRT, GPU, driver; the receipt of `aapt doctor --tensorrt`, and from it the best proved form of attention
-    2  room                  the profile's memory plan against the device's free memory, before hours of work
-    3  graph by graph        lower, parse, count the plugin's layers, build, keep the timings, audit the plan's layers; a finished plan is kept, so
-                             that a build which was stopped goes on where it was, and one with the same inputs is not done again
-    4  all together          the engine that the bundle will have is opened and compared with ONNX Runtime on the exported graphs, then timed
-    5  the manifest          plans, scales, receipts, audit: all at once, or nothing
+    1  machine     TensorRT, GPU, driver; the best form of attention that the doctor has proved
+    2  room        the profile's memory against the device's free memory, before hours of work
+    3  each graph  lower, parse, count plugin layers, build, keep timings, audit the plan's layers.
+                   A finished plan is kept: a stopped build resumes, equal inputs build nothing
+    4  together    open the engine, compare it with ONNX Runtime on the exported graphs, time it
+    5  manifest    plans, scales, receipts, audit: all at once, or nothing
 
-When nothing is proved, or a proved form fails to build, TensorRT's own attention is taken and the reason told. No form is taken silently.
-
-Nothing here was run on TensorRT by us. The flow is executed over strict fakes made from the real bindings of 10.16 and 11.4, with golden call logs,
-and steps 4 and 5 over an emulated device.
+If nothing is proved, or a proved form fails to build, TensorRT's own attention is taken and the
+reason reported. No form is taken silently.
 """
 
 import contextlib
@@ -33,12 +31,13 @@ from aapt_deploy.backends.trt.engine import RunOptions, TrtEngines
 from aapt_deploy.backends.trt.lower import Lowered, lower
 from aapt_deploy.backends.trt.parity import compare, start_of
 from aapt_deploy.backends.trt.plan_file import Receipt, graph_sha256
+from aapt_deploy.backends.trt.remedies import SMALLER
 from aapt_deploy.bundle.bundle import Bundle, Stage
-from aapt_deploy.bundle.files import writing
+from aapt_deploy.bundle.files import free_memory_bytes, writing
 from aapt_deploy.bundle.scales import FILE as SCALES
 from aapt_deploy.bundle.scales import load as load_scales
 from aapt_deploy.errors import BundleError, MachineError, ParityError
-from aapt_deploy.models.cost import WORKSPACE_GB, plan
+from aapt_deploy.models.cost import WORKSPACE_GB, cost_of
 from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 from aapt_deploy.profiles import Profile
@@ -49,12 +48,13 @@ if TYPE_CHECKING:
 BACKEND = "tensorrt"
 RECIPE = 1  # of this module; a plan of another one is not kept
 FP8_SM = 89
-LEAST_HOST_SHARE = 3  # host memory over weights that others report for a build; less is only warned of
+ROOM = "free some space, or set XDG_CACHE_HOME to a place that has it"
+LEAST_HOST_SHARE = 3  # host memory / weights reported by others; below it we only warn
 
 
 @dataclass(frozen=True)
 class Order:
-    """What every graph of one build has in common."""
+    """What all graphs of one build have in common."""
 
     bundle: Bundle
     precision: str
@@ -71,7 +71,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Finished:
-    """One plan, and what is known of it."""
+    """One plan and what was recorded about it."""
 
     path: Path
     inputs: str  # hash of everything that it was made from
@@ -81,8 +81,9 @@ class Finished:
 def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
     """Build the engine of each of `precisions`.
 
-    Raises MachineError without TensorRT, GPU or room, BundleError for a damaged bundle or a graph that TensorRT refuses, ParityError for a plan
-    that is not what was asked for or computes something else.
+    Raises MachineError without TensorRT, GPU or room. Raises BundleError for a damaged bundle or
+    a graph that TensorRT refuses. Raises ParityError for a plan that is not what was asked for,
+    or computes something else.
     """
     return [_build(bundle, precision, options) for precision in precisions]
 
@@ -95,7 +96,9 @@ def _build(bundle: Bundle, precision: str, options: Options) -> Built:
     device = cuda.with_driver()
     try:
         here = device.gpu(version, kernels.source_hash())
-        scales = load_scales(bundle.checked(SCALES), bundle.profile).attention if precision == "fp8" else None
+        scales = None
+        if precision == "fp8":
+            scales = load_scales(bundle.checked(SCALES), bundle.profile).attention
         _check_machine(bundle.profile, precision, device, report)
         choices = _choices(here, options.attention, scales is not None)
     finally:
@@ -105,69 +108,73 @@ def _build(bundle: Bundle, precision: str, options: Options) -> Built:
         order, finished = _all_plans(order, choices, stage.folder)
         _place(stage, order, finished)
         parity, step_ms = _prove(order, stage)
-        built = Built(order.key, round(step_ms, 2), stage.size, 1, False, parity.pop("psnr_db"), round(time.monotonic() - began, 1))
+        psnr_db, seconds = parity.pop("psnr_db"), round(time.monotonic() - began, 1)
+        built = Built(order.key, round(step_ms, 2), stage.size, 1, False, psnr_db, seconds)
         stage.entry |= {"parity": parity} | asdict(built)
-    for plan_ in finished.values():
-        _forget(plan_)
+    for done in finished.values():
+        _forget(done)
     return built
 
 
 def _check_machine(profile: Profile, precision: str, device: cuda.Device, report: Report) -> None:
-    """Refuse, before any work, what cannot end well."""
+    """Refuse, before any work, a build that cannot succeed."""
+    target = profile.target
     if precision == "fp8" and device.sm < FP8_SM:
         raise MachineError(
-            f"GPU {device.name} is SM {device.sm}; products in FP8 need SM {FP8_SM}", "export with --precision fp32 and build with --precision bf16"
+            f"GPU {device.name} is SM {device.sm}; products in FP8 need SM {FP8_SM}",
+            "export with --precision fp32 and build with --precision bf16",
         )
-    if profile.target.sm and profile.target.sm != device.sm:
-        report(f"profile {profile.name} was made for {profile.target.name} (SM {profile.target.sm}); this is {device.name} (SM {device.sm})")
-    needed = plan(profile)
+    if target.sm and target.sm != device.sm:
+        made_for = f"was made for {target.name} (SM {target.sm})"
+        report(f"profile {profile.name} {made_for}; this is {device.name} (SM {device.sm})")
+    needed = cost_of(profile)
     free_gb = device.free_bytes / 1e9
     if needed.total_gb > free_gb:
         parts = ", ".join(f"{name} {gb:.2f}" for name, gb in needed.memory_gb.items())
-        raise MachineError(
-            f"profile {profile.name} needs {needed.total_gb:.2f} GB ({parts}); {free_gb:.2f} GB are free on {device.name}",
-            "close other programs on the GPU, or take a smaller profile; aapt plan NAME tells what one needs",
-        )
-    host_gb, wanted_gb = _host_bytes() / 1e9, LEAST_HOST_SHARE * needed.memory_gb["weights"]
-    if 0 < host_gb < wanted_gb:
-        report(f"warning: {host_gb:.1f} GB of host memory are free; TensorRT may take {wanted_gb:.1f} GB while it builds")
-
-
-def _host_bytes() -> int:
-    """Free memory of the host; 0 where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return 0
+        free = f"{free_gb:.2f} GB are free on {device.name}"
+        text = f"profile {profile.name} needs {needed.total_gb:.2f} GB ({parts}); {free}"
+        raise MachineError(text, SMALLER)
+    host_gb, wanted_gb = free_memory_bytes() / 1e9, LEAST_HOST_SHARE * needed.memory_gb["weights"]
+    if host_gb < wanted_gb:
+        taken = f"TensorRT may take {wanted_gb:.1f} GB while it builds"
+        report(f"warning: {host_gb:.1f} GB of host memory are free; {taken}")
 
 
 def _choices(here: cuda.Gpu, attention: str, fp8: bool) -> list[Choice]:
-    """The forms to try, in order. Raises MachineError for one that was asked for and is not proved here."""
+    """Return the forms to try, in order. Raises MachineError if the wanted one is not proved."""
     choices = receipts.choose(receipts.load(here), fp8)
     if attention == "auto":
         return choices
     wanted = [choice for choice in choices if choice.form == attention]
     if not wanted:
-        raise MachineError(
-            f"attention in form {attention!r} is not proved here: {choices[-1].reason}", "aapt doctor --tensorrt, and read what it finds"
-        )
+        hint = "aapt doctor --tensorrt, and read what it finds"
+        reason = choices[-1].reason
+        raise MachineError(f"attention in form {attention!r} is not proved here: {reason}", hint)
     return wanted
 
 
 # Plans
 
 
-def _all_plans(order: Order, choices: Sequence[Choice], folder: Path) -> tuple[Order, dict[str, Finished]]:
-    """Every graph's plan, and the order with the form that the generator took: the first of `choices` that builds."""
+def _all_plans(
+    order: Order, choices: Sequence[Choice], folder: Path
+) -> tuple[Order, dict[str, Finished]]:
+    """Build every graph's plan, the generator in the first of `choices` that builds.
+
+    Returns `order` with that form, and the plans.
+    """
     chosen, generator = _generator(order, choices, folder)
-    others = {
-        name: _one_plan(chosen, name, folder) for name in family_of(order.bundle.profile).signatures(order.bundle.profile) if name != "generator"
-    }
-    return chosen, {**others, "generator": generator}
+    others = [
+        name
+        for name in family_of(order.bundle.profile).signatures(order.bundle.profile)
+        if name != "generator"
+    ]
+    plans = {name: _one_plan(chosen, name, folder) for name in others}
+    return chosen, {**plans, "generator": generator}
 
 
 def _generator(order: Order, choices: Sequence[Choice], folder: Path) -> tuple[Order, Finished]:
-    """The largest plan goes first: what fails, fails early."""
+    """Build the largest plan first: what fails, fails early."""
     for index, choice in enumerate(choices, 1):
         order = replace(order, choice=choice)
         order.report(f"{order.key}: attention in form {choice.form} ({choice.reason})")
@@ -176,12 +183,13 @@ def _generator(order: Order, choices: Sequence[Choice], folder: Path) -> tuple[O
         except (BundleError, ParityError, MachineError) as error:
             if index == len(choices):
                 raise
-            order.report(f"warning: attention in form {choice.form} failed: {error}; going on with {choices[index].form}")
+            failed = f"attention in form {choice.form} failed: {error}"
+            order.report(f"warning: {failed}; going on with {choices[index].form}")
     raise AssertionError("no form of attention")
 
 
 def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
-    """The plan of one graph: one that is kept from before, or a new one. Raises what api.build and the audit raise."""
+    """Build the plan of one graph, or take a kept one. Raises what build and audit raise."""
     from aapt_deploy.backends.trt import api
 
     inputs = inputs_hash(order, graph)
@@ -195,11 +203,12 @@ def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
         failures = _register(order, lowered)
         cache = receipts.timing_cache_file(order.here)
         timings = cache.read_bytes() if cache.is_file() else b""
-        settings = api.Settings(lowered.plugin_layers, round(WORKSPACE_GB * 1e9), timing_cache=timings)
+        workspace = round(WORKSPACE_GB * 1e9)
+        settings = api.Settings(lowered.plugin_layers, workspace, timing_cache=timings)
         order.report(f"{order.key}: building {graph}")
         built = api.build(lowered.path, settings, order.progress, failures, api.Messages())
         path = _unfinished(inputs)
-        with _told(path):
+        with writing(path, ROOM):
             receipts.write_whole(path, built.plan)
         with contextlib.suppress(OSError):  # without timings the next build is slower, and no worse
             receipts.write_whole(cache, built.timing_cache)
@@ -210,34 +219,43 @@ def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
             raise
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    with _told(path):
+    with writing(path, ROOM):
         note = {"sha256": _sha256(path), "audit": audit}
-        receipts.write_whole(path.with_suffix(".json"), json.dumps(note).encode())  # only now is it a finished plan
+        # Only now is it a finished plan.
+        receipts.write_whole(path.with_suffix(".json"), json.dumps(note).encode())
     return Finished(path, inputs, audit)
 
 
 def inputs_hash(order: Order, graph: str) -> str:
-    """sha256 of everything that a plan is made from; equal inputs, same plan."""
+    """Return the sha256 of everything that a plan is made from; equal inputs, same plan."""
     files = order.bundle.manifest["files"]
     ours = graph == "generator" and order.choice.form != NATIVE
+    stored = (f"{graph}.onnx", f"{graph}.onnx.data")
+    form = [order.choice.form, order.choice.packed]
     made_from = {
-        "recipe": RECIPE, "graph": graph, "precision": order.precision, "tensorrt": order.here.tensorrt, "sm": order.here.sm,
-        "files": [files.get(name, {}).get("sha256") for name in (f"{graph}.onnx", f"{graph}.onnx.data")],
-        "attention": [order.choice.form, order.choice.packed] if graph == "generator" else None,
-        "kernels": order.here.kernels if ours else None, "scales": files[SCALES]["sha256"] if ours else None,
+        "recipe": RECIPE, "graph": graph, "precision": order.precision,
+        "tensorrt": order.here.tensorrt, "sm": order.here.sm,
+        "files": [files.get(name, {}).get("sha256") for name in stored],
+        "attention": form if graph == "generator" else None,
+        "kernels": order.here.kernels if ours else None,
+        "scales": files[SCALES]["sha256"] if ours else None,
         "workspace": WORKSPACE_GB,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 def _register(order: Order, lowered: Lowered) -> Sequence[Exception]:
-    """Make our plugin known before the graph is parsed; where it keeps what it raised. Needs the device's context, which stays current."""
+    """Register our plugin before the graph is parsed; return the list of what it raised.
+
+    Needs the device's context, which stays current.
+    """
     if not lowered.plugin_layers:
         return ()
     if order.choice.form == PYTHON:
         from aapt_deploy.backends.trt.plugin import python as python_plugin
 
-        kernels.launcher(hopper_fp8.NAME, order.bundle.profile.head_dim)  # compiled and loaded now, not while TensorRT measures
+        # Compiled and loaded now, not while TensorRT measures.
+        kernels.launcher(hopper_fp8.NAME, order.bundle.profile.head_dim)
         return python_plugin.register(kernels.launcher).failures
     from aapt_deploy.backends.trt.plugin import ahead_of_time
 
@@ -246,19 +264,23 @@ def _register(order: Order, lowered: Lowered) -> Sequence[Exception]:
 
 
 def audited(plan_: "api.Plan", lowered: Lowered, order: Order, graph: str) -> dict[str, int]:
-    """Count the layers of a plan and insist on what it was built for. Raises ParityError, naming layers."""
+    """Count the layers of a plan. Raises ParityError, naming layers, if it is not as wanted."""
     layers = plan_.layers()
     found = plan_file.audit(layers, lowered.plugin_layers, len(lowered.fp8_products))
-    wanted = {"plugins": lowered.plugin_layers, "fp8": len(lowered.fp8_products), "attention": lowered.attention_layers}
+    nodes, products = lowered.attention_layers, len(lowered.fp8_products)
+    wanted = {"plugins": lowered.plugin_layers, "fp8": products, "attention": nodes}
     order.report(
-        f"{order.key}: {graph} has {found.layers} layers: {found.plugins} of our kernels, {found.attention} of TensorRT's attention (of "
-        f"{lowered.attention_layers} nodes), {found.fp8} in FP8 (at least {len(lowered.fp8_products)} expected), {found.reformats} reformats"
+        f"{order.key}: {graph} has {found.layers} layers: {found.plugins} of our kernels, "
+        f"{found.attention} of TensorRT's attention (of {nodes} nodes), "
+        f"{found.fp8} in FP8 (at least {products} expected), {found.reformats} reformats"
     )
-    if found.attention < lowered.attention_layers:
-        order.report(f"warning: {lowered.attention_layers - found.attention} attention nodes of {graph} run unfused, which is slow")
+    if found.attention < nodes:
+        unfused = f"{nodes - found.attention} attention nodes of {graph}"
+        order.report(f"warning: {unfused} run unfused, which is slow")
     if found.reformats > order.bundle.profile.model.depth:
         names = [layer.name for layer in layers if layer.is_reformat]
-        order.report(f"warning: {found.reformats} reformats, such as {', '.join(names[: plan_file.SHOWN])}")
+        shown = ", ".join(names[: plan_file.SHOWN])
+        order.report(f"warning: {found.reformats} reformats, such as {shown}")
     return asdict(found) | {f"{name}_expected": count for name, count in wanted.items()}
 
 
@@ -266,12 +288,12 @@ def audited(plan_: "api.Plan", lowered: Lowered, order: Order, graph: str) -> di
 
 
 def _unfinished(inputs: str) -> Path:
-    """Where a plan waits for the bundle to take it: with this user's other caches, because a plan is trusted when it is opened."""
+    """Return where a plan waits: in this user's caches, because an opened plan is trusted."""
     return receipts.cache_folder() / "unfinished" / f"{inputs}.plan"
 
 
 def _kept(order: Order, graph: str, inputs: str) -> Finished | None:
-    """A whole plan from the same inputs: of a build that was stopped, or of the engine that the bundle has."""
+    """Return a whole plan from the same inputs: of a stopped build or of the bundle's engine."""
     waiting = _unfinished(inputs)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         note = json.loads(waiting.with_suffix(".json").read_bytes())
@@ -279,13 +301,15 @@ def _kept(order: Order, graph: str, inputs: str) -> Finished | None:
             return Finished(waiting, inputs, dict(note["audit"]))
     entry = order.bundle.engines.get(order.key, {})
     with contextlib.suppress(BundleError, KeyError, TypeError):
-        if entry["inputs"][graph] == inputs and entry["receipts"][graph]["driver"] == order.here.driver:
-            return Finished(order.bundle.checked(entry["graphs"][graph]), inputs, dict(entry["audit"][graph]))
+        driver = entry["receipts"][graph]["driver"]
+        if entry["inputs"][graph] == inputs and driver == order.here.driver:
+            path = order.bundle.checked(entry["graphs"][graph])
+            return Finished(path, inputs, dict(entry["audit"][graph]))
     return None
 
 
 def _forget(finished: Finished) -> None:
-    """The bundle has it now."""
+    """Remove a kept plan that the bundle has now."""
     for suffix in (".plan", ".json"):
         _unfinished(finished.inputs).with_suffix(suffix).unlink(missing_ok=True)
 
@@ -295,45 +319,43 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _told(path: Path) -> contextlib.AbstractContextManager[None]:
-    return writing(path, "free some space, or set XDG_CACHE_HOME to a place that has it")
-
-
 # The engine
 
 
 def _place(stage: Stage, order: Order, finished: dict[str, Finished]) -> None:
-    """Plans, scales and what the manifest says of them, into the stage."""
+    """Put plans, scales and their part of the manifest into the stage."""
     for name, done in finished.items():
         target = stage.path / f"{name}.plan"
         try:
             os.link(done.path, target)
         except OSError:  # another file system
             shutil.copyfile(done.path, target)
-    here = order.here
     ours = order.choice.form != NATIVE
-    receipts = {
-        name: Receipt(
-            here.tensorrt, here.sm, here.kernels if ours and name == "generator" else "", graph_sha256(order.bundle.manifest["files"], name),
-            here.cuda, here.driver, here.gpu,
-        ).to_dict()
-        for name in finished
-    }  # fmt: skip
+    listed, receipts = order.bundle.manifest["files"], {}
+    for name in finished:
+        sha256 = graph_sha256(listed, name)
+        receipts[name] = Receipt.of_build(order.here, ours and name == "generator", sha256)
     stage.entry |= {
-        "backend": BACKEND, "precision": order.precision, "plugin": order.choice.form, "reason": order.choice.reason,
-        "cache_layout": "hopper_fp8" if ours else "token_major", "cuda_graph": order.choice.captured,
+        "backend": BACKEND, "precision": order.precision,
+        "plugin": order.choice.form, "reason": order.choice.reason,
+        "cache_layout": "hopper_fp8" if ours else "token_major",
+        "cuda_graph": order.choice.captured,
         "graphs": {name: f"{stage.relative}/{name}.plan" for name in finished},
-        "receipts": receipts,
+        "receipts": {name: receipt.to_dict() for name, receipt in receipts.items()},
         "inputs": {name: done.inputs for name, done in finished.items()},
         "audit": {name: done.audit for name, done in finished.items()},
     }  # fmt: skip
     if ours and order.scales is not None:
-        shutil.copyfile(order.bundle.checked(SCALES), stage.path / SCALES)  # what the plan holds as constants, the runtime packs prompts with
+        # The plan has them as constants; the runtime packs prompts with them.
+        shutil.copyfile(order.bundle.checked(SCALES), stage.path / SCALES)
         stage.entry["scales"] = f"{stage.relative}/{SCALES}"
 
 
 def _prove(order: Order, stage: Stage) -> tuple[dict[str, Any], float]:
-    """Open the engine as a stream would, compare it with the exported graphs, then time it: (figures, median ms of a step)."""
+    """Open the engine as a stream would, compare it with the exported graphs, then time it.
+
+    Returns the figures and the median ms of a step.
+    """
     from aapt_deploy.backends.trt import api
 
     bundle, profile = order.bundle, order.bundle.profile
@@ -344,17 +366,22 @@ def _prove(order: Order, stage: Stage) -> tuple[dict[str, Any], float]:
     order.report(f"{order.key}: opening the plans")
     device = cuda.with_driver()
     try:
-        plans = {name: api.open_plan(stage.path / f"{name}.plan") for name in family_of(profile).signatures(profile)}
+        plans = {
+            name: api.open_plan(stage.path / f"{name}.plan")
+            for name in family_of(profile).signatures(profile)
+        }
     except BaseException:
         device.close()
         raise
     scales = order.scales if order.choice.form in (PYTHON, AOT) and order.scales else []
-    engines = TrtEngines(profile, plans, device, order.precision, RunOptions(order.choice.captured, scales))
+    options = RunOptions(order.choice.captured, scales)
+    engines = TrtEngines(profile, plans, device, order.precision, options)
     try:
         first = start_of(bundle)
         order.report(f"{order.key}: comparing with the exported graphs in ONNX Runtime")
         figures = compare(engines, bundle, first)
-        order.report(f"{order.key}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+        said = ", ".join(f"{name} {value}" for name, value in figures.items())
+        order.report(f"{order.key}: {said}")
         return figures, median_step_ms(engines, profile, first)
     finally:
         engines.close()

@@ -1,34 +1,50 @@
-"""The op's node in the two other forms that TensorRT may be given; onnx_function.lower_for_plugin makes the first.
+"""Lower the op's node to the three forms that TensorRT reads.
 
-    lower_native    TensorRT's own attention: one mask of valid tokens, static shapes, standard operators. It needs nothing of ours at run time, is
-                    what a build falls back to, and, because ONNX Runtime runs it too, the form whose arithmetic is tested without TensorRT
-    split_for_aot   the plugin's node as the two ahead-of-time plugins, whose kernels the plan then holds
+    lower_for_plugin  one node of our plugin, with its scales
+    split_for_aot     the same as two ahead-of-time plugins, with kernels inside the plan
+    lower_native      TensorRT's own attention: one mask of valid tokens, static shapes, standard
+                      operators. A build falls back to it, and ONNX Runtime can test its arithmetic
 
-The portable body (onnx_function.PORTABLE) cuts the cache to its valid prefix; that is a shape which depends on data, and TensorRT would not let a
-CUDA graph hold it. Here every shape is fixed and the rest of the cache is masked, so it must hold finite numbers: the runtime fills it with zeros.
-
-Neither form was run on TensorRT by us.
+The portable body (onnx_function.PORTABLE) cuts the cache to its valid prefix. That shape depends on
+data, and TensorRT would not capture it into a CUDA graph. Here every shape is fixed and the rest of
+the cache is masked, so it must be finite: the runtime fills it with zeros.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION, Ring, hopper_fp8
-from aapt_deploy.ops.block_causal_attention.onnx_function import _refuse, _require_opset, check_interface, is_ours, replace, strip
+from aapt_deploy.ops.block_causal_attention import (
+    DOMAIN,
+    NAME,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    Ring,
+    hopper_fp8,
+)
+from aapt_deploy.ops.block_causal_attention.onnx_function import (
+    _refuse,
+    _require_opset,
+    check_interface,
+    is_ours,
+    replace,
+    strip,
+)
 
-MASK = f"{DOMAIN}.mask"  # bool [1, 1, 1, S + T]: one row for every query; ONNX Runtime wants T of them, TensorRT broadcasts
+# bool [1, 1, 1, S + T]: TensorRT broadcasts it to every query; ONNX Runtime needs T rows.
+MASK = f"{DOMAIN}.mask"
 _POSITIONS, _OWN, _PAST = (f"{DOMAIN}.{name}" for name in ("positions", "own", "past"))
 
 
 def lower_native(model: ModelProto, ring: Ring, dtype: int) -> ModelProto:
-    """`model` with every BlockCausalAttention node as standard operators over the whole cache, functions removed. Needs the shape of every q.
+    """Return `model` with attention in standard operators over the whole cache, no functions.
 
-    Attention, caches [1, S, H, D] and blocks [1, T, H, D] are of `dtype` (TensorProto.BFLOAT16 or FLOAT); `out` keeps q's type, which is FLOAT.
-
-    Raises BundleError if a cache is not a float32 graph input of the ring's size, or a block is not a graph output.
+    Attention, caches [1, S, H, D] and blocks [1, T, H, D] are of `dtype` (TensorProto.BFLOAT16
+    or FLOAT). `out` keeps q's type, which is FLOAT. Every q needs a shape. Raises BundleError if
+    a cache is not a float32 graph input of the ring's size. Raises BundleError if a block is not
+    a graph output.
     """
     lowered = strip(model)
     graph = lowered.graph
@@ -40,36 +56,55 @@ def lower_native(model: ModelProto, ring: Ring, dtype: int) -> ModelProto:
 
     own = np.arange(total) >= ring.tokens  # the block itself is always attended to
     shape = (1, 1, 1, total)
-    graph.initializer.append(numpy_helper.from_array(np.arange(total, dtype=np.int32).reshape(shape), _POSITIONS))
+    positions = np.arange(total, dtype=np.int32).reshape(shape)
+    graph.initializer.append(numpy_helper.from_array(positions, _POSITIONS))
     graph.initializer.append(numpy_helper.from_array(own.reshape(shape), _OWN))
-    mask = [helper.make_node("Less", [_POSITIONS, ours[0].input[5]], [_PAST], _PAST), helper.make_node("Or", [_PAST, _OWN], [MASK], MASK)]
-    replace(graph.node, [*mask, *(new for node in graph.node for new in (_native_nodes(node, dtype) if is_ours(node) else [node]))])
-    for field, names, length in ((graph.input, caches, ring.tokens), (graph.output, blocks, tokens)):
-        described = {name: helper.make_tensor_value_info(name, dtype, [1, length, heads, head_dim]) for name in names}
+    less = helper.make_node("Less", [_POSITIONS, ours[0].input[5]], [_PAST], _PAST)
+    mask = [less, helper.make_node("Or", [_PAST, _OWN], [MASK], MASK)]
+    replace(graph.node, [*mask, *_each(graph.node, lambda node: _native_nodes(node, dtype))])
+    for field, names, length in (
+        (graph.input, caches, ring.tokens),
+        (graph.output, blocks, tokens),
+    ):
+        tensor, size = helper.make_tensor_value_info, [1, length, heads, head_dim]
+        described = {name: tensor(name, dtype, size) for name in names}
         replace(field, [described.get(value.name, value) for value in field])
-    replace(graph.value_info, [value for value in graph.value_info if value.name not in caches | blocks])
+    kept = [value for value in graph.value_info if value.name not in caches | blocks]
+    replace(graph.value_info, kept)
     return lowered
 
 
+def _each(
+    nodes: Iterable[NodeProto], lowered: Callable[[NodeProto], Iterable[NodeProto]]
+) -> Iterator[NodeProto]:
+    """Yield `nodes`, those of our op `lowered`."""
+    for node in nodes:
+        yield from lowered(node) if is_ours(node) else [node]
+
+
 def _native_nodes(node: NodeProto, dtype: int) -> list[NodeProto]:
-    """k_block, v_block and the attention of one layer."""
+    """Return nodes for k_block, v_block and the attention of one layer."""
     q, k, v, k_cache, v_cache, _ = node.input
     out, k_block, v_block = node.output
     scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
-    name = {part: f"{out}.{part}" for part in ("q", "q.heads", "k.all", "k.heads", "v.all", "v.heads", "heads", "tokens")}
+    q_heads, k_all, k_heads, v_all, v_heads, q_cast, answer, tokens = (
+        f"{out}.{part}"
+        for part in ("q.heads", "k.all", "k.heads", "v.all", "v.heads", "q", "heads", "tokens")
+    )
     turned: dict[str, Any] = {"perm": [0, 2, 1, 3]}
+    node_of = helper.make_node
     nodes = [
-        helper.make_node("Cast", [q], [name["q"]], to=dtype),  # [1, T, H, D]
-        helper.make_node("Cast", [k], [k_block], to=dtype),
-        helper.make_node("Cast", [v], [v_block], to=dtype),
-        helper.make_node("Concat", [k_cache, k_block], [name["k.all"]], axis=1),  # [1, S + T, H, D]
-        helper.make_node("Concat", [v_cache, v_block], [name["v.all"]], axis=1),
-        helper.make_node("Transpose", [name["q"]], [name["q.heads"]], **turned),  # [1, H, T, D]
-        helper.make_node("Transpose", [name["k.all"]], [name["k.heads"]], **turned),  # [1, H, S + T, D]
-        helper.make_node("Transpose", [name["v.all"]], [name["v.heads"]], **turned),
-        helper.make_node("Attention", [name["q.heads"], name["k.heads"], name["v.heads"], MASK], [name["heads"]], scale=scale),
-        helper.make_node("Transpose", [name["heads"]], [name["tokens"]], **turned),  # [1, T, H, D]
-        helper.make_node("Cast", [name["tokens"]], [out], to=TensorProto.FLOAT),
+        node_of("Cast", [q], [q_cast], to=dtype),  # [1, T, H, D]
+        node_of("Cast", [k], [k_block], to=dtype),
+        node_of("Cast", [v], [v_block], to=dtype),
+        node_of("Concat", [k_cache, k_block], [k_all], axis=1),  # [1, S + T, H, D]
+        node_of("Concat", [v_cache, v_block], [v_all], axis=1),
+        node_of("Transpose", [q_cast], [q_heads], **turned),  # [1, H, T, D]
+        node_of("Transpose", [k_all], [k_heads], **turned),  # [1, H, S + T, D]
+        node_of("Transpose", [v_all], [v_heads], **turned),
+        node_of("Attention", [q_heads, k_heads, v_heads, MASK], [answer], scale=scale),
+        node_of("Transpose", [answer], [tokens], **turned),  # [1, T, H, D]
+        node_of("Cast", [tokens], [out], to=TensorProto.FLOAT),
     ]
     for new in nodes:
         new.name = f"{node.name}.{new.op_type}.{new.output[0]}"
@@ -77,42 +112,55 @@ def _native_nodes(node: NodeProto, dtype: int) -> list[NodeProto]:
 
 
 def split_for_aot(model: ModelProto) -> ModelProto:
-    """A graph that lower_for_plugin made with scales (and not packed), every node split into the ahead-of-time plugins Pack and Attend."""
+    """Split every node of lower_for_plugin's graph into the plugins Pack and Attend.
+
+    The graph must have scales and caches that are not packed.
+    """
     split = ModelProto()
     split.CopyFrom(model)
-    replace(split.graph.node, [new for node in split.graph.node for new in (_aot_nodes(node) if is_ours(node) else [node])])
+    replace(split.graph.node, [*_each(split.graph.node, _aot_nodes)])
     return split
 
 
 def _aot_nodes(node: NodeProto) -> Iterable[NodeProto]:
-    assert len(node.input) == 10, f"{node.name} has {len(node.input)} inputs; the ahead-of-time form is for FP8 caches"
+    assert len(node.input) == 10, f"{node.name} has no FP8 caches: {len(node.input)} inputs"
     q, k, v, k_cache, v_cache, cache_len, q_scale, k_scale, v_scale, k_mean = node.input
     out, k_block, v_block = node.output
     attributes: dict[str, Any] = {
         "plugin_namespace": PLUGIN_NAMESPACE,
         "plugin_version": PLUGIN_VERSION,
-        "aot": 1,
-    }  # 1: the kernel goes into the plan
+        "aot": 1,  # the kernel goes into the plan
+    }
+    past = [k_cache, v_cache, cache_len]
     rows = (
         ("Pack", [k, v, k_scale, k_mean, v_scale], [k_block, v_block]),
-        ("Attend", [q, k_block, v_block, k_cache, v_cache, cache_len, q_scale, k_scale, v_scale], [out]),
+        ("Attend", [q, k_block, v_block, *past, q_scale, k_scale, v_scale], [out]),
     )
-    return [helper.make_node(f"{NAME}{part}", reads, writes, f"{node.name}.{part}", domain=DOMAIN, **attributes) for part, reads, writes in rows]
+    nodes = []
+    for part, reads, writes in rows:
+        name, label = f"{NAME}{part}", f"{node.name}.{part}"
+        nodes.append(helper.make_node(name, reads, writes, label, domain=DOMAIN, **attributes))
+    return nodes
 
 
-PLUGIN_SCALES = ("q_scale", "k_scale", "v_scale", "k_mean")  # inputs of the plugin behind the op's own six, in layout hopper_fp8
+# Inputs of the plugin behind the op's own six, in layout hopper_fp8.
+PLUGIN_SCALES = ("q_scale", "k_scale", "v_scale", "k_mean")
 
 
-def lower_for_plugin(model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.Scales] | None, packed: bool = False) -> ModelProto:
-    """`model` with every BlockCausalAttention node as our TensorRT plugin reads it, functions removed. Needs the shape and type of every q.
+def lower_for_plugin(
+    model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.Scales] | None, packed: bool = False
+) -> ModelProto:
+    """Return `model` with attention as our TensorRT plugin reads it, no functions.
 
         scales None      token_major: caches and blocks bf16
-        scales, a layer  hopper_fp8: caches [1, S, H, D] -> e4m3 [H, tiles, 64 * D] (`packed`: int32 [H, tiles, 16 * D], the same bytes),
-                         blocks likewise; the layer's scales become constants and inputs 7 to 10 of its node
-        both             q, k, v are cast to bf16 and `out` back, where the graph computes in another type
+        scales, a layer  hopper_fp8: caches and blocks [1, S, H, D] -> e4m3 [H, tiles, 64 * D]
+                         (`packed`: int32 [H, tiles, 16 * D], the same bytes); the layer's
+                         scales become constants and inputs 7 to 10 of its node
+        both             q, k, v are cast to bf16, and `out` back if the graph's type differs
 
-    Raises BundleError if a cache is not a float32 graph input of the ring's size, a block is not a graph output, q is not described, or the layout
-    has no such head_dim.
+    Every q needs a shape and a type. Raises BundleError if a cache is not a float32 graph input of
+    the ring's size. Raises BundleError if a block is not a graph output, or the layout has no such
+    head_dim.
     """
     assert not ring.in_place, f"{ring} is in place; the plugin leaves a cache alone"
     lowered = strip(model)
@@ -121,11 +169,13 @@ def lower_for_plugin(model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.
     ours = [node for node in graph.node if is_ours(node)]
     heads, head_dim = check_interface(lowered, ours, ring)
     if scales is not None and head_dim not in hopper_fp8.HEAD_DIMS:
-        _refuse(model, f"has head_dim {head_dim}; {hopper_fp8.NAME} is for {' and '.join(map(str, hopper_fp8.HEAD_DIMS))}")
+        known_dims = " and ".join(map(str, hopper_fp8.HEAD_DIMS))
+        _refuse(model, f"has head_dim {head_dim}; {hopper_fp8.NAME} is for {known_dims}")
     if scales is not None and len(scales) != len(ours):
         _refuse(model, f"has {len(ours)} attention layers and there are scales for {len(scales)}")
     known = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
-    undescribed = [node.input[0] for node in ours if len(known[node.input[0]].shape.dim if node.input[0] in known else ()) != 4]
+    ranks = {name: len(kind.shape.dim) for name, kind in known.items()}
+    undescribed = [node.input[0] for node in ours if ranks.get(node.input[0]) != 4]
     if undescribed:
         _refuse(model, f"does not tell the shape of {undescribed[0]!r}")
 
@@ -136,12 +186,16 @@ def lower_for_plugin(model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.
             nodes.append(node)
             continue
         q = known[node.input[0]]
-        for names, tokens in ((node.input[3:5], ring.tokens), (node.output[1:3], q.shape.dim[1].dim_value)):
+        block_tokens = q.shape.dim[1].dim_value
+        for names, tokens in ((node.input[3:5], ring.tokens), (node.output[1:3], block_tokens)):
             kind, shape = _plugin_cache(scales is not None, packed, tokens, heads, head_dim)
             tensors |= {name: helper.make_tensor_value_info(name, kind, shape) for name in names}
-        layer = ours.index(node)
-        fields = {} if scales is None else {f"{DOMAIN}.{field}.{layer}": getattr(scales[layer], field) for field in PLUGIN_SCALES}
-        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in fields.items())
+        layer, fields = ours.index(node), {}
+        if scales is not None:
+            names_ = {field: f"{DOMAIN}.{field}.{layer}" for field in PLUGIN_SCALES}
+            fields = {name: getattr(scales[layer], field) for field, name in names_.items()}
+        constants = [numpy_helper.from_array(value, name) for name, value in fields.items()]
+        graph.initializer.extend(constants)
         nodes += _plugin_nodes(node, q.elem_type, list(fields))
     replace(graph.node, nodes)
     for field in (graph.input, graph.output):
@@ -150,16 +204,20 @@ def lower_for_plugin(model: ModelProto, ring: Ring, scales: Sequence[hopper_fp8.
     return lowered
 
 
-def _plugin_cache(hopper: bool, packed: bool, tokens: int, heads: int, head_dim: int) -> tuple[int, list[int]]:
-    """Type and shape of a cache or block of `tokens`."""
+def _plugin_cache(
+    hopper: bool, packed: bool, tokens: int, heads: int, head_dim: int
+) -> tuple[int, list[int]]:
+    """Return type and shape of a cache or block of `tokens`."""
     if not hopper:
         return TensorProto.BFLOAT16, [1, tokens, heads, head_dim]
     *outer, tile_bytes = hopper_fp8.image_shape(heads, tokens, head_dim)
-    return (TensorProto.INT32, [*outer, tile_bytes // 4]) if packed else (TensorProto.FLOAT8E4M3FN, [*outer, tile_bytes])
+    if packed:
+        return TensorProto.INT32, [*outer, tile_bytes // 4]
+    return TensorProto.FLOAT8E4M3FN, [*outer, tile_bytes]
 
 
 def _plugin_nodes(node: NodeProto, dtype: int, constants: list[str]) -> list[NodeProto]:
-    """The node with its constants, between casts where the graph computes in another type than bf16."""
+    """Return the node with its constants, between casts if the graph's type is not bf16."""
     new = NodeProto()
     new.CopyFrom(node)
     new.input.extend(constants)
@@ -167,9 +225,11 @@ def _plugin_nodes(node: NodeProto, dtype: int, constants: list[str]) -> list[Nod
         return [new]
     out = f"{node.output[0]}.bf16"
     names = [f"{name}.bf16.{node.output[0]}" for name in node.input[:3]]
+    half, new_node = TensorProto.BFLOAT16, helper.make_node
     pairs = zip(node.input[:3], names, strict=True)
-    before = [helper.make_node("Cast", [name], [cast], f"{node.name}.{cast}", to=TensorProto.BFLOAT16) for name, cast in pairs]
+    before = [new_node("Cast", [x], [cast], f"{node.name}.{cast}", to=half) for x, cast in pairs]
     for index, cast in enumerate(names):
         new.input[index] = cast
     new.output[0] = out
-    return [*before, new, helper.make_node("Cast", [out], [node.output[0]], f"{node.name}.{out}", to=dtype)]
+    back = new_node("Cast", [out], [node.output[0]], f"{node.name}.{out}", to=dtype)
+    return [*before, new, back]

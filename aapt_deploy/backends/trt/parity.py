@@ -1,7 +1,8 @@
-"""The plans of an engine against the graphs that they were built from: one pass of each, same inputs, before anything is timed.
+"""Compare the plans of an engine with their exported graphs, on the same inputs.
 
-The reference is ONNX Runtime on the CPU with the exported graphs, FP8 quantisation included where they have it: so a difference is TensorRT's, or our
-kernels', and not the precision's. Only one graph's weights are in memory at a time. What a precision costs is `aapt quality`'s question.
+The reference is ONNX Runtime on the CPU with the exported graphs, FP8 quantisation included. So
+a difference comes from TensorRT or our kernels, not from the precision; `aapt quality` measures
+that. Only one graph's weights are in memory at a time.
 """
 
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.bundle.signature import layer_names
+from aapt_deploy.bundle.signature import GraphSignature, layer_names
 from aapt_deploy.errors import ParityError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.rollout.engine import Engines
 from aapt_deploy.rollout.starts import Start, all_starts
+from aapt_deploy.video.metrics import psnr_db
 
 
 def start_of(bundle: Bundle) -> Start:
-    """A start of the bundle; where the prompt is an external encoder's, random embeddings do."""
+    """Return a start of the bundle, with random embeddings for an external encoder's prompt."""
     first = all_starts(bundle)[0]
     if bundle.profile.text.kind != "embedding" or not bundle.profile.text.tokens:
         return first
@@ -26,60 +28,76 @@ def start_of(bundle: Bundle) -> Start:
 
 
 def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
-    """One pass of every graph against the exported graph in ONNX Runtime, from the same inputs: errors relative to the reference's size.
+    """Run one pass of every graph, and the same in ONNX Runtime; return relative errors.
 
-    Raises ParityError above the profile's `quality.latent_error`, or for frames under its `quality.psnr_db`.
+    Raises ParityError above the profile's `quality.latent_error`, or under `quality.psnr_db`.
     """
-    profile, limits = bundle.profile, bundle.profile.quality
+    profile, limits, graphs = (
+        bundle.profile,
+        bundle.profile.quality,
+        family_of(bundle.profile).signatures(bundle.profile),
+    )
     latent = _reference(bundle, "encoder", {"image": first.image})["latent"]
-    figures: dict[str, Any] = {"encoder": _error(engines["encoder"].run(image=first.image)["latent"], latent)}
-    state = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in family_of(profile).signatures(profile)["generator"].state}
+    encoded = engines["encoder"].run(image=first.image)["latent"]
+    figures: dict[str, Any] = {"encoder": _error(encoded, latent)}
+    state = _zeros(graphs["generator"])
     generator = engines["generator"]
     generator.reset()
     if first.text is not None:
-        spec = family_of(profile).signatures(profile)["prompt"].spec("text")
+        spec = graphs["prompt"].spec("text")
         text = np.asarray(first.text, spec.dtype).reshape(spec.shape)
         wanted = _reference(bundle, "prompt", {"text": text})
         generator.reset(**engines["prompt"].run(text=text))
         for kind in ("k", "v"):
-            for name, cache in zip(layer_names(f"text_{kind}", profile), layer_names(f"{kind}_cache", profile), strict=True):
+            names = layer_names(f"text_{kind}", profile)
+            caches = layer_names(f"{kind}_cache", profile)
+            for name, cache in zip(names, caches, strict=True):
                 state[cache][:, : profile.text.tokens] = wanted[name]
     rng = np.random.default_rng(0)
-    inputs = {
-        spec.name: rng.standard_normal(spec.shape).astype(spec.dtype)
-        for spec in family_of(profile).signatures(profile)["generator"].inputs
-        if spec.name != "cache_len"
-    }
+    specs = [spec for spec in graphs["generator"].inputs if spec.name != "cache_len"]
+    inputs = {s.name: rng.standard_normal(s.shape).astype(s.dtype) for s in specs}
     inputs |= {"previous": latent, "time": np.ones(1, np.float32)}
-    clean = _reference(bundle, "generator", inputs | state | {"cache_len": np.array([profile.text.tokens], np.int32)})["clean"]
+    cache_len = {"cache_len": np.array([profile.text.tokens], np.int32)}
+    clean = _reference(bundle, "generator", inputs | state | cache_len)["clean"]
     figures["generator"] = _error(generator.run(block=0, **inputs)["clean"], clean)
-    memory = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in family_of(profile).signatures(profile)["decoder"].state}
+    memory = _zeros(graphs["decoder"])
     frames = _reference(bundle, "decoder", {"latent": clean, **memory})["frames"]
     engines["decoder"].reset()
     found = engines["decoder"].run(latent=clean)["frames"].astype(np.float64)
-    figures["psnr_db"] = round(float(10 * np.log10(255**2 / max(np.square(found - frames).mean(), 1e-9))), 2)
-    bad = [f"{name} differs by {figures[name]:.3f}" for name in ("encoder", "generator") if not figures[name] <= limits.latent_error]
-    bad += [f"frames have {figures['psnr_db']} dB"] if not figures["psnr_db"] >= limits.psnr_db else []
+    psnr = figures["psnr_db"] = round(psnr_db(np.square(found - frames).mean()), 2)
+    errors = [(name, figures[name]) for name in ("encoder", "generator")]
+    large = [(name, error) for name, error in errors if not error <= limits.latent_error]
+    bad = [f"{name} differs by {error:.3f}" for name, error in large]
+    if not psnr >= limits.psnr_db:
+        bad.append(f"frames have {psnr} dB")
     if bad:
+        allowed = f"limits: {limits.latent_error}, {limits.psnr_db} dB"
         raise ParityError(
-            f"the plans disagree with the exported graphs: {', '.join(bad)} (limits: {limits.latent_error}, {limits.psnr_db} dB)",
+            f"the plans disagree with the exported graphs: {', '.join(bad)} ({allowed})",
             "build with --attention native, or a higher precision, to see which part is to blame; the bundle was not changed",
         )
     return figures
 
 
+def _zeros(signature: GraphSignature) -> dict[str, np.ndarray]:
+    """Return a graph's state at the beginning."""
+    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.state}
+
+
 def _reference(bundle: Bundle, graph: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One run of an exported graph in ONNX Runtime on the CPU; only one graph's weights are in memory at a time."""
+    """Run an exported graph once in ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(bundle.checked(f"{graph}.onnx"), options, providers=["CPUExecutionProvider"])
+    path, providers = bundle.checked(f"{graph}.onnx"), ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(path, options, providers=providers)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, inputs), strict=True))
 
 
 def _error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Size of the difference over the reference's own; infinite where a number is none."""
-    difference = np.linalg.norm(found.astype(np.float64) - wanted) / max(float(np.linalg.norm(wanted)), 1e-9)
+    """Return the difference's norm over the reference's; infinite if any number is NaN."""
+    size = max(float(np.linalg.norm(wanted)), 1e-9)
+    difference = np.linalg.norm(found.astype(np.float64) - wanted) / size
     return round(float(difference), 5) if np.isfinite(difference) else float("inf")

@@ -1,8 +1,9 @@
-"""What TensorRT made of a graph: the layers of a plan as the engine inspector tells them, and an audit of what they must contain;
-and how long each takes, once a profiler has told.
+"""Read what is inside a plan, and check that it belongs on this machine.
 
-The inspector's JSON changed between 10.x and 11.x ("Format/Datatype" was one string, then two entries); both are read. It is text that TensorRT
-wrote about a plan, so nothing here needs TensorRT.
+The layers of a plan, as the engine inspector describes them; an audit of what they must contain;
+how long each takes, by a profiler. Then a plan's receipt. The inspector's JSON changed between
+10.x and 11.x: "Format/Datatype" was one string, then two entries. Both are read, and TensorRT is
+not needed.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.errors import BundleError, MachineError, ParityError
 from aapt_deploy.rollout.engine import LayerTime
 
+AGAIN = "build the engine again on this machine: aapt build-engine"
 DTYPE_KEYS = ("DataType", "Datatype", "Format/Datatype")
 FP8_WORDS = ("FP8", "E4M3")
 ATTENTION_WORDS = ("mha", "attention")  # "fmha_v2_...", "_gemm_mha_v2", "Attention"
@@ -23,8 +25,8 @@ SHOWN = 8  # layer names in an error
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer of a plan; several layers of the network may have become one."""
+class PlanLayer:
+    """One layer of a plan, often made from several layers of the network."""
 
     name: str
     kind: str  # TensorRT's own: "PluginV3", "Reformat", "gemm", "kgen", …
@@ -42,8 +44,10 @@ class Layer:
 
     @property
     def is_attention(self) -> bool:
-        """TensorRT's own fused attention, by what its kernels and layers are called."""
-        return not self.is_plugin and any(word in f"{self.kind} {self.tactic}".lower() for word in ATTENTION_WORDS)
+        """Return whether it is TensorRT's own fused attention, by the names it uses."""
+        return not self.is_plugin and any(
+            word in f"{self.kind} {self.tactic}".lower() for word in ATTENTION_WORDS
+        )
 
     @property
     def reads_fp8(self) -> bool:
@@ -52,7 +56,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Audit:
-    """Counts that tell whether a plan is the one that was meant."""
+    """Counts that show whether a plan is as wanted."""
 
     layers: int
     plugins: int
@@ -61,63 +65,78 @@ class Audit:
     attention: int = 0  # layers of TensorRT's own fused attention
 
 
-def join(layers: list[Layer], times_ms: dict[str, list[float]]) -> list[LayerTime]:
-    """Layers with what the profiler measured of them, the longest first."""
-    known = {layer.name: layer for layer in layers}
+def join(layers: list[PlanLayer], times_ms: dict[str, list[float]]) -> list[LayerTime]:
+    """Return layers with their times from the profiler, the longest first."""
+    known = {layer.name: (layer.kind, layer.tactic) for layer in layers}
     middle = {name: statistics.median(times) for name, times in times_ms.items() if times}
     total = sum(middle.values()) or 1.0
-    rows = []
-    for name, ms in sorted(middle.items(), key=lambda item: -item[1]):
-        layer = known.get(name)
-        rows.append(LayerTime(name, layer.kind if layer else "", layer.tactic if layer else "", round(ms, 4), round(ms / total, 4)))
-    return rows
+    return [
+        LayerTime(name, *known.get(name, ("", "")), round(ms, 4), round(ms / total, 4))
+        for name, ms in sorted(middle.items(), key=lambda item: -item[1])
+    ]
 
 
-def read_layers(text: str) -> list[Layer]:
-    """The layers in the inspector's JSON. Raises BundleError when they are not told, as in a plan built without detailed profiling."""
+def read_layers(text: str) -> list[PlanLayer]:
+    """Return the layers in the inspector's JSON.
+
+    Raises BundleError if they are not described, as in a plan without detailed profiling.
+    """
     try:
         layers = json.loads(text)["Layers"]
         if any(isinstance(layer, str) for layer in layers):
             raise ValueError("only names")
         return [_layer(layer) for layer in layers]
     except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"TensorRT does not describe the plan's layers: {error}", "build the engine again: aapt build-engine") from None
+        text = f"TensorRT does not describe the plan's layers: {error}"
+        raise BundleError(text, "build the engine again: aapt build-engine") from None
 
 
-def _layer(raw: dict[str, Any]) -> Layer:
-    inputs, outputs = (tuple(_dtype(tensor) for tensor in raw.get(side, ())) for side in ("Inputs", "Outputs"))
-    return Layer(str(raw["Name"]), str(raw["LayerType"]), str(raw.get("TacticName", "")), inputs, outputs)
+def _layer(raw: dict[str, Any]) -> PlanLayer:
+    inputs, outputs = (tuple(map(_dtype, raw.get(side, ()))) for side in ("Inputs", "Outputs"))
+    tactic = str(raw.get("TacticName", ""))
+    return PlanLayer(str(raw["Name"]), str(raw["LayerType"]), tactic, inputs, outputs)
 
 
 def _dtype(tensor: dict[str, Any]) -> str:
     return next((str(tensor[key]) for key in DTYPE_KEYS if key in tensor), "")
 
 
-def audit(layers: list[Layer], plugin_layers: int, fp8_layers: int = 0) -> Audit:
-    """Count, and insist on exactly `plugin_layers` plugins and at least `fp8_layers` layers that compute in FP8.
+def audit(layers: list[PlanLayer], plugin_layers: int, fp8_layers: int = 0) -> Audit:
+    """Count layers. A plan must not silently run attention or products in another form.
 
-    Raises ParityError, naming layers: a plan that silently runs attention or products in another form is not the plan that was asked for.
+    Raises ParityError, naming layers, unless it has exactly `plugin_layers` plugins and at least
+    `fp8_layers` layers that compute in FP8.
     """
     plugins = [layer for layer in layers if layer.is_plugin]
     working = [layer for layer in layers if not (layer.is_plugin or layer.is_reformat)]
     fp8 = [layer for layer in working if layer.reads_fp8]
     if len(plugins) != plugin_layers:
-        others = ", ".join(layer.name for layer in working if "attention" in layer.name.lower() or "softmax" in layer.name.lower())
+        elsewhere = [layer.name for layer in working if _sounds_like_attention(layer.name)]
+        found = f"in {len(plugins)} layers instead of {plugin_layers}"
+        others = ", ".join(elsewhere) or "none found"
         raise ParityError(
-            f"the plan runs our attention kernel in {len(plugins)} layers instead of {plugin_layers}; attention elsewhere: {others or 'none found'}",
+            f"the plan runs our attention kernel {found}; attention elsewhere: {others}",
             "build the engine again; if it stays, report it with the versions that aapt doctor shows",
         )
     if len(fp8) < fp8_layers:
-        names = ", ".join(layer.name for layer in working if not layer.reads_fp8 and layer.tactic)
+        names = [layer.name for layer in working if not layer.reads_fp8 and layer.tactic]
+        found = f"{len(fp8)} layers in FP8 instead of {fp8_layers}"
         raise ParityError(
-            f"the plan computes {len(fp8)} layers in FP8 instead of {fp8_layers}; not in FP8: {_first(names)}", "export again with --precision fp8"
+            f"the plan computes {found}; not in FP8: {_first(names)}",
+            "export again with --precision fp8",
         )
-    return Audit(len(layers), len(plugins), len(fp8), sum(layer.is_reformat for layer in layers), sum(layer.is_attention for layer in layers))
+    reformats = sum(layer.is_reformat for layer in layers)
+    attention = sum(layer.is_attention for layer in layers)
+    return Audit(len(layers), len(plugins), len(fp8), reformats, attention)
 
 
-def _first(names: str) -> str:
-    parts = names.split(", ")
-    return ", ".join(parts[:SHOWN]) + (f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else "")
+def _sounds_like_attention(name: str) -> bool:
+    return "attention" in name.lower() or "softmax" in name.lower()
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 @dataclass(frozen=True)
@@ -132,37 +151,54 @@ class Receipt:
     driver: str
     gpu: str
 
+    @classmethod
+    def of_build(cls, here: Gpu, ours: bool, graph_sha256: str) -> "Receipt":
+        """Return the receipt of a plan that is built here; `ours` if it runs our kernels."""
+        kernels = here.kernels if ours else ""
+        return cls(here.tensorrt, here.sm, kernels, graph_sha256, here.cuda, here.driver, here.gpu)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def of(cls, entry: Any, plan: str) -> "Receipt":
-        """The receipt in a manifest's entry. Raises BundleError when it is not whole."""
+        """Return the receipt in a manifest's entry. Raises BundleError if it is not whole."""
         wanted = {field.name: field.type for field in fields(cls)}
-        if not isinstance(entry, dict) or entry.keys() != wanted.keys() or any(type(entry[name]) is not kind for name, kind in wanted.items()):
-            raise BundleError(f"plan {plan} has no whole receipt", "build the engine again: aapt build-engine")
+        complete = isinstance(entry, dict) and entry.keys() == wanted.keys()
+        if not complete or any(type(entry[name]) is not kind for name, kind in wanted.items()):
+            hint = "build the engine again: aapt build-engine"
+            raise BundleError(f"plan {plan} has no whole receipt", hint)
         return cls(**entry)
 
 
 def graph_sha256(files: Mapping[str, Any], graph: str) -> str:
-    """Hash of an exported graph by the manifest's `files`: of its structure and of the weights beside it; "" for a graph that is not there."""
-    parts = [str(files[name]["sha256"]) for name in (f"{graph}.onnx", f"{graph}.onnx.data") if name in files]
+    """Return the hash of an exported graph, weights included, by the manifest's `files`.
+
+    It is "" for a graph that is not listed.
+    """
+    names = (f"{graph}.onnx", f"{graph}.onnx.data")
+    parts = [str(files[name]["sha256"]) for name in names if name in files]
     return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else "".join(parts)
 
 
 def check(receipt: Receipt, here: Gpu, graph_sha256: str, plan: str) -> None:
-    """Let a plan pass that was built from this graph, with these versions, for this GPU.
+    """Check that a plan was built from this graph, with these versions, for this GPU.
 
-    Raises MachineError for a foreign GPU or TensorRT, BundleError for a plan that is older than its graph or our kernels.
+    Raises MachineError for another GPU or TensorRT.
+    Raises BundleError for a plan that is older than its graph or our kernels.
     """
-    again = "build the engine again on this machine: aapt build-engine"
+    was_built = f"plan {plan} was built"
     if receipt.sm != here.sm:
-        raise MachineError(f"plan {plan} was built for SM {receipt.sm} ({receipt.gpu}); this GPU is SM {here.sm}", again)
+        built_for = f"for SM {receipt.sm} ({receipt.gpu})"
+        raise MachineError(f"{was_built} {built_for}; this GPU is SM {here.sm}", AGAIN)
     if receipt.tensorrt != here.tensorrt:
         raise MachineError(
-            f"plan {plan} was built with TensorRT {receipt.tensorrt}; here is {here.tensorrt}", f"{again}, or install tensorrt=={receipt.tensorrt}"
+            f"{was_built} with TensorRT {receipt.tensorrt}; here is {here.tensorrt}",
+            f"{AGAIN}, or install tensorrt=={receipt.tensorrt}",
         )
     if receipt.kernels != here.kernels:
-        raise BundleError(f"plan {plan} was built with kernels {receipt.kernels[:12]}; this aapt_deploy has {here.kernels[:12]}", again)
+        ours = f"this aapt_deploy has {here.kernels[:12]}"
+        raise BundleError(f"{was_built} with kernels {receipt.kernels[:12]}; {ours}", AGAIN)
     if receipt.graph_sha256 != graph_sha256:
-        raise BundleError(f"plan {plan} was built from another graph ({receipt.graph_sha256[:12]} instead of {graph_sha256[:12]})", again)
+        hashes = f"{receipt.graph_sha256[:12]} instead of {graph_sha256[:12]}"
+        raise BundleError(f"{was_built} from another graph ({hashes})", AGAIN)

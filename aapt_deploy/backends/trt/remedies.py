@@ -1,7 +1,7 @@
-"""What TensorRT says when it gives up -> what a user can do: one table, read by everything that calls TensorRT.
+"""Map TensorRT's messages to what a user can do: one table for all who call TensorRT.
 
-The words are TensorRT's own, found in its documentation and in public reports; none was provoked here, because TensorRT has not run here. A message
-that no row knows is passed on as it is, with the way to report it.
+The words are TensorRT's own, from its documentation and from public reports. A message that no
+row matches is passed on as it is, with the way to report it.
 """
 
 import re
@@ -25,12 +25,25 @@ REMEDIES = (
         r"FP8 support|[Ff]p8 .*not supported|FP8 .*not supported",
         "FP8 needs SM 89 or newer; export with --precision fp32 and build with --precision bf16",
     ),
-    Remedy(r"bfloat16|BF16 .*not supported|[Bb]f16 .*not supported", "bf16 needs SM 80 or newer; build with --precision fp32"),
-    Remedy(r"out of memory|OutOfMemory|insufficient memory|[Rr]equested size was|bad_alloc|cudaErrorMemoryAllocation", SMALLER),
-    Remedy(r"[Nn]o space left|disk (is )?full", "free some space where the bundle and the user's cache directory lie"),
+    Remedy(
+        r"bfloat16|BF16 .*not supported|[Bb]f16 .*not supported",
+        "bf16 needs SM 80 or newer; build with --precision fp32",
+    ),
+    Remedy(
+        r"out of memory|OutOfMemory|insufficient memory|[Rr]equested size was|bad_alloc"
+        r"|cudaErrorMemoryAllocation",
+        SMALLER,
+    ),
+    Remedy(
+        r"[Nn]o space left|disk (is )?full",
+        "free some space where the bundle and the user's cache directory lie",
+    ),
     Remedy(r"Could not find any implementation|no implementation|Skipping tactic", NATIVE),
     Remedy(r"supported formats|format combination|could not find any supported", SAME_VERSION),
-    Remedy(r"lugin not found|getPluginCreator could not find|[Ff]ailed to create plugin|no creator", SAME_VERSION),
+    Remedy(
+        r"lugin not found|getPluginCreator could not find|[Ff]ailed to create plugin|no creator",
+        SAME_VERSION,
+    ),
     Remedy(
         r"onShapeChange|status -1|Plugin.*(fail|error)|enqueue.*(fail|error)",
         "the driver may be older than the kernels: aapt doctor tells; or --attention native",
@@ -44,10 +57,17 @@ REMEDIES = (
         r"Cannot open|[Ff]ailed to open|external data|weights? file|ModelImporter.*(read|open)",
         "the graph or the file with its weights is missing or cut short: export the bundle again",
     ),
-    Remedy(r"[Dd]ata-dependent|dynamic (shape|input)|optimization profile", "every shape must be static: export the bundle again with this version"),
-    Remedy(r"type mismatch|[Tt]ypes? .*(must|not) (be |the )?(same|match|allowed)|[Ss]trongly.typed", SAME_VERSION),
     Remedy(
-        r"Serialization assertion|[Vv]ersion tag does not match|stdVersionRead|incompatible with .*version",
+        r"[Dd]ata-dependent|dynamic (shape|input)|optimization profile",
+        "every shape must be static: export the bundle again with this version",
+    ),
+    Remedy(
+        r"type mismatch|[Tt]ypes? .*(must|not) (be |the )?(same|match|allowed)|[Ss]trongly.typed",
+        SAME_VERSION,
+    ),
+    Remedy(
+        r"Serialization assertion|[Vv]ersion tag does not match|stdVersionRead"
+        r"|incompatible with .*version",
         "the plan is of another TensorRT: build the engine again: aapt build-engine",
     ),
     Remedy(
@@ -62,11 +82,14 @@ REMEDIES = (
         r"insufficient driver|driver version|forward compatib|no CUDA-capable|CUDA initialization",
         "update the NVIDIA driver; in a container, pass the GPU in; aapt doctor tells what is missing",
     ),
-    Remedy(r"cancel|[Ii]nterrupt", "the build was stopped; start it again, finished plans and timings are kept"),
+    Remedy(
+        r"cancel|[Ii]nterrupt",
+        "the build was stopped; start it again, finished plans and timings are kept",
+    ),
 )
 UNKNOWN = "see TensorRT's messages above; aapt doctor tells the versions to report"
 
 
 def hint(text: str) -> str:
-    """What can be done about a message of TensorRT."""
+    """Return what can be done about a message of TensorRT."""
     return next((remedy.hint for remedy in REMEDIES if re.search(remedy.said, text)), UNKNOWN)

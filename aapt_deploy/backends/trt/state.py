@@ -1,10 +1,10 @@
-"""What lies on the device beside the plans: inputs and outputs that travel together, and the generator's caches in their two layouts.
+"""Device memory beside the plans: inputs, outputs and the caches in two layouts.
 
-    Packed        tensors of one direction: a pinned buffer on the host, a buffer on the device, one copy
-    TokenMajor    caches [1, S, H, D]; a block is committed by copies into its rows
-    HopperTiles   caches of e4m3 tiles; a block is committed, and a prompt's text packed, by our kernels
+    StagingBuffer   tensors of one direction: a buffer on the host, one on the device, one copy
+    TokenMajor      caches [1, S, H, D]; a block is committed by copies into its rows
+    HopperTiles     caches of e4m3 tiles; our kernels commit a block and pack a prompt's text
 
-Nothing here waits for a pass, knows a plan, or decides when a block is kept. Not run on a GPU by us; see engine.py.
+Nothing here waits for a pass, reads a plan, or decides when a block is kept.
 """
 
 import math
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
     from aapt_deploy.backends.trt.api import Tensor
 
 ALIGNMENT = 256  # of tensors on the device, bytes
-STORED = {  # TensorRT's type -> as which NumPy holds it; BF16 as its bits
-    "FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "FP8": np.uint8, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8,
+STORED = {  # TensorRT's type -> NumPy's; BF16 as its bits
+    "FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "FP8": np.uint8,
+    "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8,
 }  # fmt: skip
 
-Launch = Callable[[str, Sequence[int], Sequence[int], Sequence[int], int], None]  # a kernels.Kernels
+# A kernels.Kernels: kernel, inputs, numbers, outputs, stream.
+Launch = Callable[[str, Sequence[int], Sequence[int], Sequence[int], int], None]
 
 
 def to_bf16(values: Any) -> np.ndarray:
-    """float32 -> the bits of bf16, to nearest, ties to even."""
+    """Convert float32 to the bits of bf16, to nearest, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
-    """The bits of bf16 -> float32."""
+    """Convert the bits of bf16 to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -42,29 +44,30 @@ def size_of(tensor: "Tensor") -> int:
     return math.prod(tensor.shape) * np.dtype(STORED[tensor.dtype]).itemsize
 
 
-class Packed:
-    """Tensors that travel together: one pinned buffer, one on the device, one copy."""
+class StagingBuffer:
+    """Tensors that are copied together: one pinned buffer, one on the device."""
 
     def __init__(self, device: Device, tensors: "Sequence[Tensor]") -> None:
         self.kinds = {tensor.name: tensor.dtype for tensor in tensors}
-        offsets, size = [], 0
+        offsets, size = {}, 0
         for tensor in tensors:
-            offsets.append(size)
+            offsets[tensor.name] = size
             size += -(-size_of(tensor) // ALIGNMENT) * ALIGNMENT
         self.host, self.address = device.pinned((size,), np.uint8), device.memory(size)
-        self.addresses = {tensor.name: self.address + offset for tensor, offset in zip(tensors, offsets, strict=True)}
-        self.arrays = {
-            tensor.name: self.host[offset : offset + size_of(tensor)].view(STORED[tensor.dtype]).reshape(tensor.shape)
-            for tensor, offset in zip(tensors, offsets, strict=True)
-        }
+        self.addresses = {name: self.address + offset for name, offset in offsets.items()}
+        self.arrays = {}
+        for tensor in tensors:
+            begin = offsets[tensor.name]
+            part = self.host[begin : begin + size_of(tensor)].view(STORED[tensor.dtype])
+            self.arrays[tensor.name] = part.reshape(tensor.shape)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Lay values out for the next upload, in the types that the plan reads."""
+        """Write values for the next upload, in the types that the plan reads."""
         for name, value in values.items():
             self.arrays[name][...] = to_bf16(value) if self.kinds[name] == "BF16" else value
 
     def read(self) -> dict[str, np.ndarray]:
-        """What the last download brought; half precisions as float32."""
+        """Return copies of what the last download brought; half precisions as float32."""
         return {name: _plain(array, self.kinds[name]) for name, array in self.arrays.items()}
 
 
@@ -74,7 +77,7 @@ def _plain(array: np.ndarray, kind: str) -> np.ndarray:
     return array.astype(np.float32) if kind == "HALF" else array
 
 
-class Layer(NamedTuple):
+class CacheLayer(NamedTuple):
     """Device addresses of one layer's tensors."""
 
     k_cache: int
@@ -84,40 +87,50 @@ class Layer(NamedTuple):
 
 
 class TokenMajor:
-    """Caches [1, S, H, D] in the plan's own type: blocks and text are runs of rows, moved by copies."""
+    """Caches [1, S, H, D] in the plan's type; blocks and text are runs of rows."""
 
-    def __init__(self, stream: Stream, layers: list[Layer], kind: str, row_bytes: int, tokens: int) -> None:
-        self.stream, self.layers, self.kind, self.row_bytes, self.tokens = stream, layers, kind, row_bytes, tokens
+    def __init__(
+        self, stream: Stream, layers: list[CacheLayer], kind: str, row_bytes: int, tokens: int
+    ) -> None:
+        self.stream, self.layers, self.kind = stream, layers, kind
+        self.row_bytes, self.tokens = row_bytes, tokens
 
     def commit(self, slot: int) -> None:
         for layer in self.layers:
             for cache, block in ((layer.k_cache, layer.k_block), (layer.v_cache, layer.v_block)):
                 self.stream.copy(cache + slot * self.row_bytes, block, self.tokens * self.row_bytes)
 
-    def write_text(self, layer: Layer, k: np.ndarray, v: np.ndarray) -> None:
-        """[1, L, H, D] float32, or already stored as the cache is, to the front of the caches."""
+    def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
+        """Copy k, v [1, L, H, D], float32 or the cache's own type, to the front."""
         for cache, values in ((layer.k_cache, k), (layer.v_cache, v)):
             self.stream.upload(cache, _stored(values, self.kind))
         self.stream.wait()  # before what was converted goes away
 
 
 class HopperTiles:
-    """Caches of e4m3 tiles, moved by our kernels. The block's slot lies in device memory, so that one captured graph commits to every place."""
+    """Caches of e4m3 tiles, moved by our kernels.
+
+    The block's slot is in device memory, so one captured graph commits to every place.
+    """
 
     def __init__(
-        self, device: Device, stream: Stream, launch: Launch, layers: list[Layer], scales: list[hopper_fp8.Scales], ring: Ring, captured: bool
-    ) -> None:
+        self, device: Device, stream: Stream, launch: Launch, layers: list[CacheLayer],
+        scales: list[hopper_fp8.Scales], ring: Ring, captured: bool,
+    ) -> None:  # fmt: skip
         assert len(scales) == len(layers), f"{len(scales)=} {len(layers)=}"
-        self.stream, self.launch, self.layers, self.tokens, self.text = stream, launch, layers, ring.frame_tokens, ring.text_tokens
+        self.stream, self.launch, self.layers = stream, launch, layers
+        self.tokens, self.text = ring.frame_tokens, ring.text_tokens
         self.heads, head_dim = scales[0].k_mean.shape
         self.cache_tiles = hopper_fp8.tiles(ring.tokens)
         self.slot, self.slot_address = device.pinned((1,), np.int32), device.memory(ALIGNMENT)
         if self.text:
             self.front = device.memory(ALIGNMENT)  # text begins at token 0
-            self.values = [device.memory(2 * self.text * self.heads * head_dim) for _ in range(2)]  # k, v in bf16
+            size = 2 * self.text * self.heads * head_dim  # of k, and of v, in bf16
+            self.values = [device.memory(size) for _ in range(2)]
             image = math.prod(hopper_fp8.image_shape(self.heads, self.text, head_dim))
             self.images = [device.memory(image) for _ in range(2)]
-            self.scales = [[self._constant(device, array) for array in (s.k_scale, s.k_mean, s.v_scale)] for s in scales]
+            fields = [(s.k_scale, s.k_mean, s.v_scale) for s in scales]
+            self.scales = [[self._constant(device, array) for array in row] for row in fields]
             stream.zero(self.front, ALIGNMENT)
         self.committing = stream.prepare(self._commit, captured)
 
@@ -133,27 +146,29 @@ class HopperTiles:
         for layer in self.layers:
             self._move((layer.k_block, layer.v_block), self.slot_address, self.tokens, layer)
 
-    def _move(self, images: Sequence[int], slot: int, tokens: int, layer: Layer) -> None:
+    def _move(self, images: Sequence[int], slot: int, tokens: int, layer: CacheLayer) -> None:
         numbers = (tokens, self.heads, self.cache_tiles)
-        self.launch("aapt_commit", (*images, slot), numbers, (layer.k_cache, layer.v_cache), self.stream.handle)
+        caches = (layer.k_cache, layer.v_cache)
+        self.launch("aapt_commit", (*images, slot), numbers, caches, self.stream.handle)
 
     def commit(self, slot: int) -> None:
-        self.slot[0] = slot  # free to change: every pass ends with a wait, and this is the first commit since
+        self.slot[0] = slot  # free to change: this is the first commit since a pass and its wait
         self.committing()
 
-    def write_text(self, layer: Layer, k: np.ndarray, v: np.ndarray) -> None:
-        """[1, L, H, D] float32, or bf16 as its bits, quantised with the layer's scales and put in front."""
+    def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
+        """Quantise k, v [1, L, H, D], float32 or bf16's bits, to the front of the cache."""
         stored = [_stored(values, "BF16") for values in (k, v)]
         for address, values in zip(self.values, stored, strict=True):
             self.stream.upload(address, values)
         k_scale, k_mean, v_scale = self.scales[self.layers.index(layer)]
-        self.launch("aapt_pack", (*self.values, k_scale, k_mean, v_scale), (self.text, self.heads), self.images, self.stream.handle)
+        inputs, numbers = (*self.values, k_scale, k_mean, v_scale), (self.text, self.heads)
+        self.launch("aapt_pack", inputs, numbers, self.images, self.stream.handle)
         self._move(self.images, self.front, self.text, layer)
         self.stream.wait()  # before what was converted goes away
 
 
 def _stored(values: np.ndarray, kind: str) -> np.ndarray:
-    """As the device holds them; arrays that are already so stay where they are."""
+    """Convert to the device's type; return arrays of that type as they are."""
     if values.dtype == STORED[kind]:
         return np.ascontiguousarray(values)
     plain = from_bf16(values) if values.dtype == np.uint16 else values

@@ -1,48 +1,58 @@
-"""BlockCausalAttention: one block's queries against a flat cache of past keys and values, and the ring that lays this cache out.
+"""BlockCausalAttention: a block's queries against a flat cache of past K and V, kept as a ring.
 
     BlockCausalAttention(q, k, v, k_cache, v_cache, cache_len) -> (out, k_block, v_block)
 
-    q, k, v           [1, T, H, D]  the block's tokens, after QK-norm and RoPE: position is already inside K, so order no longer matters
-    k_cache, v_cache  [1, S, H, D]  token_major, read-only; only the first `cache_len` tokens are ever read, the rest may hold anything
+    q, k, v           [1, T, H, D]  the block's tokens, after QK-norm and RoPE: position is already
+                                    inside K, so order no longer matters
+    k_cache, v_cache  [1, S, H, D]  token_major, read-only; only the first `cache_len` tokens are
+                                    ever read, the rest may hold anything
     cache_len         int32 [1]     valid tokens of the cache, 0..S
-    out               [1, T, H, D]  softmax(q . [k_cache[:cache_len], k]^T / sqrt(D)) . [v_cache[:cache_len], v]
+    out               [1, T, H, D]  softmax(q . [k_cache[:cache_len], k]^T / sqrt(D))
+                                    . [v_cache[:cache_len], v]
     k_block, v_block  [1, T, H, D]  k, v in the cache's own dtype and layout, ready to be committed
-                                    (the CUDA kernel has a cache layout of its own, hopper_fp8: see plugins/block_causal_attention)
+                                    (the CUDA kernel has a cache layout of its own, hopper_fp8:
+                                    see plugins/block_causal_attention)
     attributes        scale = 1 / sqrt(D), plugin_namespace = "aapt", plugin_version = "1"
 
-There is no mask: a block attends to every valid token and to itself, so block causality is a matter of what is in the cache. One layer's cache:
+There is no mask. A block attends to every valid token and to itself, so block causality depends on
+what is in the cache. One layer's cache:
 
                  |<- text ->|<- sink ->|<------ ring of N past blocks ------>|
-      tokens     |  prompt  |  block 0 |    0    |    1    |  ...  |  N - 1  |      block i >= 1 is kept at place (i - 1) % N
+      tokens     |  prompt  |  block 0 |    0    |    1    |  ...  |  N - 1  |
       written    |  by host |   once   |       the newest over the oldest    |
 
-Without a sink the ring starts right after the text and block i is kept at place i % N. While the cache fills, its valid tokens are a prefix;
-once full, all of it is valid. Block i therefore sees the text, the sink, the N blocks before it, and itself.
+Block i >= 1 is kept at place (i - 1) % N. Without a sink the ring starts right after the text, and
+block i is kept at place i % N. While the cache fills, its valid tokens are a prefix; once full, all
+of it is valid. Block i therefore sees the text, the sink, the N blocks before it, and itself.
 
 Two forms of the same ring, with equal attention sets:
 
-    alias-free   The op's own form. The block leaves as k_block, v_block and the runtime copies it to `slot` after the step. A pass that must not
-                 be kept is not copied.
-    in place     For engines that update a cache inside the graph: the graph writes the block to `slot`, then attends to the first `valid`
-                 tokens, the block included. The ring has one place more (N + 1), so the block that is overwritten has just left the window,
-                 and every further pass over the same block overwrites only that block's own place. The last pass stays.
+    alias-free   The op's own form. The block leaves as k_block, v_block and the runtime copies it
+                 to `slot` after the step. A pass that must not be kept is not copied.
+    in place     For engines that update a cache inside the graph: the graph writes the block to
+                 `slot`, then attends to the first `valid` tokens, the block included. The ring has
+                 one place more (N + 1), so the block that is overwritten has just left the window,
+                 and every further pass over the same block overwrites only that block's own place.
+                 The last pass stays.
 
 Facets, all with the argument order above:
 
-    here               the contract and the slot arithmetic; standard library only, so that every engine can read it
+    here               the contract and the slot arithmetic; standard library only, for every engine
     reference.py       numpy, float64: the truth the others are measured against
     torch_op.py        torch.ops.aapt.block_causal_attention, and the node in an exported graph
-    onnx_function.py   the node's meaning in standard ONNX operators, and its in-place lowering for ONNX Runtime
+    onnx_function.py   the node's meaning in standard ONNX operators
     triton_op.py       the torch op on a GPU, token-major; cuda_op.py the same with FP8 caches
-    kernels.py         the CUDA kernels of plugins/block_causal_attention: compiled, cached, launched
+    kernels.py         the CUDA kernels of plugins/block_causal_attention: compile, cache, launch
 
-The TensorRT plugins around these kernels have TensorRT's shape, not the op's: they are in backends/trt/plugin/.
+The TensorRT plugins around these kernels have TensorRT's shape, not the op's. They are in
+backends/trt/plugin/.
 """
 
 from dataclasses import dataclass, replace
 
 from aapt_deploy.profiles import Profile
 
+OPSET = 24  # of exported graphs: the first with TensorScatter
 DOMAIN = "aapt"  # of the ONNX node and of the torch op
 NAME = "BlockCausalAttention"  # ONNX op type and TensorRT plugin name
 VERSION = 1  # of the ONNX domain
@@ -66,13 +76,16 @@ class Place:
     """Where one block lives in the cache, and how much it may read. All counts are tokens."""
 
     slot: int  # offset of the block's first token in the cache
-    cache_len: int  # cached tokens that the block attends to, itself not counted; alias-free: the prefix to read
-    valid: int  # the same with the block itself; in place: the prefix to read once the block is written
+    cache_len: int  # cached tokens that the block attends to, without it; alias-free reads these
+    valid: int  # the same with the block itself; in place reads these, once the block is written
 
 
 @dataclass(frozen=True)
 class Ring:
-    """The layout of one layer's cache, `[ text | sink | ring ]`, and the only slot arithmetic there is. Exact for any block index."""
+    """Layout of one layer's cache, `[ text | sink | ring ]`, and the only slot arithmetic.
+
+    Exact for any block index.
+    """
 
     text_tokens: int  # prompt tokens in front, written by the host
     frame_tokens: int  # tokens of one block
@@ -82,12 +95,13 @@ class Ring:
 
     def __post_init__(self) -> None:
         assert self.text_tokens >= 0 and self.sink_frames >= 0, f"{self} has a negative length"
-        assert self.frame_tokens > 0 and self.window_frames > 0, f"{self} has an empty block or window"
+        assert self.frame_tokens > 0 < self.window_frames, f"{self} has an empty block or window"
 
     @classmethod
     def of(cls, profile: Profile, in_place: bool = False) -> "Ring":
         """The ring that `profile` asks for."""
-        return cls(profile.text.tokens, profile.frame_tokens, profile.window.sink_frames, profile.window.frames, in_place)
+        text, window = profile.text.tokens, profile.window
+        return cls(text, profile.frame_tokens, window.sink_frames, window.frames, in_place)
 
     def with_in_place(self, in_place: bool) -> "Ring":
         """The same ring in the other form (or in this one)."""
@@ -110,10 +124,11 @@ class Ring:
         frame = block if past_ring < 0 else self.sink_frames + past_ring % self.ring_frames
         cached_frames = min(block, self.sink_frames + self.window_frames)
         cache_len = self.text_tokens + cached_frames * self.frame_tokens
-        return Place(self.text_tokens + frame * self.frame_tokens, cache_len, cache_len + self.frame_tokens)
+        slot = self.text_tokens + frame * self.frame_tokens
+        return Place(slot, cache_len, cache_len + self.frame_tokens)
 
     def visible(self, block: int) -> list[int]:
-        """Blocks that `block` attends to, ascending and itself included; a training mask is built from this."""
+        """Return the blocks that `block` attends to, ascending, itself included."""
         assert block >= 0, f"{block=} is before the start of the stream"
         sink = range(min(self.sink_frames, block + 1))
         window = range(max(self.sink_frames, block - self.window_frames), block + 1)

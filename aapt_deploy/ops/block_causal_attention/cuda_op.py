@@ -38,21 +38,35 @@ def _(
     return _empty(q, k, v, k_cache, v_cache)
 
 
-@torch.library.custom_op("aapt::commit_fp8", mutates_args=("k_cache", "v_cache"), device_types="cuda")
-def commit(k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
+@torch.library.custom_op(
+    "aapt::commit_fp8", mutates_args=("k_cache", "v_cache"), device_types="cuda"
+)
+def commit(
+    k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int
+) -> None:
     """Move the `tokens` tokens of block images into the caches, from token slot[0] on (int32 [1], on the device). A slot outside moves nothing."""
     commit_into(k_block, v_block, slot, k_cache, v_cache, tokens)
 
 
 @commit.register_fake
-def _(k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
+def _(
+    k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int
+) -> None:
     pass
 
 
 # The three launches, for callers that own all memory: an engine's blocks must stay where its captured graph has them.
 
 
-def pack_into(k: Tensor, v: Tensor, k_scale: Tensor, k_mean: Tensor, v_scale: Tensor, k_block: Tensor, v_block: Tensor) -> None:
+def pack_into(
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    k_mean: Tensor,
+    v_scale: Tensor,
+    k_block: Tensor,
+    v_block: Tensor,
+) -> None:
     """k, v bf16 [1, T, H, D] -> their block images."""
     _, tokens, heads, dim = k.shape
     _launch("aapt_pack", dim, (k, v, k_scale, k_mean, v_scale), (tokens, heads), (k_block, v_block))
@@ -68,13 +82,27 @@ def attend_into(
     _launch("aapt_attend", dim, read, (tokens, heads, k_cache.shape[1]), (out,))
 
 
-def commit_into(k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
+def commit_into(
+    k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int
+) -> None:
     """See `commit`."""
     heads, cache_tiles, size = k_cache.shape
-    _launch("aapt_commit", size // TILE_KEYS, (k_block, v_block, slot), (tokens, heads, cache_tiles), (k_cache, v_cache))
+    _launch(
+        "aapt_commit",
+        size // TILE_KEYS,
+        (k_block, v_block, slot),
+        (tokens, heads, cache_tiles),
+        (k_cache, v_cache),
+    )
 
 
-def _launch(kernel: str, head_dim: int, inputs: tuple[Tensor, ...], numbers: tuple[int, ...], outputs: tuple[Tensor, ...]) -> None:
+def _launch(
+    kernel: str,
+    head_dim: int,
+    inputs: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    outputs: tuple[Tensor, ...],
+) -> None:
     stream = torch.cuda.current_stream(outputs[0].device).cuda_stream
     loaded = kernels.load(head_dim, kernels.VARIANTS[kernels.CHOSEN])
     loaded(kernel, _at(*inputs), numbers, _at(*outputs), stream)
@@ -82,18 +110,29 @@ def _launch(kernel: str, head_dim: int, inputs: tuple[Tensor, ...], numbers: tup
 
 def _check(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     one, _, heads, dim = q.shape
-    assert one == 1 and q.shape == k.shape == v.shape and k_cache.shape == v_cache.shape, f"{q.shape=} {k.shape=} {v.shape=} {k_cache.shape=}"
-    assert (k_cache.shape[0], k_cache.shape[2]) == (heads, TILE_KEYS * dim) and k_cache.dtype == torch.uint8, f"{k_cache.shape=} {k_cache.dtype=}"
+    assert one == 1 and q.shape == k.shape == v.shape and k_cache.shape == v_cache.shape, (
+        f"{q.shape=} {k.shape=} {v.shape=} {k_cache.shape=}"
+    )
+    assert (k_cache.shape[0], k_cache.shape[2]) == (
+        heads,
+        TILE_KEYS * dim,
+    ) and k_cache.dtype == torch.uint8, f"{k_cache.shape=} {k_cache.dtype=}"
     assert {q.dtype, k.dtype, v.dtype} == {torch.bfloat16}, f"{q.dtype=} {k.dtype=} {v.dtype=}"
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Outputs:
     heads, _, size = k_cache.shape
     image = (heads, tiles(q.shape[1]), size)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), k_cache.new_empty(image), v_cache.new_empty(image)
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        k_cache.new_empty(image),
+        v_cache.new_empty(image),
+    )
 
 
 def _at(*tensors: Tensor) -> tuple[int, ...]:
     """Device addresses, of tensors that lie in memory as their shape says."""
-    assert all(tensor.is_contiguous() for tensor in tensors), [tuple(tensor.stride()) for tensor in tensors]
+    assert all(tensor.is_contiguous() for tensor in tensors), [
+        tuple(tensor.stride()) for tensor in tensors
+    ]
     return tuple(tensor.data_ptr() for tensor in tensors)

@@ -35,20 +35,28 @@ from aapt_deploy.ops.block_causal_attention.hopper_fp8 import (
 
 HOPPER_BITS = 13
 # Byte column -> key of a V tile.
-COLUMN_KEYS = np.concatenate([half + kappa(np.arange(MMA_K)) for half in range(0, TILE_KEYS, MMA_K)])
+COLUMN_KEYS = np.concatenate(
+    [half + kappa(np.arange(MMA_K)) for half in range(0, TILE_KEYS, MMA_K)]
+)
 
 
 @dataclass(frozen=True)
 class Arithmetic:
     """How the kernel computes; the defaults are the kernel. The rest is there to show why."""
 
-    accumulator_bits: int | None = HOPPER_BITS  # kept by a tensor-core accumulator behind its largest summand; None: exact
-    flush_keys: int | None = TILE_KEYS  # keys of P.V that share one tensor-core accumulator; None: all of them (single level)
+    accumulator_bits: int | None = (
+        HOPPER_BITS  # kept by a tensor-core accumulator behind its largest summand; None: exact
+    )
+    flush_keys: int | None = (
+        TILE_KEYS  # keys of P.V that share one tensor-core accumulator; None: all of them (single level)
+    )
     p_offset: int = 8  # P is stored as 2^p_offset * exp(score - maximum)
     sink_last: bool = True  # from the last tile to the first; False: the other way round
 
     def __post_init__(self) -> None:
-        assert self.flush_keys is None or (self.flush_keys > 0 and self.flush_keys % TILE_KEYS == 0), f"flush_keys={self.flush_keys}"
+        assert self.flush_keys is None or (
+            self.flush_keys > 0 and self.flush_keys % TILE_KEYS == 0
+        ), f"flush_keys={self.flush_keys}"
 
 
 KERNEL = Arithmetic()
@@ -73,14 +81,24 @@ def attend(
     """
     shape = geometry_of(k_block)
     rows, heads, head_dim = q.shape
-    assert head_dim == shape.head_dim and k_block.shape == v_block.shape == (heads, tiles(block_tokens), shape.tile_bytes), f"{k_block.shape=}"
-    assert k_cache.shape == v_cache.shape and k_cache.shape[0::2] == k_block.shape[0::2], f"{k_cache.shape=} {k_block.shape=}"
-    assert block_tokens > 0 and 0 <= cache_len <= k_cache.shape[1] * TILE_KEYS, f"{block_tokens=} {cache_len=} {k_cache.shape=}"
+    assert head_dim == shape.head_dim and k_block.shape == v_block.shape == (
+        heads,
+        tiles(block_tokens),
+        shape.tile_bytes,
+    ), f"{k_block.shape=}"
+    assert k_cache.shape == v_cache.shape and k_cache.shape[0::2] == k_block.shape[0::2], (
+        f"{k_cache.shape=} {k_block.shape=}"
+    )
+    assert block_tokens > 0 and 0 <= cache_len <= k_cache.shape[1] * TILE_KEYS, (
+        f"{block_tokens=} {cache_len=} {k_cache.shape=}"
+    )
 
     bits, flush = arithmetic.accumulator_bits, arithmetic.flush_keys
     queries = decode(scales.quantise_q(q)).swapaxes(0, 1)  # [H, R, D]
     # Scores leave the tensor core as q8 . k8; this brings them into the exponent of 2.
-    to_exponent = (scales.q_scale * scales.k_scale * np.float32(softmax_scale(head_dim) * np.log2(np.e)))[:, None, None]
+    to_exponent = (
+        scales.q_scale * scales.k_scale * np.float32(softmax_scale(head_dim) * np.log2(np.e))
+    )[:, None, None]
 
     maximum = np.full((heads, rows, 1), -np.inf, np.float32)
     total = np.zeros((heads, rows, 1), np.float32)
@@ -91,8 +109,12 @@ def attend(
     segments = [(k_block, v_block, block_tokens), (k_cache, v_cache, cache_len)]
     for k_tile, v_tile, valid in visits(segments, arithmetic.sink_last):
         keys = decode(k_tile[:, shape.k_offsets])  # [H, 64, D]
-        values = decode(v_tile[:, shape.v_offsets[COLUMN_KEYS]])  # [H, 64, D], keys in the order of byte columns
-        scores = matmul(queries, keys.swapaxes(1, 2), np.zeros((heads, rows, TILE_KEYS), np.float32), bits)  # [H, R, 64]
+        values = decode(
+            v_tile[:, shape.v_offsets[COLUMN_KEYS]]
+        )  # [H, 64, D], keys in the order of byte columns
+        scores = matmul(
+            queries, keys.swapaxes(1, 2), np.zeros((heads, rows, TILE_KEYS), np.float32), bits
+        )  # [H, R, 64]
         scores[:, :, valid:] = -np.inf
         higher = np.maximum(maximum, scores.max(-1, keepdims=True))
         rescale = np.exp2((maximum - higher) * to_exponent)  # 0 at the first tile
@@ -107,7 +129,9 @@ def attend(
     return to_bf16(out).swapaxes(0, 1)
 
 
-def visits(segments: list[tuple[Bytes, Bytes, int]], sink_last: bool) -> Iterator[tuple[Bytes, Bytes, int]]:
+def visits(
+    segments: list[tuple[Bytes, Bytes, int]], sink_last: bool
+) -> Iterator[tuple[Bytes, Bytes, int]]:
     """K tile [H, bytes], V tile [H, bytes] and the number of their keys that are valid, in the order of visits."""
     visits = [
         (k_image[:, tile], v_image[:, tile], min(TILE_KEYS, tokens - tile * TILE_KEYS))
@@ -123,18 +147,26 @@ def matmul(a: Floats, b: Floats, c: Floats, bits: int | None) -> Floats:
         exact: Floats = (a.astype(np.float64) @ b.astype(np.float64) + c).astype(np.float32)
         return exact
     for k in range(0, a.shape[2], MMA_K):
-        products = a[:, :, k : k + MMA_K, None] * b[:, None, k : k + MMA_K]  # [H, R, 32, N], exact: 4 x 4 significant bits
+        products = (
+            a[:, :, k : k + MMA_K, None] * b[:, None, k : k + MMA_K]
+        )  # [H, R, 32, N], exact: 4 x 4 significant bits
         largest = np.maximum(np.abs(products).max(2), np.abs(c))
-        unit = np.ldexp(np.float32(1), np.frexp(largest)[1] - 1 - bits)  # [H, R, N], weight of the last bit that survives alignment
+        unit = np.ldexp(
+            np.float32(1), np.frexp(largest)[1] - 1 - bits
+        )  # [H, R, N], weight of the last bit that survives alignment
         products /= unit[:, :, None]
         np.trunc(products, out=products)
-        c = truncate((products.sum(2) + np.trunc(c / unit)) * unit, bits)  # the sum is one of small integers: exact
+        c = truncate(
+            (products.sum(2) + np.trunc(c / unit)) * unit, bits
+        )  # the sum is one of small integers: exact
     return c
 
 
 def truncate(x: Floats, bits: int) -> Floats:
     """x with `bits` bits behind the leading one, cut towards zero."""
-    kept: Floats = (x.view(np.uint32) & np.uint32(0xFFFFFFFF << 23 - bits & 0xFFFFFFFF)).view(np.float32)
+    kept: Floats = (x.view(np.uint32) & np.uint32(0xFFFFFFFF << 23 - bits & 0xFFFFFFFF)).view(
+        np.float32
+    )
     return kept
 
 

@@ -11,8 +11,7 @@ tile s // 64. D is 128 or 64.
     V tile    [D rows][64 bytes]    V transposed, swizzled 64 B; key j lies in byte column (j & 32) | pos(j & 31)
 
 plugins/block_causal_attention/README.md draws all this and gives the reasons. Here is what the kernels do with it, in NumPy: quantise (`encode`,
-`calibrate`), `pack`, `commit` and `unpack`, and the two things that the hardware imposes on the layout: the shared-memory descriptor and the
-registers of a `wgmma`. Attention over these bytes is in emulator.py; nothing here knows a stream, a window or a GPU.
+`calibrate`), `pack`, `commit` and `unpack`. Attention over these bytes is in emulator.py; nothing here knows a stream, a window or a GPU.
 """
 
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ Index = NDArray[np.intp]
 NAME = "hopper_fp8"
 TILE_KEYS = 64  # keys of a tile
 MMA_K = 32  # e4m3 values along K of one wgmma
-WARPGROUP = 128  # threads that issue a wgmma together
 HEAD_DIMS = (64, 128)
 E4M3_MAX = 448.0
 
@@ -111,7 +109,9 @@ class Geometry:
     head_dim: int
 
     def __post_init__(self) -> None:
-        assert self.head_dim in HEAD_DIMS, f"head_dim={self.head_dim} has no {NAME} layout; known: {HEAD_DIMS}"
+        assert self.head_dim in HEAD_DIMS, (
+            f"head_dim={self.head_dim} has no {NAME} layout; known: {HEAD_DIMS}"
+        )
 
     @property
     def tile_bytes(self) -> int:
@@ -137,12 +137,16 @@ class Geometry:
     @cached_property
     def k_offsets(self) -> Index:
         """[64, D]: `k_offset` of every key and channel."""
-        return np.asarray(self.k_offset(np.arange(TILE_KEYS)[:, None], np.arange(self.head_dim)), np.intp)
+        return np.asarray(
+            self.k_offset(np.arange(TILE_KEYS)[:, None], np.arange(self.head_dim)), np.intp
+        )
 
     @cached_property
     def v_offsets(self) -> Index:
         """[64, D]: `v_offset` of every key and channel."""
-        return np.asarray(self.v_offset(np.arange(self.head_dim), np.arange(TILE_KEYS)[:, None]), np.intp)
+        return np.asarray(
+            self.v_offset(np.arange(self.head_dim), np.arange(TILE_KEYS)[:, None]), np.intp
+        )
 
 
 @lru_cache
@@ -184,9 +188,15 @@ class Scales:
 
     def __post_init__(self) -> None:
         heads = self.q_scale.shape
-        assert len(heads) == 1 and self.k_scale.shape == heads, f"{self.q_scale.shape=} {self.k_scale.shape=}"
-        assert self.k_mean.shape == self.v_scale.shape and self.v_scale.shape[:1] == heads, f"{self.k_mean.shape=} {self.v_scale.shape=}"
-        assert all((scale > 0).all() for scale in (self.q_scale, self.k_scale, self.v_scale)), "a scale is not positive"
+        assert len(heads) == 1 and self.k_scale.shape == heads, (
+            f"{self.q_scale.shape=} {self.k_scale.shape=}"
+        )
+        assert self.k_mean.shape == self.v_scale.shape and self.v_scale.shape[:1] == heads, (
+            f"{self.k_mean.shape=} {self.v_scale.shape=}"
+        )
+        assert all((scale > 0).all() for scale in (self.q_scale, self.k_scale, self.v_scale)), (
+            "a scale is not positive"
+        )
 
     def quantise_q(self, q: NDArray[Any]) -> Bytes:
         """[.., H, D] -> e4m3 bytes."""
@@ -202,7 +212,9 @@ class Scales:
 
 
 def _quantise(x: Floats, scale: Floats) -> Bytes:
-    with np.errstate(over="ignore"):  # an infinite quotient saturates like any other that is too large
+    with np.errstate(
+        over="ignore"
+    ):  # an infinite quotient saturates like any other that is too large
         return encode(x / scale)
 
 
@@ -211,9 +223,17 @@ def calibrate(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], smooth_k: bool 
 
     `smooth_k` subtracts the mean of K over the samples first. Values beyond the samples' range saturate.
     """
-    assert q.shape[1:] == k.shape[1:] == v.shape[1:] and q.ndim == 3, f"{q.shape=} {k.shape=} {v.shape=}"
-    k_mean = k.astype(np.float64).mean(0).astype(np.float32) if smooth_k else np.zeros(k.shape[1:], np.float32)
-    return Scales(_scale(q, (0, 2)), _scale(k.astype(np.float32) - k_mean, (0, 2)), k_mean, _scale(v, (0,)))
+    assert q.shape[1:] == k.shape[1:] == v.shape[1:] and q.ndim == 3, (
+        f"{q.shape=} {k.shape=} {v.shape=}"
+    )
+    k_mean = (
+        k.astype(np.float64).mean(0).astype(np.float32)
+        if smooth_k
+        else np.zeros(k.shape[1:], np.float32)
+    )
+    return Scales(
+        _scale(q, (0, 2)), _scale(k.astype(np.float32) - k_mean, (0, 2)), k_mean, _scale(v, (0,))
+    )
 
 
 def _scale(x: NDArray[Any], axes: tuple[int, ...]) -> Floats:
@@ -230,20 +250,32 @@ def pack(k: NDArray[Any], v: NDArray[Any], scales: Scales) -> tuple[Bytes, Bytes
     tokens, heads, head_dim = k.shape
     shape, shapes = geometry(head_dim), image_shape(heads, tokens, head_dim)
     images = []
-    for codes, offsets in ((scales.quantise_k(k), shape.k_offsets), (scales.quantise_v(v), shape.v_offsets)):
+    for codes, offsets in (
+        (scales.quantise_k(k), shape.k_offsets),
+        (scales.quantise_v(v), shape.v_offsets),
+    ):
         image = np.zeros(shapes, np.uint8)
         image.reshape(heads, -1)[:, _index(0, tokens, offsets)] = codes.swapaxes(0, 1)  # [H, T, D]
         images.append(image)
     return images[0], images[1]
 
 
-def commit(k_block: Bytes, v_block: Bytes, tokens: int, slot: int, k_cache: Bytes, v_cache: Bytes) -> None:
+def commit(
+    k_block: Bytes, v_block: Bytes, tokens: int, slot: int, k_cache: Bytes, v_cache: Bytes
+) -> None:
     """Move the `tokens` of a block image into the caches, in place, from token `slot` on; `slot` is any number. No other token changes."""
     shape = geometry_of(k_cache)
     assert k_cache.shape == v_cache.shape, f"{k_cache.shape=} {v_cache.shape=}"
-    assert k_block.shape == v_block.shape == (len(k_cache), tiles(tokens), shape.tile_bytes), f"{k_block.shape=} {v_block.shape=} {tokens=}"
-    assert slot >= 0 and tiles(slot + tokens) <= k_cache.shape[1], f"{slot=} {tokens=} {k_cache.shape=}"
-    for block, cache, offsets in ((k_block, k_cache, shape.k_offsets), (v_block, v_cache, shape.v_offsets)):
+    assert k_block.shape == v_block.shape == (len(k_cache), tiles(tokens), shape.tile_bytes), (
+        f"{k_block.shape=} {v_block.shape=} {tokens=}"
+    )
+    assert slot >= 0 and tiles(slot + tokens) <= k_cache.shape[1], (
+        f"{slot=} {tokens=} {k_cache.shape=}"
+    )
+    for block, cache, offsets in (
+        (k_block, k_cache, shape.k_offsets),
+        (v_block, v_cache, shape.v_offsets),
+    ):
         source, target = _index(0, tokens, offsets), _index(slot, tokens, offsets)
         cache.reshape(len(cache), -1)[:, target] = block.reshape(len(block), -1)[:, source]
 
@@ -251,7 +283,9 @@ def commit(k_block: Bytes, v_block: Bytes, tokens: int, slot: int, k_cache: Byte
 def unpack_codes(k_image: Bytes, v_image: Bytes, tokens: int) -> tuple[Bytes, Bytes]:
     """The e4m3 bytes of the first `tokens` of an image, in token order: two of [n, H, D]."""
     shape = geometry_of(k_image)
-    assert k_image.shape == v_image.shape and 0 <= tokens <= k_image.shape[1] * TILE_KEYS, f"{k_image.shape=} {v_image.shape=} {tokens=}"
+    assert k_image.shape == v_image.shape and 0 <= tokens <= k_image.shape[1] * TILE_KEYS, (
+        f"{k_image.shape=} {v_image.shape=} {tokens=}"
+    )
     k, v = (
         image.reshape(len(image), -1)[:, _index(0, tokens, offsets)].swapaxes(0, 1)
         for image, offsets in ((k_image, shape.k_offsets), (v_image, shape.v_offsets))
@@ -270,39 +304,3 @@ def _index(first: int, count: int, offsets: Index) -> Index:
     token = np.arange(first, first + count)
     index: Index = (token // TILE_KEYS * offsets.size)[:, None] + offsets[token % TILE_KEYS]
     return index
-
-
-# --- what wgmma (m64nNk32, e4m3) imposes ---
-
-
-def descriptor(address: int, swizzle: Swizzle) -> int:
-    """Shared-memory matrix descriptor of a K-major operand that starts at byte `address`; the next 32 bytes along K are at descriptor + 2.
-
-    bits 0-13   address / 16
-    bits 16-29  leading byte offset / 16: ignored for swizzled K-major operands, by convention 1
-    bits 32-45  stride byte offset / 16: from one group of 8 rows to the next
-    bits 49-51  base offset: 0, because tiles are aligned to `swizzle.group_bytes`
-    bits 62-63  swizzle
-    """
-    assert 0 <= address < 1 << 18 and address % 16 == 0, f"{address=} cannot be written into a descriptor"
-    return address >> 4 | 1 << 16 | swizzle.group_bytes >> 4 << 32 | swizzle.code << 62
-
-
-def d_fragment(thread: Any, register: Any) -> tuple[Any, Any]:
-    """(row, column) of the 64 x N result in float32 register `register` (0 .. N / 2 - 1) of `thread` (0 .. 127)."""
-    warp, lane = thread >> 5, thread & 31
-    return 16 * warp + (lane >> 2) + 8 * (register >> 1 & 1), 8 * (register >> 2) + 2 * (lane & 3) + (register & 1)
-
-
-def a_fragment(thread: Any, register: Any, byte: Any) -> tuple[Any, Any]:
-    """(row, column) of the 64 x 32 operand A in `byte` of 32-bit register `register` (0 .. 3) of `thread` (0 .. 127)."""
-    warp, lane = thread >> 5, thread & 31
-    return 16 * warp + (lane >> 2) + 8 * (register & 1), 16 * (register >> 1) + 4 * (lane & 3) + byte
-
-
-def a_source(half: Any, register: Any, byte: Any) -> Any:
-    """Which float32 register of the scores becomes `byte` of register `register` of A, for keys 32 * half ..: always one of the same thread.
-
-    The columns of A are thereby not in key order: column c holds key kappa(c). V tiles are stored to match.
-    """
-    return 16 * half + 8 * (register >> 1) + 2 * (register & 1) + 4 * (byte >> 1) + (byte & 1)

@@ -30,7 +30,12 @@ PTX_VERSION = "8.6"
 OLDEST_DRIVER = 12070  # of CUDA 12.7, the first to read PTX 8.6
 OLDEST_NVRTC = (12, 8)
 QUERY_ROWS = 128  # of one thread block of aapt_attend
-OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v", "--ptxas-options=-warn-spills")
+OPTIONS = (
+    "--gpu-architecture=sm_90a",
+    "--std=c++17",
+    "--ptxas-options=-v",
+    "--ptxas-options=-warn-spills",
+)
 MAGIC = b"aapt-kernels-1\n"
 
 
@@ -43,11 +48,27 @@ class Abi(NamedTuple):
 
 
 ABI = {
-    "aapt_pack": Abi(("k", "v", "k_scale", "k_mean", "v_scale"), ("T", "H"), ("k_block", "v_block")),
-    "aapt_attend": Abi(
-        ("q", "k_block", "v_block", "k_cache", "v_cache", "cache_len", "q_scale", "k_scale", "v_scale"), ("T", "H", "cache_tiles"), ("out",)
+    "aapt_pack": Abi(
+        ("k", "v", "k_scale", "k_mean", "v_scale"), ("T", "H"), ("k_block", "v_block")
     ),
-    "aapt_commit": Abi(("k_block", "v_block", "slot"), ("T", "H", "cache_tiles"), ("k_cache", "v_cache")),
+    "aapt_attend": Abi(
+        (
+            "q",
+            "k_block",
+            "v_block",
+            "k_cache",
+            "v_cache",
+            "cache_len",
+            "q_scale",
+            "k_scale",
+            "v_scale",
+        ),
+        ("T", "H", "cache_tiles"),
+        ("out",),
+    ),
+    "aapt_commit": Abi(
+        ("k_block", "v_block", "slot"), ("T", "H", "cache_tiles"), ("k_cache", "v_cache")
+    ),
 }
 
 
@@ -105,7 +126,9 @@ def launch_shape(kernel: str, tokens: int, heads: int) -> Shape:
     """The launch of `kernel` for a block of T tokens and H heads."""
     if kernel == "aapt_attend":
         return Shape(-(-tokens // QUERY_ROWS), heads, 384)
-    return Shape(tiles(tokens) + (kernel == "aapt_commit"), heads, 256)  # a block that begins inside a tile touches one more
+    return Shape(
+        tiles(tokens) + (kernel == "aapt_commit"), heads, 256
+    )  # a block that begins inside a tile touches one more
 
 
 def source_file() -> Path:
@@ -166,7 +189,9 @@ def compiled(head_dim: int, folder: Path | None = None, defines: tuple[str, ...]
     nvrtc = _nvrtc()
     version = _version(nvrtc)
     source = source_file().read_bytes()
-    key = hashlib.sha256(repr((source, OPTIONS, PTX_VERSION, version, head_dim, defines)).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((source, OPTIONS, PTX_VERSION, version, head_dim, defines)).encode()
+    ).hexdigest()
     path = (folder or cache_folder()) / f"{key}.bin"
     try:
         found = Compiled.of(path.read_bytes())
@@ -200,7 +225,9 @@ def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise MachineError(f"CUDA's Python bindings are not installed: {error}", "pip install 'aapt_deploy[cuda]'") from None
+        raise MachineError(
+            f"CUDA's Python bindings are not installed: {error}", "pip install 'aapt_deploy[cuda]'"
+        ) from None
     return nvrtc
 
 
@@ -209,19 +236,28 @@ def _version(nvrtc: Any) -> tuple[int, int]:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:  # the library is found at the first call
         reason = str(error).splitlines()[0]
-        raise MachineError(f"NVRTC, which compiles the CUDA kernels, is not installed: {reason}", "pip install 'aapt_deploy[cuda]'") from None
+        raise MachineError(
+            f"NVRTC, which compiles the CUDA kernels, is not installed: {reason}",
+            "pip install 'aapt_deploy[cuda]'",
+        ) from None
     if (major, minor) < OLDEST_NVRTC:
         wanted = ".".join(map(str, OLDEST_NVRTC))
-        raise MachineError(f"NVRTC {major}.{minor} is too old for the CUDA kernels: {wanted} or newer", "pip install --upgrade 'aapt_deploy[cuda]'")
+        raise MachineError(
+            f"NVRTC {major}.{minor} is too old for the CUDA kernels: {wanted} or newer",
+            "pip install --upgrade 'aapt_deploy[cuda]'",
+        )
     return int(major), int(minor)
 
 
-def _compile(nvrtc: Any, source: bytes, head_dim: int, defines: tuple[str, ...], version: tuple[int, int]) -> Compiled:
+def _compile(
+    nvrtc: Any, source: bytes, head_dim: int, defines: tuple[str, ...], version: tuple[int, int]
+) -> Compiled:
     def call(function: Any, *arguments: Any) -> Any:
         status, *values = function(*arguments)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise MachineError(
-                f"NVRTC {version[0]}.{version[1]}: {function.__name__} answers {status.name}", "pip install --upgrade 'aapt_deploy[cuda]'"
+                f"NVRTC {version[0]}.{version[1]}: {function.__name__} answers {status.name}",
+                "pip install --upgrade 'aapt_deploy[cuda]'",
             )
         return values[0] if values else None
 
@@ -231,13 +267,27 @@ def _compile(nvrtc: Any, source: bytes, head_dim: int, defines: tuple[str, ...],
         return bytes(buffer)
 
     program = call(nvrtc.nvrtcCreateProgram, source, source_file().name.encode(), 0, [], [])
-    options = [option.encode() for option in (*OPTIONS, f"-DAAPT_HEAD_DIM={head_dim}", *(f"-D{define}" for define in defines))]
+    options = [
+        option.encode()
+        for option in (
+            *OPTIONS,
+            f"-DAAPT_HEAD_DIM={head_dim}",
+            *(f"-D{define}" for define in defines),
+        )
+    ]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        report = read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode(errors="replace")
+        report = (
+            read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+            .rstrip(b"\0")
+            .decode(errors="replace")
+        )
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             first = next((line for line in report.splitlines() if "error" in line), status.name)
-            raise MachineError(f"NVRTC {version[0]}.{version[1]} cannot compile {source_file().name}: {first}", "install the package again")
+            raise MachineError(
+                f"NVRTC {version[0]}.{version[1]} cannot compile {source_file().name}: {first}",
+                "install the package again",
+            )
         ptx = read(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0")
         cubin = read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
     finally:
@@ -247,7 +297,9 @@ def _compile(nvrtc: Any, source: bytes, head_dim: int, defines: tuple[str, ...],
 
 def pinned(ptx: bytes) -> bytes:
     """PTX that calls itself PTX_VERSION: NVRTC writes its own release's, which older drivers refuse without looking further."""
-    rewritten, count = re.subn(rb"(?m)^\.version \d+\.\d+$", f".version {PTX_VERSION}".encode(), ptx)
+    rewritten, count = re.subn(
+        rb"(?m)^\.version \d+\.\d+$", f".version {PTX_VERSION}".encode(), ptx
+    )
     assert count == 1, f"{count} .version lines"
     return rewritten
 
@@ -264,7 +316,10 @@ def check_device(sm: int, name: str, driver: int) -> None:
         )
     if driver < OLDEST_DRIVER:
         found, wanted = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, OLDEST_DRIVER))
-        raise MachineError(f"the NVIDIA driver supports CUDA {found}; the kernels need {wanted}", "update the driver to release 565 or newer")
+        raise MachineError(
+            f"the NVIDIA driver supports CUDA {found}; the kernels need {wanted}",
+            "update the driver to release 565 or newer",
+        )
 
 
 class Kernels:
@@ -281,15 +336,28 @@ class Kernels:
         self._driver, self._library, self._functions = driver, library, functions
         self._dynamic_bytes = {"aapt_attend": attend_bytes}
 
-    def __call__(self, kernel: str, inputs: Sequence[int], numbers: Sequence[int], outputs: Sequence[int], stream: int) -> None:
+    def __call__(
+        self,
+        kernel: str,
+        inputs: Sequence[int],
+        numbers: Sequence[int],
+        outputs: Sequence[int],
+        stream: int,
+    ) -> None:
         """Queue `kernel` on `stream`: device addresses and numbers in the order of its ABI; T and H are the first numbers of each.
 
         Allocates nothing and never synchronises, so it may run inside a stream capture. Raises MachineError when the launch is refused.
         """
         abi = ABI[kernel]
-        assert tuple(map(len, (inputs, numbers, outputs))) == tuple(map(len, abi)), f"{kernel} takes {abi}"
+        assert tuple(map(len, (inputs, numbers, outputs))) == tuple(map(len, abi)), (
+            f"{kernel} takes {abi}"
+        )
         shape = launch_shape(kernel, numbers[0], numbers[1])
-        values = [*map(ctypes.c_uint64, inputs), *map(ctypes.c_int32, numbers), *map(ctypes.c_uint64, outputs)]
+        values = [
+            *map(ctypes.c_uint64, inputs),
+            *map(ctypes.c_int32, numbers),
+            *map(ctypes.c_uint64, outputs),
+        ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         _call(
             self._driver, self._driver.cuLaunchKernel, self._functions[kernel],
@@ -310,19 +378,31 @@ def load(head_dim: int, variant: Variant = Variant()) -> Kernels:  # noqa: B008 
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise MachineError(f"CUDA's Python bindings are not installed: {error}", "pip install 'aapt_deploy[cuda]'") from None
+        raise MachineError(
+            f"CUDA's Python bindings are not installed: {error}", "pip install 'aapt_deploy[cuda]'"
+        ) from None
     call = functools.partial(_call, driver)
     try:
         call(driver.cuInit, 0)
     except RuntimeError as error:  # the library is found at the first call
-        raise MachineError(f"no NVIDIA driver: {str(error).splitlines()[0]}", "install the driver; aapt doctor tells what else is missing") from None
+        raise MachineError(
+            f"no NVIDIA driver: {str(error).splitlines()[0]}",
+            "install the driver; aapt doctor tells what else is missing",
+        ) from None
     device, newest = call(driver.cuCtxGetDevice), int(call(driver.cuDriverGetVersion))
     attribute = driver.CUdevice_attribute
     major, minor = (
         call(driver.cuDeviceGetAttribute, key, device)
-        for key in (attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+        for key in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
     )
-    check_device(10 * int(major) + int(minor), call(driver.cuDeviceGetName, 128, device).rstrip(b"\0").decode(), newest)
+    check_device(
+        10 * int(major) + int(minor),
+        call(driver.cuDeviceGetName, 128, device).rstrip(b"\0").decode(),
+        newest,
+    )
     code = compiled(head_dim, None, variant.defines(head_dim))
     image = code.cubin if newest >= 1000 * code.nvrtc[0] + 10 * code.nvrtc[1] else code.ptx + b"\0"
     library = call(driver.cuLibraryLoadData, image, [], [], 0, [], [], 0)
@@ -338,7 +418,10 @@ def load(head_dim: int, variant: Variant = Variant()) -> Kernels:  # noqa: B008 
 def launcher(layout: str, head_dim: int) -> Kernels:
     """What python_plugin.register wants: the kernels of one cache layout, loaded. Raises MachineError for a layout without kernels, and as `load`."""
     if layout != NAME:
-        raise MachineError(f"there are no kernels for caches in layout {layout}", "build with TensorRT's own attention: --attention native")
+        raise MachineError(
+            f"there are no kernels for caches in layout {layout}",
+            "build with TensorRT's own attention: --attention native",
+        )
     return load(head_dim)
 
 
@@ -354,11 +437,16 @@ class PtxLaunch(NamedTuple):
 def ptx_launch(kernel: str, tokens: int, heads: int, head_dim: int) -> PtxLaunch:
     """`kernel` for a block of T tokens and H heads. Needs NVRTC and no GPU; raises what `compiled` raises."""
     shape = launch_shape(kernel, tokens, heads)
-    return PtxLaunch(kernel, compiled(head_dim).ptx.decode(), (shape.x, shape.y, 1), (shape.threads, 1, 1))
+    return PtxLaunch(
+        kernel, compiled(head_dim).ptx.decode(), (shape.x, shape.y, 1), (shape.threads, 1, 1)
+    )
 
 
 def _call(driver: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     status, *values = function(*arguments)
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise MachineError(f"CUDA: {function.__name__} answers {status.name}", "aapt doctor tells what this machine lacks")
+        raise MachineError(
+            f"CUDA: {function.__name__} answers {status.name}",
+            "aapt doctor tells what this machine lacks",
+        )
     return values[0] if values else None

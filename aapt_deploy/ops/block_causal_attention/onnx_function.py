@@ -1,24 +1,26 @@
-"""BlockCausalAttention in ONNX: what its node means in standard operators, and the form in which ONNX Runtime runs it without copying a cache.
+"""BlockCausalAttention in ONNX: what its node means, in standard operators.
 
-An exported graph holds the node alone. From there on:
+An exported graph has the node alone.
 
-    attach           adds the meaning as a model-local function: the file now runs wherever opset 24 runs; parity checks use it
-    lower_in_place   replaces every node by operators that update the cache where it lies; ONNX Runtime streams with it
-    strip            removes the function; TensorRT gets the bare node, so that a missing plugin is an error and never a silent slow body
-    lower_for_plugin the bare node with the types, cache layout and scales that our TensorRT plugin reads
+    attach   adds the meaning as a model-local function: the file runs wherever opset 24 runs
+    strip    removes the function: TensorRT must refuse a bare node, not take a slow body
 
-All four return a new model. Nothing here runs a graph or knows a bundle.
+Both return a new model. backends/ort/lower.py and backends/trt/lower_attention.py replace the node
+by what their runtimes execute; `check_interface` is for them.
 
-Why the in-place form looks as it does (ONNX Runtime 1.32, two threads, fp32, H = 4, D = 64, ring full, one layer, best of 400, ms):
+Why ONNX Runtime's in-place form looks as it does (ONNX Runtime 1.32, two threads, fp32, H = 4,
+D = 64, ring full, one layer, best of 400, ms):
 
-    cache held as                                  T=84 S=676   T=144 S=2448
-    [1, S, H, D], nonpad_kv_seqlen                    0.34          2.02      the contract's own layout; chosen
-    [1, S, H, D], Slice                               0.39          2.16      copies the valid prefix of K and V; a quarter-full ring takes a third
-    [1, S, H*D], Slice                                0.39          2.18
-    [1, H, S, D], Slice                               0.38          2.12      needs K and V transposed for every block
+    cache                             T=84 S=676   T=144 S=2448
+    [1, S, H, D], nonpad_kv_seqlen      0.34          2.02      the contract's own layout; chosen
+    [1, S, H, D], Slice                 0.39          2.16      copies the valid prefix of K and V;
+                                                                a quarter-full ring takes a third
+    [1, S, H*D], Slice                  0.39          2.18
+    [1, H, S, D], Slice                 0.38          2.12      transposes K and V for every block
 
-`TensorScatter` writes one block, whatever S is, and `Attention` reads the cache where it lies: nothing copies it. The price is that rows beyond
-`valid` are multiplied by zero instead of left out, so they must hold finite numbers; a runtime fills a cache with zeros before its first use.
+`TensorScatter` writes one block, for any S, and `Attention` reads the cache in place: nothing
+copies it. The price is that rows beyond `valid` are multiplied by zero instead of left out, so they
+must be finite. A runtime fills a cache with zeros before its first use.
 """
 
 from collections import Counter
@@ -28,12 +30,12 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, parser
 
 from aapt_deploy.errors import BundleError
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, Ring
-
-OPSET = 24  # the first one with TensorScatter
+from aapt_deploy.ops.block_causal_attention import OPSET as OPSET
 
 PORTABLE = f"""
 <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{NAME} <scale, plugin_namespace, plugin_version> (q, k, v, k_cache, v_cache, cache_len) => (out, k_block, v_block) {{
+{NAME} <scale, plugin_namespace, plugin_version>
+    (q, k, v, k_cache, v_cache, cache_len) => (out, k_block, v_block) {{
     k_block = CastLike(k, k_cache)
     v_block = CastLike(v, v_cache)
     zero = Constant <value_ints = [0]> ()
@@ -55,7 +57,10 @@ PORTABLE = f"""
 
 
 def attach(model: ModelProto) -> ModelProto:
-    """`model` with the node's meaning as a local function. Raises BundleError if the graph is of another opset."""
+    """Add the node's meaning to `model` as a local function.
+
+    Raises BundleError if the graph is of another opset.
+    """
     attached = strip(model)
     _require_opset(attached)
     attached.functions.append(portable())
@@ -63,20 +68,24 @@ def attach(model: ModelProto) -> ModelProto:
 
 
 def portable() -> FunctionProto:
-    """The model-local function."""
+    """Return the model-local function."""
     return parser.parse_function(PORTABLE)
 
 
 def strip(model: ModelProto) -> ModelProto:
-    """`model` without local functions of this domain."""
+    """Return `model` without local functions of this domain."""
     stripped = ModelProto()
     stripped.CopyFrom(model)
-    replace(stripped.functions, [function for function in stripped.functions if function.domain != DOMAIN])
+    kept = [function for function in stripped.functions if function.domain != DOMAIN]
+    replace(stripped.functions, kept)
     return stripped
 
 
 def check_interface(model: ModelProto, ours: list[NodeProto], ring: Ring) -> tuple[int, int]:
-    """Heads and head_dim of the caches. Raises BundleError unless every cache enters, and every block leaves, by the graph itself."""
+    """Return heads and head_dim of the caches.
+
+    Raises BundleError unless every cache is an input of the graph and every block an output.
+    """
     if not ours:
         _refuse(model, f"has no {DOMAIN}::{NAME} node to lower")
     inputs = {value.name: value.type.tensor_type for value in model.graph.input}
@@ -90,15 +99,18 @@ def check_interface(model: ModelProto, ours: list[NodeProto], ring: Ring) -> tup
             if block not in outputs or readers[block]:
                 _refuse(model, f"computes block {block!r}, which is not a graph output alone")
             if inputs[cache].elem_type != TensorProto.FLOAT:
-                _refuse(model, f"has cache {cache!r} of {TensorProto.DataType.Name(inputs[cache].elem_type)}; the in-place form is for FLOAT")
+                kind = TensorProto.DataType.Name(inputs[cache].elem_type)
+                _refuse(model, f"has cache {cache!r} of {kind}; the in-place form is for FLOAT")
             shapes.add(tuple(dim.dim_value for dim in inputs[cache].shape.dim))
     lengths = {node.input[5] for node in ours}
     if len(lengths) != 1 or not lengths <= inputs.keys() or readers[ours[0].input[5]] != len(ours):
-        _refuse(model, f"takes its cache length from {sorted(lengths)}, not from one graph input that serves only this")
+        wanted = "one graph input that serves only this"
+        _refuse(model, f"takes its cache length from {sorted(lengths)}, not from {wanted}")
     tokens = ring.with_in_place(False).tokens
     shape = min(shapes)
     if len(shapes) != 1 or len(shape) != 4 or shape[:2] != (1, tokens):
-        _refuse(model, f"has caches of shape {sorted(shapes)}; the profile's ring needs one shape [1, {tokens}, heads, head_dim]")
+        needed = f"the profile's ring needs one shape [1, {tokens}, heads, head_dim]"
+        _refuse(model, f"has caches of shape {sorted(shapes)}; {needed}")
     return shape[2], shape[3]
 
 
@@ -109,7 +121,8 @@ def _require_opset(model: ModelProto) -> None:
 
 
 def _refuse(model: ModelProto, reason: str) -> NoReturn:
-    raise BundleError(f"graph {model.graph.name!r} {reason}", "export the checkpoint again with this version")
+    hint = "export the checkpoint again with this version"
+    raise BundleError(f"graph {model.graph.name!r} {reason}", hint)
 
 
 def is_ours(node: NodeProto) -> bool:
@@ -117,6 +130,6 @@ def is_ours(node: NodeProto) -> bool:
 
 
 def replace(field: Any, values: list[Any]) -> None:
-    """Give a repeated protobuf field new contents; `values` may come from the field itself."""
+    """Set a repeated protobuf field; `values` may come from the field itself."""
     del field[:]
     field.extend(values)

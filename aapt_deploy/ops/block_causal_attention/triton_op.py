@@ -1,8 +1,9 @@
-"""The op on any NVIDIA GPU with token-major caches in bf16 (or fp16, fp32): a plain flash kernel in Triton, and nothing clever.
+"""The op on any NVIDIA GPU with token-major caches in bf16 (or fp16, fp32).
 
-It is the form for GPUs and precisions without FP8, and the independent checker of the FP8 kernels. Importing it makes
-`torch.ops.aapt.block_causal_attention` run on CUDA tensors. The cache and the block itself are two runs of keys; the cache's valid length is read
-from device memory, so one CUDA graph serves every step.
+A plain flash kernel in Triton, for GPUs and precisions without FP8, and to check the FP8 kernels
+independently. Importing it makes `torch.ops.aapt.block_causal_attention` run on CUDA tensors.
+The cache and the block are two runs of keys. The cache's valid length is read from device
+memory, so one CUDA graph serves every step.
 """
 
 import torch
@@ -17,14 +18,19 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _visit(q, k, v, length, scale, acc, maximum, total, stride, D: tl.constexpr, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys 0 .. length - 1 of one head, rows `stride` apart, into the running softmax. q [ROWS, D], acc [ROWS, D], maximum and total [ROWS]."""
+def _visit(q, k, v, length, scale, acc, maximum, total, stride,  # type: ignore[no-untyped-def]
+           D: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+    """Add keys 0 .. length - 1 of one head, rows `stride` apart, to the running softmax.
+
+    q [ROWS, D], acc [ROWS, D], maximum and total [ROWS].
+    """
     column = tl.arange(0, D)
     for first in range(0, length, KEYS):
         key = first + tl.arange(0, KEYS)
         at = key[:, None].to(tl.int64) * stride + column[None, :]
         inside = key[:, None] < length
-        scores = tl.dot(q, tl.trans(tl.load(k + at, mask=inside, other=0.0)), input_precision="ieee") * scale  # [ROWS, KEYS]
+        keys = tl.trans(tl.load(k + at, mask=inside, other=0.0))
+        scores = tl.dot(q, keys, input_precision="ieee") * scale  # [ROWS, KEYS]
         scores = tl.where(key[None, :] < length, scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
@@ -48,25 +54,43 @@ def _attend(q, k, v, k_cache, v_cache, cache_len, out, T, scale,  # type: ignore
     acc = tl.zeros([ROWS, D], tl.float32)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc, maximum, total = _visit(queries, k + head * D, v + head * D, T, scale, acc, maximum, total, H * D, D, KEYS)
-    acc, maximum, total = _visit(queries, k_cache + head * D, v_cache + head * D, tl.load(cache_len), scale, acc, maximum, total, H * D, D, KEYS)
+    acc, maximum, total = _visit(
+        queries, k + head * D, v + head * D, T, scale, acc, maximum, total, H * D, D, KEYS
+    )
+    k_past, v_past, length = k_cache + head * D, v_cache + head * D, tl.load(cache_len)
+    acc, maximum, total = _visit(
+        queries, k_past, v_past, length, scale, acc, maximum, total, H * D, D, KEYS
+    )
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 @torch_op.operator.register_kernel("cuda")
-def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [1, T, H, D] and caches [1, S, H, D] of one dtype, cache_len int32 [1] -> out like q, and the block's k and v. D is a power of 2."""
-    return attended(q, k, v, k_cache, v_cache, cache_len), k.contiguous().clone(), v.contiguous().clone()
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [1, T, H, D], caches [1, S, H, D], cache_len int32 [1] -> out, k, v.
+
+    All of one dtype. out is like q; k and v are the block's own. D is a power of 2.
+    """
+    out = attended(q, k, v, k_cache, v_cache, cache_len)
+    return out, k.contiguous().clone(), v.contiguous().clone()
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor) -> Tensor:
-    """`attend` without copies of the block."""
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor
+) -> Tensor:
+    """Compute `attend` without copies of the block."""
     streams, tokens, heads, dim = q.shape
-    assert streams == 1, f"{q.shape=}: several streams at once are for training, which takes the plain form"
-    assert q.dtype == k_cache.dtype == v_cache.dtype and dim & dim - 1 == 0, f"{q.dtype=} {k_cache.dtype=} {dim=}"
+    assert streams == 1, f"{q.shape=}: several streams are for training, in the plain form"
+    assert q.dtype == k_cache.dtype == v_cache.dtype, f"{q.dtype=} {k_cache.dtype=}"
+    assert dim & dim - 1 == 0, f"{dim=}"
     q, k, v = (x.contiguous() for x in (q, k, v))
     assert k_cache.is_contiguous() and v_cache.is_contiguous()
     out = torch.empty_like(q)
     grid = (triton.cdiv(tokens, ROWS), heads)
-    _attend[grid](q, k, v, k_cache, v_cache, cache_len, out, tokens, softmax_scale(dim) * LOG2_E, H=heads, D=dim, ROWS=ROWS, KEYS=KEYS)
+    scale = softmax_scale(dim) * LOG2_E
+    _attend[grid](
+        q, k, v, k_cache, v_cache, cache_len, out, tokens, scale,
+        H=heads, D=dim, ROWS=ROWS, KEYS=KEYS,
+    )  # fmt: skip
     return out

@@ -100,8 +100,7 @@ def refuse_other_clips(folder: Path, profile: Profile, blocks: int) -> None:
             wanted = f"{length} of {v.width}x{v.height}"
             raise InputError(
                 f"clip {path} has {frames} frames of {width}x{height}, not {wanted}",
-                "name another folder, ask for that length and profile, "
-                "or add --force to have clips that do not fit made again",
+                "name another folder, ask for that length and profile, or add --force to have clips that do not fit made again",
             )
 
 

@@ -1,7 +1,8 @@
-"""`aapt build-engine --backend tensorrt` as a whole, over an emulated device; a fake TensorRT's plans are the lowered graphs.
+"""`aapt build-engine --backend tensorrt` over an emulated device.
 
-What is executed is everything of ours: choosing a form, lowering, keeping plans, the audit, the engine that the bundle gets, the comparison with
-ONNX Runtime, the timing, the manifest, and then a stream from it. TensorRT's own API is for tests/backends/trt/bindings/contract_build.py.
+Fake plans are lowered graphs. Everything of ours runs: choosing a form, lowering, keeping plans,
+the audit, the engine of the bundle, the comparison with ONNX Runtime, the timing, the manifest,
+and then a stream from it. TensorRT's own API is for bindings/contract_build.py.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from aapt_deploy.backends.trial import Options
 from aapt_deploy.backends.trt import build, cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
-from aapt_deploy.backends.trt.plan_file import Layer
+from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.cli import console
 from aapt_deploy.errors import BundleError, MachineError, ParityError, UsageError
@@ -33,34 +34,66 @@ from tests.support.tiny import frames_of
 from tests.support.trt_plans import assert_same, toy_scales
 
 
-def made(path: Path, said: list[str] | None = None, precision: str | None = "fp32", attention: str = "auto") -> Bundle:
+def made(
+    path: Path,
+    said: list[str] | None = None,
+    precision: str | None = "fp32",
+    attention: str = "auto",
+) -> Bundle:
     opened = Bundle.open(path)
-    build_engine(opened, "tensorrt", precision, Options((said if said is not None else []).append, attention))
+    build_engine(
+        opened, "tensorrt", precision, Options((said if said is not None else []).append, attention)
+    )
     return opened
 
 
-def test_an_engine_is_built_compared_timed_and_streams(bare: Path, bundle: Path, here: TensorRT) -> None:
+def test_an_engine_is_built_compared_timed_and_streams(
+    bare: Path, bundle: Path, here: TensorRT
+) -> None:
     said: list[str] = []
     opened = made(bare, said)
     assert here.built == ["generator", "encoder", "prompt", "decoder"]
     entry = opened.engines["tensorrt-fp32"]
-    assert (entry["plugin"], entry["cache_layout"], entry["precision"], entry["cuda_graph"]) == ("native", "token_major", "fp32", True)
-    assert entry["parity"]["encoder"] < 1e-5 and entry["parity"]["generator"] < 1e-5 and entry["psnr_db"] > 60 and entry["step_ms"] > 0
+    assert (entry["plugin"], entry["cache_layout"], entry["precision"], entry["cuda_graph"]) == (
+        "native",
+        "token_major",
+        "fp32",
+        True,
+    )
+    assert (
+        entry["parity"]["encoder"] < 1e-5
+        and entry["parity"]["generator"] < 1e-5
+        and entry["psnr_db"] > 60
+        and entry["step_ms"] > 0
+    )
     assert entry["audit"]["generator"] | {"layers": 0} == {
-        "layers": 0, "plugins": 0, "fp8": 0, "reformats": 0, "attention": 2, "plugins_expected": 0, "fp8_expected": 0, "attention_expected": 2,
+        "layers": 0, "plugins": 0, "fp8": 0, "reformats": 0, "attention": 2, "plugins_expected": 0,
+        "fp8_expected": 0, "attention_expected": 2,
     }  # fmt: skip
     receipt = entry["receipts"]["generator"]
-    assert (receipt["tensorrt"], receipt["sm"], receipt["cuda"], receipt["driver"], receipt["gpu"]) == (
+    assert (
+        receipt["tensorrt"],
+        receipt["sm"],
+        receipt["cuda"],
+        receipt["driver"],
+        receipt["gpu"],
+    ) == (
         VERSION,
         90,
         "13.0",
         "580.65.06",
         "Emulated H100",
     )
-    assert receipt["kernels"] == "" and receipt["graph_sha256"] == opened.manifest["files"]["generator.onnx"]["sha256"]
+    assert (
+        receipt["kernels"] == ""
+        and receipt["graph_sha256"] == opened.manifest["files"]["generator.onnx"]["sha256"]
+    )
     assert any("attention in form native (our kernels need" in line for line in said)
     opened.verify()
-    ours, reference = open_engines(Bundle.open(bare), "tensorrt"), open_engines(Bundle.open(bundle), "onnxruntime", "fp32")
+    ours, reference = (
+        open_engines(Bundle.open(bare), "tensorrt"),
+        open_engines(Bundle.open(bundle), "onnxruntime", "fp32"),
+    )
     assert_same(frames_of(ours, opened, 5), frames_of(reference, Bundle.open(bundle), 5))
     ours.close()
     reference.close()
@@ -87,7 +120,9 @@ def test_what_is_built_with_the_same_inputs_is_kept(bare: Path, here: TensorRT) 
 
 
 @pytest.mark.parametrize("change", ["tensorrt", "gpu", "graph", "driver", "plan"])
-def test_a_stale_or_foreign_plan_is_built_anew(bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_a_stale_or_foreign_plan_is_built_anew(
+    bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
     entry = made(bare).engines["tensorrt-fp32"]
     stale = ["generator", "encoder", "prompt", "decoder"]
     if change == "tensorrt":
@@ -106,8 +141,13 @@ def test_a_stale_or_foreign_plan_is_built_anew(bare: Path, here: TensorRT, monke
     assert here.built[4:] == stale
 
 
-@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), BundleError("TensorRT cannot build it"), MachineError("out of memory")])
-def test_a_build_that_stops_leaves_the_bundle_and_goes_on_where_it_was(bare: Path, here: TensorRT, stopped: BaseException) -> None:
+@pytest.mark.parametrize(
+    "stopped",
+    [KeyboardInterrupt(), BundleError("TensorRT cannot build it"), MachineError("out of memory")],
+)
+def test_a_build_that_stops_leaves_the_bundle_and_goes_on_where_it_was(
+    bare: Path, here: TensorRT, stopped: BaseException
+) -> None:
     before = (bare / "manifest.json").read_bytes()
 
     def stop(graph: str) -> None:
@@ -117,7 +157,11 @@ def test_a_build_that_stops_leaves_the_bundle_and_goes_on_where_it_was(bare: Pat
     here.at_build = stop
     with pytest.raises(type(stopped)):
         made(bare)
-    assert (bare / "manifest.json").read_bytes() == before and not list(bare.glob(".stage-*")) and not (bare / "engines").exists()
+    assert (
+        (bare / "manifest.json").read_bytes() == before
+        and not list(bare.glob(".stage-*"))
+        and not (bare / "engines").exists()
+    )
     here.at_build = lambda graph: None
     made(bare)
     assert here.built == ["generator", "encoder", "prompt", "decoder"]
@@ -143,24 +187,42 @@ def test_a_plan_that_waits_and_was_damaged_is_not_trusted(bare: Path, here: Tens
 
 def test_a_plan_that_computes_something_else_is_refused(bare: Path, here: TensorRT) -> None:
     before = (bare / "manifest.json").read_bytes()
-    for graph, name, said in (("generator", "clean", "generator differs by"), ("decoder", "frames", "frames have"), ("encoder", "latent", "encoder")):
+    for graph, name, said in (
+        ("generator", "clean", "generator differs by"),
+        ("decoder", "frames", "frames have"),
+        ("encoder", "latent", "encoder"),
+    ):
         here.change = lambda found, outputs, graph=graph, name=name: (  # type: ignore[misc]
-            outputs.update({name: (255 - outputs[name] if name == "frames" else outputs[name] * np.float32("nan"))}) if found == graph else None
+            outputs.update(
+                {
+                    name: (
+                        255 - outputs[name]
+                        if name == "frames"
+                        else outputs[name] * np.float32("nan")
+                    )
+                }
+            )
+            if found == graph
+            else None
         )
         with pytest.raises(ParityError, match=said):
             made(bare)
         assert (bare / "manifest.json").read_bytes() == before
 
 
-def test_a_plugin_where_none_was_meant_is_refused_and_its_plan_is_not_kept(bare: Path, here: TensorRT) -> None:
-    here.layers = lambda layers: [*layers, Layer("mine", "PluginV3", "", (), ())]
+def test_a_plugin_where_none_was_meant_is_refused_and_its_plan_is_not_kept(
+    bare: Path, here: TensorRT
+) -> None:
+    here.layers = lambda layers: [*layers, PlanLayer("mine", "PluginV3", "", (), ())]
     with pytest.raises(ParityError, match="1 layers instead of 0"):
         made(bare)
     assert list((receipts.cache_folder() / "unfinished").iterdir()) == []
 
 
-def test_attention_that_is_not_fused_and_many_reformats_are_told(bare: Path, here: TensorRT) -> None:
-    reformats = [Layer(f"reformat {index}", "Reformat", "", (), ()) for index in range(5)]
+def test_attention_that_is_not_fused_and_many_reformats_are_told(
+    bare: Path, here: TensorRT
+) -> None:
+    reformats = [PlanLayer(f"reformat {index}", "Reformat", "", (), ()) for index in range(5)]
     here.layers = lambda layers: [*(layer for layer in layers if layer.kind != "fmha"), *reformats]
     said: list[str] = []
     made(bare, said)
@@ -172,14 +234,17 @@ def test_attention_that_is_not_fused_and_many_reformats_are_told(bare: Path, her
 
 
 def fp8_bundle(path: Path) -> Bundle:
-    """The bundle as if it had been exported in fp8; its graphs stay as they are, which is enough to choose a form."""
+    """The bundle as if exported in fp8; its graphs stay, which is enough to choose a form."""
     from aapt_deploy.bundle import bundle, scales
 
     profile = Bundle.open(path).profile
     scales.save(scales.Scales({}, toy_scales(profile), {}), path / scales.FILE)
     manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
     manifest.pop(bundle.SEAL)
-    manifest["precision"], manifest["files"][scales.FILE] = "fp8", bundle._describe(path / scales.FILE)
+    manifest["precision"], manifest["files"][scales.FILE] = (
+        "fp8",
+        bundle._describe(path / scales.FILE),
+    )
     bundle._write_manifest(path, manifest)
     return Bundle.open(path)
 
@@ -192,11 +257,18 @@ def attempt(path: Path, attention: str = "auto") -> list[str]:
     return said
 
 
-def test_without_proof_the_form_is_tensorrt_s_own_and_the_reason_is_told(bare: Path, here: TensorRT) -> None:
+def test_without_proof_the_form_is_tensorrt_s_own_and_the_reason_is_told(
+    bare: Path, here: TensorRT
+) -> None:
     fp8_bundle(bare)
     here.at_build = lambda graph: (_ for _ in ()).throw(KeyboardInterrupt)
-    assert any("form native (aapt doctor --tensorrt has not been run on this machine" in line for line in attempt(bare))
-    with pytest.raises(MachineError, match="'python' is not proved here: aapt doctor --tensorrt has not been run"):
+    assert any(
+        "form native (aapt doctor --tensorrt has not been run on this machine" in line
+        for line in attempt(bare)
+    )
+    with pytest.raises(
+        MachineError, match="'python' is not proved here: aapt doctor --tensorrt has not been run"
+    ):
         attempt(bare, "python")
 
 
@@ -207,7 +279,10 @@ def test_a_proved_form_that_fails_gives_way_and_says_so(bare: Path, here: Tensor
     here.at_build = lambda graph: (_ for _ in ()).throw(KeyboardInterrupt)
     said = attempt(bare)
     assert any("form python (proved here)" in line for line in said)
-    assert any("warning: attention in form python failed" in line and "going on with native" in line for line in said)
+    assert any(
+        "warning: attention in form python failed" in line and "going on with native" in line
+        for line in said
+    )
     with pytest.raises(BundleError, match="head_dim 16"):
         attempt(bare, "python")
 
@@ -226,22 +301,33 @@ def test_everything_that_a_plan_is_made_of_changes_its_hash(bare: Path, here: Te
     device = cuda.Device(here.driver)
     found = device.gpu(VERSION, "k" * 64)
     device.close()
-    choices = receipts.choose({name: Proof(name, True, "", 1.0) for name in receipts.PROBES}, fp8=True)
+    choices = receipts.choose(
+        {name: Proof(name, True, "", 1.0) for name in receipts.PROBES}, fp8=True
+    )
     order = build.Order(fp8_bundle(bare), "fp8", choices[0], found, None, print, None)
     orders = [
-        order, replace(order, precision="bf16"), *(replace(order, choice=choice) for choice in choices[1:]),
-        replace(order, choice=replace(choices[0], packed=True)), replace(order, here=replace(found, sm=89)),
-        replace(order, here=replace(found, tensorrt="10.16.1.11")), replace(order, here=replace(found, kernels="o" * 64)),
+        order, replace(order, precision="bf16"),
+        *(replace(order, choice=choice) for choice in choices[1:]),
+        replace(order, choice=replace(choices[0], packed=True)),
+        replace(order, here=replace(found, sm=89)),
+        replace(order, here=replace(found, tensorrt="10.16.1.11")),
+        replace(order, here=replace(found, kernels="o" * 64)),
     ]  # fmt: skip
     assert len({build.inputs_hash(one, "generator") for one in orders}) == len(orders)
-    assert len({build.inputs_hash(one, "decoder") for one in orders}) == 4  # neither form nor kernels concern it
+    assert (
+        len({build.inputs_hash(one, "decoder") for one in orders}) == 4
+    )  # neither form nor kernels concern it
 
 
 # --- before any work ---
 
 
-def test_what_does_not_fit_the_bundle_or_does_not_exist_is_refused(bare: Path, here: TensorRT) -> None:
-    with pytest.raises(UsageError, match="holds graphs in fp32; tensorrt builds bf16 and fp32 from them, not fp8") as caught:
+def test_what_does_not_fit_the_bundle_or_does_not_exist_is_refused(
+    bare: Path, here: TensorRT
+) -> None:
+    with pytest.raises(
+        UsageError, match="holds graphs in fp32; tensorrt builds bf16 and fp32 from them, not fp8"
+    ) as caught:
         made(bare, precision="fp8")
     assert "aapt export CKPT -o OTHER --precision fp8" in caught.value.hint
     with pytest.raises(UsageError, match="int8"):
@@ -250,7 +336,9 @@ def test_what_does_not_fit_the_bundle_or_does_not_exist_is_refused(bare: Path, h
         made(bare, attention="magic")
     assert caught.value.hint == "forms: auto, python, aot, native"
     fp8_bundle(bare)
-    with pytest.raises(UsageError, match="holds graphs in fp8; tensorrt builds fp8 from them, not bf16"):
+    with pytest.raises(
+        UsageError, match="holds graphs in fp8; tensorrt builds fp8 from them, not bf16"
+    ):
         made(bare, precision="bf16")
     here.driver.sm = 80
     with pytest.raises(MachineError, match="SM 80; products in FP8 need SM 89"):
@@ -258,20 +346,26 @@ def test_what_does_not_fit_the_bundle_or_does_not_exist_is_refused(bare: Path, h
     assert not here.built
 
 
-def test_without_room_on_the_gpu_nothing_is_begun(bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_on_the_gpu_nothing_is_begun(
+    bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan of a large preset, and less memory than it needs."""
-    large = build.plan(profiles.load("aapt-8b-736x416-h100"))
-    monkeypatch.setattr(build, "plan", lambda profile: large)
+    large = build.cost_of(profiles.load("aapt-8b-736x416-h100"))
+    monkeypatch.setattr(build, "cost_of", lambda profile: large)
     here.driver.free = 20_000_000_000
     assert large.total_gb > 25
     with pytest.raises(
-        MachineError, match=rf"profile tiny-cpu needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are free on Emulated H100"
+        MachineError,
+        match=rf"profile tiny-cpu needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are free on "
+        "Emulated H100",
     ) as caught:
         made(bare)
     assert "aapt plan" in caught.value.hint and not here.built
 
 
-def test_without_tensorrt_two_lines_and_exit_5(bare: Path, aapt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorrt_two_lines_and_exit_5(
+    bare: Path, aapt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "aapt_deploy.backends.trt.api", raising=False)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     ran = aapt("build-engine", bare, "--backend", "tensorrt")
@@ -295,7 +389,8 @@ def test_phases_are_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixtu
         phases.done("Timing")
         phases.done("Building engine")
     assert capsys.readouterr().err.splitlines() == [
-        "building", "tensorrt-fp8: building generator", "tensorrt-fp8: building generator: Building engine",
+        "building", "tensorrt-fp8: building generator",
+        "tensorrt-fp8: building generator: Building engine",
     ]  # fmt: skip
 
 
@@ -306,14 +401,21 @@ def test_phases_are_bars_on_a_terminal() -> None:
     from rich.progress import Progress as Bars
 
     out = StringIO()
-    with Bars(console=Console(file=out, force_terminal=True, width=100), refresh_per_second=1000, transient=True) as bars:
+    with Bars(
+        console=Console(file=out, force_terminal=True, width=100),
+        refresh_per_second=1000,
+        transient=True,
+    ) as bars:
         phases = console.Phases(bars)
         phases.phase("Building engine", None, 4)
         phases.phase("Timing", "Building engine", 0)
         phases.step("Building engine", 1)
         phases.step("unknown", 1)
         bars.refresh()
-        assert [(task.description, task.completed, task.total) for task in bars.tasks] == [("Building engine", 2, 4), ("  Timing", 0, None)]
+        assert [(task.description, task.completed, task.total) for task in bars.tasks] == [
+            ("Building engine", 2, 4),
+            ("  Timing", 0, None),
+        ]
         phases.done("Timing")
         phases.done("Building engine")
         assert not bars.tasks
@@ -323,10 +425,21 @@ def test_phases_are_bars_on_a_terminal() -> None:
 def test_ctrl_c_while_building_is_exit_130(bare: Path, here: TensorRT, aapt: Any) -> None:
     here.at_build = lambda graph: signal.raise_signal(signal.SIGINT)
     ran = aapt("build-engine", bare, "--backend", "tensorrt", "--precision", "fp32")
-    assert ran.code == 130 and "error" not in ran.err and "tensorrt-fp32" not in Bundle.open(bare).engines
+    assert (
+        ran.code == 130
+        and "error" not in ran.err
+        and "tensorrt-fp32" not in Bundle.open(bare).engines
+    )
 
 
 def test_help_says_what_was_not_run() -> None:
     for command in ("build-engine", "doctor"):
-        done = subprocess.run([sys.executable, "-m", "aapt_deploy", command, "--help"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and "never run by us on TensorRT" in " ".join(done.stdout.split())
+        done = subprocess.run(
+            [sys.executable, "-m", "aapt_deploy", command, "--help"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 and "never run by us on TensorRT" in " ".join(
+            done.stdout.split()
+        )

@@ -38,7 +38,11 @@ class Machine:
 
     def open_plan(self, file: Path) -> cuda_emulator.Plan:
         self.opened.append(file.stem)
-        return cuda_emulator.Plan(self.driver, tensors_of(signatures(self.profile)[file.stem]), by_onnx(self.bundle / f"{file.stem}.onnx"))
+        return cuda_emulator.Plan(
+            self.driver,
+            tensors_of(signatures(self.profile)[file.stem]),
+            by_onnx(self.bundle / f"{file.stem}.onnx"),
+        )
 
 
 @pytest.fixture
@@ -49,14 +53,29 @@ def here(bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setitem(sys.modules, "aapt_deploy.backends.trt.api", module)
     monkeypatch.setattr(engine, "with_driver", lambda: cuda.Device(machine.driver))
     yield machine
-    assert not (machine.driver.held or machine.driver.pinned or machine.driver.streams or machine.driver.graphs), "something was left behind"
+    assert not (
+        machine.driver.held
+        or machine.driver.pinned
+        or machine.driver.streams
+        or machine.driver.graphs
+    ), "something was left behind"
 
 
 def receipt(bundle: Bundle, graph: str) -> Receipt:
-    return Receipt(VERSION, 90, "", bundle.manifest["files"][f"{graph}.onnx"]["sha256"], "13.0", "580.65", "NVIDIA H100")
+    return Receipt(
+        VERSION,
+        90,
+        "",
+        bundle.manifest["files"][f"{graph}.onnx"]["sha256"],
+        "13.0",
+        "580.65",
+        "NVIDIA H100",
+    )
 
 
-def built(path: Path, change: Callable[[dict[str, Any]], None] = lambda entry: None, scales: bool = False) -> Bundle:
+def built(
+    path: Path, change: Callable[[dict[str, Any]], None] = lambda entry: None, scales: bool = False
+) -> Bundle:
     """The bundle with a TensorRT engine whose plans are a few bytes."""
     opened = Bundle.open(path)
     with opened.add_engine("tensorrt-fp32") as stage:
@@ -84,8 +103,16 @@ def test_every_plan_that_belongs_here_is_opened_once(copied: Path, here: Machine
 
 
 FOREIGN: dict[str, tuple[dict[str, Any], type[AaptError], str]] = {
-    "a GPU of another kind": ({"sm": 89, "gpu": "NVIDIA L40S"}, MachineError, r"SM 89 \(NVIDIA L40S\); this GPU is SM 90"),
-    "another TensorRT": ({"tensorrt": "10.16.1.11"}, MachineError, "TensorRT 10.16.1.11; here is 11.4.0.106"),
+    "a GPU of another kind": (
+        {"sm": 89, "gpu": "NVIDIA L40S"},
+        MachineError,
+        r"SM 89 \(NVIDIA L40S\); this GPU is SM 90",
+    ),
+    "another TensorRT": (
+        {"tensorrt": "10.16.1.11"},
+        MachineError,
+        "TensorRT 10.16.1.11; here is 11.4.0.106",
+    ),
     "other kernels": ({"kernels": "b" * 64}, BundleError, "kernels bbbbbbbbbbbb"),
     "a stale graph": ({"graph_sha256": "d" * 64}, BundleError, "another graph"),
     "half a receipt": ({"sm": "90"}, BundleError, "no whole receipt"),
@@ -93,7 +120,9 @@ FOREIGN: dict[str, tuple[dict[str, Any], type[AaptError], str]] = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_a_foreign_or_stale_plan_is_refused_before_anything_is_deserialised(copied: Path, here: Machine, case: str) -> None:
+def test_a_foreign_or_stale_plan_is_refused_before_anything_is_deserialised(
+    copied: Path, here: Machine, case: str
+) -> None:
     """Whichever plan it is: the first of the bundle, or the last."""
     change, kind, reason = FOREIGN[case]
     for graph in ("encoder", "prompt"):
@@ -111,7 +140,11 @@ def test_a_second_bundle_opens_in_the_same_process(copied: Path, here: Machine) 
         engines = open_engines(opened, "tensorrt")
         engines["decoder"].reset()
         engines.close()
-    assert not [call for call in here.driver.journal if "Ctx" in call and "Retain" not in call and "SetCurrent" not in call]
+    assert not [
+        call
+        for call in here.driver.journal
+        if "Ctx" in call and "Retain" not in call and "SetCurrent" not in call
+    ]
 
 
 def test_this_machine_s_own_versions_count(copied: Path, here: Machine) -> None:
@@ -140,14 +173,18 @@ def test_a_plan_whose_bytes_were_changed_is_refused(copied: Path, here: Machine)
         {"graphs": dict.fromkeys(("encoder", "prompt", "generator", "decoder"), 7)},
     ],
 )  # fmt: skip
-def test_an_entry_that_is_not_whole_is_refused(copied: Path, here: Machine, change: dict[str, Any]) -> None:
+def test_an_entry_that_is_not_whole_is_refused(
+    copied: Path, here: Machine, change: dict[str, Any]
+) -> None:
     opened = built(copied, lambda entry: entry.update(change))
     with pytest.raises(BundleError, match="not whole") as caught:
         open_engines(opened, "tensorrt")
     assert caught.value.hint and here.opened == [] and not here.driver.journal
 
 
-def test_a_plan_of_another_profile_is_refused(copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_another_profile_is_refused(
+    copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = built(copied)
     real = here.open_plan
 
@@ -164,7 +201,10 @@ def test_a_plan_of_another_profile_is_refused(copied: Path, here: Machine, monke
         return plan
 
     sys.modules["aapt_deploy.backends.trt.api"].open_plan = other  # type: ignore[attr-defined]
-    with pytest.raises(BundleError, match=r"k_cache\.01 is FLOAT \[1, 7, 2, 16\], not .*no clean; time is INT32 .*unknown dirty"):
+    with pytest.raises(
+        BundleError,
+        match=r"k_cache\.01 is FLOAT \[1, 7, 2, 16\], not .*no clean; time is INT32 .*unknown dirty",
+    ):
         open_engines(opened, "tensorrt")
 
 
@@ -180,7 +220,9 @@ def test_scales_are_read_and_checked(copied: Path, tiny: Profile) -> None:
     opened = built(copied, scales=True)
     file = opened.engines["tensorrt-fp32"]["scales"]
     for found, wanted in zip(engine._scales(opened, file), toy_scales(tiny), strict=True):
-        assert all(np.array_equal(array, getattr(wanted, name)) for name, array in vars(found).items())
+        assert all(
+            np.array_equal(array, getattr(wanted, name)) for name, array in vars(found).items()
+        )
     (copied / file).write_bytes(b"no tensors")
     with pytest.raises(BundleError, match="does not match"):
         engine._scales(Bundle.open(copied), file)
@@ -191,9 +233,16 @@ def test_scales_are_read_and_checked(copied: Path, tiny: Profile) -> None:
 
 
 def test_a_graph_s_hash_is_that_of_its_weights_too() -> None:
-    files = {"a.onnx": {"sha256": "1" * 64}, "b.onnx": {"sha256": "1" * 64}, "b.onnx.data": {"sha256": "2" * 64}}
+    files = {
+        "a.onnx": {"sha256": "1" * 64},
+        "b.onnx": {"sha256": "1" * 64},
+        "b.onnx.data": {"sha256": "2" * 64},
+    }
     alone, both = graph_sha256(files, "a"), graph_sha256(files, "b")
-    assert alone == "1" * 64 != both and graph_sha256(files | {"b.onnx.data": {"sha256": "3" * 64}}, "b") != both
+    assert (
+        alone == "1" * 64 != both
+        and graph_sha256(files | {"b.onnx.data": {"sha256": "3" * 64}}, "b") != both
+    )
     assert graph_sha256(files, "c") == ""
 
 
@@ -245,7 +294,12 @@ def test_work_that_cannot_be_captured_leaves_the_stream_usable() -> None:
 
 def test_the_emulated_driver_is_as_strict_as_the_real_one() -> None:
     driver = Driver()
-    for name, arguments in (("cuMemAlloc", ()), ("cuMemAlloc", ("many",)), ("cuStreamBeginCapture", (driver.CUstream(1), 1)), ("cuInit", (0, 0))):
+    for name, arguments in (
+        ("cuMemAlloc", ()),
+        ("cuMemAlloc", ("many",)),
+        ("cuStreamBeginCapture", (driver.CUstream(1), 1)),
+        ("cuInit", (0, 0)),
+    ):
         with pytest.raises(TypeError):
             getattr(driver, name)(*arguments)
     with pytest.raises(AttributeError):
@@ -255,7 +309,9 @@ def test_the_emulated_driver_is_as_strict_as_the_real_one() -> None:
 # --- the commands ---
 
 
-def test_profile_tells_layers_and_stages_and_the_step_is_not_their_sum(copied: Path, here: Machine, aapt: Any) -> None:
+def test_profile_tells_layers_and_stages_and_the_step_is_not_their_sum(
+    copied: Path, here: Machine, aapt: Any
+) -> None:
     built(copied)
     ran = aapt("profile", copied, "--backend", "tensorrt", "--blocks", 10, "--json")
     record = json.loads(ran.out)
@@ -264,11 +320,18 @@ def test_profile_tells_layers_and_stages_and_the_step_is_not_their_sum(copied: P
         "name": "attention", "kind": "", "tactic": "", "ms": 2.0, "share": pytest.approx(2 / 3, abs=1e-3),
     }  # fmt: skip
     assert set(record["layers"]) == {"generator", "decoder"} and "layers of decoder" in ran.err
-    assert record["steady"]["encode"]["count"] == 18 and record["steady"]["generator"]["count"] == 10
+    assert (
+        record["steady"]["encode"]["count"] == 18 and record["steady"]["generator"]["count"] == 10
+    )
     assert record["steady"]["hand-off"]["p50_ms"] < record["steady"]["step"]["p50_ms"]
 
 
 def test_a_refusal_reaches_the_user_as_two_lines(copied: Path, here: Machine, aapt: Any) -> None:
-    built(copied, lambda entry: entry["receipts"]["generator"].update(dataclasses.asdict(receipt(Bundle.open(copied), "generator")) | {"sm": 80}))
+    built(
+        copied,
+        lambda entry: entry["receipts"]["generator"].update(
+            dataclasses.asdict(receipt(Bundle.open(copied), "generator")) | {"sm": 80}
+        ),
+    )
     ran = aapt("stream", copied, "-o", "-", "--backend", "tensorrt")
     assert ran.code == 5 and "SM 80" in ran.error

@@ -34,7 +34,9 @@ PLUGIN = "aapt_deploy.backends.trt.plugin.python"
 
 
 @pytest.fixture
-def eight(exported: Exported, here: TensorRT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def eight(
+    exported: Exported, here: TensorRT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Path:
     """The fp8 bundle without engines, on a machine where our kernels run."""
     path = Path(shutil.copytree(exported.path, tmp_path / "eight"))
     here.profile = Bundle.open(path).profile
@@ -55,7 +57,11 @@ def streamed(path: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("form", "proved", "least"), [("python", [receipts.PLUGIN_FP8, receipts.PLUGIN_CAPTURED], 26), ("native", [receipts.CAPTURED], 30)]
+    ("form", "proved", "least"),
+    [
+        ("python", [receipts.PLUGIN_FP8, receipts.PLUGIN_CAPTURED], 26),
+        ("native", [receipts.CAPTURED], 30),
+    ],
 )
 def test_an_fp8_export_becomes_a_stream(
     eight: Path,
@@ -72,10 +78,21 @@ def test_an_fp8_export_becomes_a_stream(
     opened = Bundle.open(eight)
     opened.verify()
     entry, ours = opened.engines["tensorrt-fp8"], form == "python"
-    assert (entry["plugin"], entry["cache_layout"]) == (form, "hopper_fp8" if ours else "token_major")
+    assert (entry["plugin"], entry["cache_layout"]) == (
+        form,
+        "hopper_fp8" if ours else "token_major",
+    )
     audit = entry["audit"]["generator"]
-    assert (audit["plugins"], audit["attention"], audit["fp8"], entry["audit"]["prompt"]["fp8"]) == (3 * ours, 3 * (not ours), 4, 4)
-    assert entry["parity"]["generator"] < opened.profile.quality.latent_error and ("scales" in entry) is ours
+    assert (
+        audit["plugins"],
+        audit["attention"],
+        audit["fp8"],
+        entry["audit"]["prompt"]["fp8"],
+    ) == (3 * ours, 3 * (not ours), 4, 4)
+    assert (
+        entry["parity"]["generator"] < opened.profile.quality.latent_error
+        and ("scales" in entry) is ours
+    )
     (told,) = json.loads(ran.out)["engines"]
     assert told["key"] == "tensorrt-fp8" and told["psnr_db"] == entry["psnr_db"] > 30
     assert "audit" not in ran.err and ("3 of TensorRT's attention" in ran.err) is not ours
@@ -83,13 +100,21 @@ def test_an_fp8_export_becomes_a_stream(
     assert decibels(streamed(eight), exported_frames) > least
     calls = here.driver.journal[before:]
     last = max(index for index, call in enumerate(calls) if call.startswith("cuGraphInstantiate"))
-    assert not any(call.startswith(("cuMemAlloc", "cuMemHostAlloc")) for call in calls[last:]), "allocated while streaming"
+    assert not any(call.startswith(("cuMemAlloc", "cuMemHostAlloc")) for call in calls[last:]), (
+        "allocated while streaming"
+    )
     video = eight.parent / "flight.rgb"
     ran = aapt("stream", eight, "-o", video, "--backend", "tensorrt", "--seconds", 0.5)
-    assert ran.code == 0 and video.stat().st_size == 12 * opened.profile.video.width * opened.profile.video.height * 3, ran.err
+    assert (
+        ran.code == 0
+        and video.stat().st_size
+        == 12 * opened.profile.video.width * opened.profile.video.height * 3
+    ), ran.err
 
 
-def test_scales_that_are_not_the_plan_s_are_refused(eight: Path, here: TensorRT, aapt: Callable[..., Ran]) -> None:
+def test_scales_that_are_not_the_plan_s_are_refused(
+    eight: Path, here: TensorRT, aapt: Callable[..., Ran]
+) -> None:
     receipt(here, receipts.PLUGIN_FP8, receipts.PLUGIN_CAPTURED)
     assert aapt("build-engine", eight, "--backend", "tensorrt").code == 0
     file = Bundle.open(eight).engines["tensorrt-fp8"]["scales"]
@@ -99,6 +124,10 @@ def test_scales_that_are_not_the_plan_s_are_refused(eight: Path, here: TensorRT,
     save_file(tensors, eight / file, metadata=metadata)
     with pytest.raises(BundleError, match="does not match the manifest"):
         open_engines(Bundle.open(eight), "tensorrt")
-    rewrite_manifest(eight, lambda manifest: manifest["files"].update({file: _describe(eight / file)}))
-    ran = aapt("stream", eight, "-o", eight.parent / "x.rgb", "--backend", "tensorrt", "--seconds", 0.5)
+    rewrite_manifest(
+        eight, lambda manifest: manifest["files"].update({file: _describe(eight / file)})
+    )
+    ran = aapt(
+        "stream", eight, "-o", eight.parent / "x.rgb", "--backend", "tensorrt", "--seconds", 0.5
+    )
     assert ran.code == 4 and "attention.01.k_scale is missing" in ran.error

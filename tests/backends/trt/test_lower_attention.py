@@ -1,4 +1,4 @@
-"""An exported generator, lowered to what the TensorRT plugin reads. That the plugin takes it is tested in tests/backends/trt/bindings."""
+"""Lower an exported generator for the plugin, which bindings/ tests."""
 
 from pathlib import Path
 
@@ -17,7 +17,10 @@ def test_an_exported_generator_is_lowered_whole(bundle: Path, tiny: Profile) -> 
     lowered = lower_attention.lower_for_plugin(exported, Ring.of(tiny), None)
     ours = [node for node in lowered.graph.node if node.op_type == NAME]
     assert len(ours) == tiny.model.depth and not lowered.functions
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*lowered.graph.input, *lowered.graph.output)}
+    kinds = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*lowered.graph.input, *lowered.graph.output)
+    }
     assert [name for name, kind in kinds.items() if kind == TensorProto.BFLOAT16] == [
         name for name in kinds if name.startswith(("k_cache", "v_cache", "k_block", "v_block"))
     ]
@@ -26,11 +29,17 @@ def test_an_exported_generator_is_lowered_whole(bundle: Path, tiny: Profile) -> 
     for node in ours:
         assert [casts[name] for name in node.input[:3]] == list(before[node.name].input[:3])
         assert casts[before[node.name].output[0]] == node.output[0]
-    produced = {name for node in lowered.graph.node for name in node.output} | kinds.keys() | {tensor.name for tensor in lowered.graph.initializer}
+    produced = (
+        {name for node in lowered.graph.node for name in node.output}
+        | kinds.keys()
+        | {tensor.name for tensor in lowered.graph.initializer}
+    )
     assert {name for node in lowered.graph.node for name in node.input if name} <= produced
 
 
 def test_a_head_dim_without_kernels_is_refused(bundle: Path, tiny: Profile) -> None:
     assert tiny.head_dim not in (64, 128)
-    with pytest.raises(BundleError, match=f"head_dim {tiny.head_dim}; hopper_fp8 is for 64 and 128"):
+    with pytest.raises(
+        BundleError, match=f"head_dim {tiny.head_dim}; hopper_fp8 is for 64 and 128"
+    ):
         lower_attention.lower_for_plugin(onnx.load(bundle / "generator.onnx"), Ring.of(tiny), [])

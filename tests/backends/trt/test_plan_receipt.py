@@ -16,7 +16,9 @@ RECEIPT = Receipt("11.4.0.106", 90, "a" * 64, GRAPH, "13.0", "580.65", "NVIDIA H
 
 def test_the_machine_that_built_a_plan_runs_it() -> None:
     check(RECEIPT, HERE, GRAPH, "generator.plan")
-    check(dataclasses.replace(RECEIPT, driver="570.1", cuda="12.8"), HERE, GRAPH, "generator.plan")  # for the record only
+    check(
+        dataclasses.replace(RECEIPT, driver="570.1", cuda="12.8"), HERE, GRAPH, "generator.plan"
+    )  # for the record only
 
 
 @pytest.mark.parametrize(
@@ -24,11 +26,14 @@ def test_the_machine_that_built_a_plan_runs_it() -> None:
     [
         ({"sm": 89, "gpu": "NVIDIA L40S"}, MachineError, "SM 89 (NVIDIA L40S); this GPU is SM 90"),
         ({"tensorrt": "10.16.1.11"}, MachineError, "TensorRT 10.16.1.11; here is 11.4.0.106"),
-        ({"tensorrt": "11.4.0.107"}, MachineError, "11.4.0.107"), ({"kernels": "b" * 64}, BundleError, "kernels bbbbbbbbbbbb"),
+        ({"tensorrt": "11.4.0.107"}, MachineError, "11.4.0.107"),
+        ({"kernels": "b" * 64}, BundleError, "kernels bbbbbbbbbbbb"),
         ({"graph_sha256": "d" * 64}, BundleError, "another graph"),
     ],
 )  # fmt: skip
-def test_a_foreign_or_stale_plan_is_refused_with_the_fix(change: dict[str, Any], kind: type[AaptError], reason: str) -> None:
+def test_a_foreign_or_stale_plan_is_refused_with_the_fix(
+    change: dict[str, Any], kind: type[AaptError], reason: str
+) -> None:
     with pytest.raises(kind) as caught:
         check(dataclasses.replace(RECEIPT, **change), HERE, GRAPH, "generator.plan")
     assert reason in str(caught.value) and "aapt build-engine" in caught.value.hint

@@ -8,16 +8,33 @@ SAID = (  # words as the documentation and public reports have them
     ("Networks with FP8 Q/DQ layers require hardware with FP8 support", "SM 89"),
     ("Error Code 2: OutOfMemory (Requested size was 8589934592 bytes.)", "smaller profile"),
     ("[cudaResources.cpp] CUDA error 2 : out of memory", "smaller profile"),
-    ("Error Code 10: Could not find any implementation for node {ForeignNode[a...b]}", "--attention native"),
-    ("could not find any supported formats consistent with input/output data types", "one version of aapt_deploy"),
-    ("Plugin not found, are the plugin name, version, and namespace correct?", "one version of aapt_deploy"),
+    (
+        "Error Code 10: Could not find any implementation for node {ForeignNode[a...b]}",
+        "--attention native",
+    ),
+    (
+        "could not find any supported formats consistent with input/output data types",
+        "one version of aapt_deploy",
+    ),
+    (
+        "Plugin not found, are the plugin name, version, and namespace correct?",
+        "one version of aapt_deploy",
+    ),
     ("IPluginV3::onShapeChange: error code 4: status -1", "older than the kernels"),
     ("ptxas fatal: Unsupported .version; PTX JIT compilation failed", "565"),
     ("No importer registered for op: TensorScatter", "newer TensorRT"),
     ("Failed to open file: generator.onnx.data", "export the bundle again"),
     ("network has dynamic inputs, but no optimization profile has been defined", "static"),
-    ("Error Code 1: Serialization (Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.)", "another TensorRT"),
-    ("The engine plan file is generated on an incompatible device, expecting compute 9.0 got compute 8.9", "another GPU"),
+    (
+        "Error Code 1: Serialization (Serialization assertion stdVersionRead == "
+        "kSERIALIZATION_VERSION failed.)",
+        "another TensorRT",
+    ),
+    (
+        "The engine plan file is generated on an incompatible device, expecting compute 9.0 got "
+        "compute 8.9",
+        "another GPU",
+    ),
     ("CUDA initialization failure with error: 35", "update the NVIDIA driver"),
     ("an illegal memory access was encountered", "aapt doctor --tensorrt"),
     ("No space left on device", "free some space"),
@@ -34,5 +51,7 @@ def test_what_is_not_known_is_passed_on() -> None:
 
 
 def test_every_hint_is_one_line_and_every_row_is_reached() -> None:
-    assert all("\n" not in remedy.hint and remedy.hint == remedy.hint.strip() for remedy in REMEDIES)
+    assert all(
+        "\n" not in remedy.hint and remedy.hint == remedy.hint.strip() for remedy in REMEDIES
+    )
     assert len({hint(said) for said, _ in SAID}) >= 13

@@ -22,11 +22,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Launches of the kernels for D = 64 on this CPU."""
     library = build(kernels.source_file(), 64, tmp_path_factory.mktemp("cpu") / "kernels.so")
 
-    def launch(kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]) -> None:
+    def launch(
+        kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]
+    ) -> None:
         shape = kernels.launch_shape(kernel, numbers[0], numbers[1])
         assert all(x.is_contiguous() for x in (*inputs, *outputs))
-        pointers = [[ctypes.c_void_p(x.data_ptr()) for x in tensors] for tensors in (inputs, outputs)]
-        problem = getattr(library, kernel.replace("aapt_", "run_"))(shape.x, shape.y, shape.threads, LATE, *pointers[0], *numbers, *pointers[1])
+        pointers = [
+            [ctypes.c_void_p(x.data_ptr()) for x in tensors] for tensors in (inputs, outputs)
+        ]
+        problem = getattr(library, kernel.replace("aapt_", "run_"))(
+            shape.x, shape.y, shape.threads, LATE, *pointers[0], *numbers, *pointers[1]
+        )
         assert problem is None, problem.decode()
 
     return launch
@@ -35,19 +41,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_model_is_the_emulator_and_the_images_are_the_layouts() -> None:
     """Two ways of writing the same thing down, of which one runs on a GPU."""
     case = Case("sink", 70, 200, 2, 64, 0, "cpu")
-    s = layout.Scales(*(x.numpy() for x in (case.scales.q, case.scales.k, case.scales.k_mean, case.scales.v)))
+    s = layout.Scales(
+        *(x.numpy() for x in (case.scales.q, case.scales.k, case.scales.k_mean, case.scales.v))
+    )
     k, v = (x.float().numpy() for x in (case.k, case.v))
     block = layout.pack(k[200:], v[200:], s)
     for mine, its in zip(case.block, block, strict=True):
         np.testing.assert_array_equal(mine.numpy(), its)
-    for found, stored in zip(layout.unpack_codes(*(x.numpy() for x in case.cache), 200), case.codes[1:], strict=True):
+    for found, stored in zip(
+        layout.unpack_codes(*(x.numpy() for x in case.cache), 200), case.codes[1:], strict=True
+    ):
         np.testing.assert_array_equal(found, stored[:200].view(torch.uint8).numpy())
-    its = emulator.attend(case.q.float().numpy(), *block, 70, *(x.numpy() for x in case.cache), 200, s, emulator.EXACT)
+    its = emulator.attend(
+        case.q.float().numpy(), *block, 70, *(x.numpy() for x in case.cache), 200, s, emulator.EXACT
+    )
     assert checks.rmse(case.model.bfloat16(), torch.from_numpy(its)) < 1e-3
     assert 1e-3 < checks.rmse(case.model, case.exact) < 0.1
 
 
-@pytest.mark.parametrize(("kind", "tokens", "cached"), [("plain", 1, 0), ("sharp", 65, 130), ("sink", 140, 64), ("outlier", 63, 1)])
+@pytest.mark.parametrize(
+    ("kind", "tokens", "cached"),
+    [("plain", 1, 0), ("sharp", 65, 130), ("sink", 140, 64), ("outlier", 63, 1)],
+)
 def test_the_checks_pass_on_right_kernels(run: Run, kind: str, tokens: int, cached: int) -> None:
     case = Case(kind, tokens, cached, 1, 64, tokens, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(case.pack(run), case.block, strict=True))
@@ -60,7 +75,9 @@ def test_the_checks_pass_on_right_kernels(run: Run, kind: str, tokens: int, cach
 def test_the_checks_fail_on_wrong_kernels(run: Run) -> None:
     case = Case("plain", 65, 130, 1, 64, 0, "cpu")
 
-    def short(kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]) -> None:
+    def short(
+        kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]
+    ) -> None:
         """One key of the cache is forgotten; one byte is wrong; the last row is not written."""
         if kernel == "aapt_attend":
             inputs = [*inputs[:5], inputs[5] - 20, *inputs[6:]]

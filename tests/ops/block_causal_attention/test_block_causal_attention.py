@@ -20,18 +20,33 @@ from onnx import ModelProto, TensorProto, helper
 
 from aapt_deploy.backends.ort import lower
 from aapt_deploy.errors import BundleError
-from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, NEXT, SLOT, VALID, Ring, onnx_function, reference, softmax_scale, torch_op
+from aapt_deploy.ops.block_causal_attention import (
+    DOMAIN,
+    NAME,
+    NEXT,
+    SLOT,
+    VALID,
+    Ring,
+    onnx_function,
+    reference,
+    softmax_scale,
+    torch_op,
+)
 from aapt_deploy.profiles import load, preset_folder
 
 Array = NDArray[np.float32]
-Attend = Callable[[Array, Array, Array, Array, Array, NDArray[np.int32]], tuple[Array, Array, Array]]
+Attend = Callable[
+    [Array, Array, Array, Array, Array, NDArray[np.int32]], tuple[Array, Array, Array]
+]
 
 HEADS, HEAD_DIM = 2, 8
 PASSES = 2  # the first pass of each block has other k, v and must leave no trace
 INPUTS = ("q", "k", "v", "k_cache.00", "v_cache.00", "cache_len")
 OUTPUTS = ("out", "k_block.00", "v_block.00")
 RINGS = [Ring(text, 5, sink, window) for text in (0, 3) for sink in (0, 1) for window in (1, 3)]
-ring_cases = pytest.mark.parametrize("ring", RINGS, ids=lambda r: f"text{r.text_tokens}-sink{r.sink_frames}-window{r.window_frames}")
+ring_cases = pytest.mark.parametrize(
+    "ring", RINGS, ids=lambda r: f"text{r.text_tokens}-sink{r.sink_frames}-window{r.window_frames}"
+)
 
 
 # --- the stream: what each pass brings, and the truth computed from a dense mask ---
@@ -42,8 +57,19 @@ class Stream:
 
     def __init__(self, ring: Ring, dtype: torch.dtype = torch.float32) -> None:
         self.ring, self.blocks = ring, 3 * ring.window_frames + 2
-        noise = torch.randn(self.blocks, PASSES, 3, 1, ring.frame_tokens, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
-        text = torch.randn(2, 1, ring.text_tokens, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2))
+        noise = torch.randn(
+            self.blocks,
+            PASSES,
+            3,
+            1,
+            ring.frame_tokens,
+            HEADS,
+            HEAD_DIM,
+            generator=torch.Generator().manual_seed(1),
+        )
+        text = torch.randn(
+            2, 1, ring.text_tokens, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2)
+        )
         self.passes: Array = noise.to(dtype).float().numpy()  # [block, pass, q|k|v, 1, T, H, D]
         self.text: Array = text.to(dtype).float().numpy()
 
@@ -55,9 +81,15 @@ class Stream:
         """Keys and values of the whole clip as pass `run` of `block` knows them, and which of these tokens it may see."""
         _, keys, values = self.passes[:, PASSES - 1].swapaxes(0, 1).copy()  # [block, 1, T, H, D]
         keys[block], values[block] = self.passes[block, run, 1:]
-        seen = np.isin(np.arange(self.blocks), self.ring.visible(block)).repeat(self.ring.frame_tokens)
+        seen = np.isin(np.arange(self.blocks), self.ring.visible(block)).repeat(
+            self.ring.frame_tokens
+        )
         mask = np.concatenate([np.ones(self.ring.text_tokens, bool), seen])
-        return np.concatenate([self.text[0], *keys], 1), np.concatenate([self.text[1], *values], 1), mask
+        return (
+            np.concatenate([self.text[0], *keys], 1),
+            np.concatenate([self.text[1], *values], 1),
+            mask,
+        )
 
     def attend(self, dtype: torch.dtype) -> list[Array]:
         """Attention of every pass under the dense mask, in plain operations of `dtype`."""
@@ -72,10 +104,15 @@ class Stream:
         return outs
 
 
-def assert_accurate(stream: Stream, outs: list[Array], dtype: torch.dtype, atol: float = 1e-7) -> None:
+def assert_accurate(
+    stream: Stream, outs: list[Array], dtype: torch.dtype, atol: float = 1e-7
+) -> None:
     truth, plain = stream.attend(torch.float64), stream.attend(dtype)
     assert len(outs) == len(truth) == stream.blocks * PASSES
-    error, allowed = (max(float(np.abs(a - b).max()) for a, b in zip(x, truth, strict=True)) for x in (outs, plain))
+    error, allowed = (
+        max(float(np.abs(a - b).max()) for a, b in zip(x, truth, strict=True))
+        for x in (outs, plain)
+    )
     assert error <= 2 * allowed + atol, f"{error=:.2e} {allowed=:.2e}"
 
 
@@ -87,7 +124,9 @@ def rollout(stream: Stream, attend: Attend) -> list[Array]:
     outs = []
     for block, run, q, k, v in stream:
         place, before = ring.place(block), caches.copy()
-        out, k_block, v_block = attend(q, k, v, caches[0], caches[1], np.array([place.cache_len], np.int32))
+        out, k_block, v_block = attend(
+            q, k, v, caches[0], caches[1], np.array([place.cache_len], np.int32)
+        )
         np.testing.assert_array_equal(caches, before, "the caches are read-only")
         np.testing.assert_array_equal(k_block, k)
         np.testing.assert_array_equal(v_block, v)
@@ -103,17 +142,38 @@ def rollout(stream: Stream, attend: Attend) -> list[Array]:
 def attention_model(ring: Ring, cache_type: int = TensorProto.FLOAT) -> ModelProto:
     """One bare node, as an export leaves it."""
     block, cache = [1, ring.frame_tokens, HEADS, HEAD_DIM], [1, ring.tokens, HEADS, HEAD_DIM]
-    kinds = [*[(TensorProto.FLOAT, block)] * 3, *[(cache_type, cache)] * 2, (TensorProto.INT32, [1])]
+    kinds = [
+        *[(TensorProto.FLOAT, block)] * 3,
+        *[(cache_type, cache)] * 2,
+        (TensorProto.INT32, [1]),
+    ]
     node = helper.make_node(
-        NAME, INPUTS, OUTPUTS, domain=DOMAIN, scale=softmax_scale(HEAD_DIM), plugin_namespace="aapt", plugin_version="1", name="attention"
+        NAME,
+        INPUTS,
+        OUTPUTS,
+        domain=DOMAIN,
+        scale=softmax_scale(HEAD_DIM),
+        plugin_namespace="aapt",
+        plugin_version="1",
+        name="attention",
     )
     graph = helper.make_graph(
         [node],
         "generator",
-        [helper.make_tensor_value_info(name, *kind) for name, kind in zip(INPUTS, kinds, strict=True)],
-        [helper.make_tensor_value_info(name, kind, block) for name, kind in zip(OUTPUTS, [TensorProto.FLOAT, cache_type, cache_type], strict=True)],
+        [
+            helper.make_tensor_value_info(name, *kind)
+            for name, kind in zip(INPUTS, kinds, strict=True)
+        ],
+        [
+            helper.make_tensor_value_info(name, kind, block)
+            for name, kind in zip(OUTPUTS, [TensorProto.FLOAT, cache_type, cache_type], strict=True)
+        ],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, 1)], ir_version=10)
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=10,
+    )
 
 
 def session(model: ModelProto, **options: object) -> ort.InferenceSession:
@@ -121,13 +181,17 @@ def session(model: ModelProto, **options: object) -> ort.InferenceSession:
     settings.intra_op_num_threads = 1
     for name, value in options.items():
         setattr(settings, name, value)
-    return ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )
 
 
 def torch_facet(dtype: torch.dtype) -> Attend:
     def attend(*arrays: Array) -> tuple[Array, Array, Array]:
         tensors = [torch.from_numpy(x).to(dtype) for x in arrays[:5]]
-        out, k_block, v_block = torch_op.block_causal_attention(*tensors, torch.from_numpy(arrays[5]))
+        out, k_block, v_block = torch_op.block_causal_attention(
+            *tensors, torch.from_numpy(arrays[5])
+        )
         assert out.dtype == k_block.dtype == v_block.dtype == dtype
         return out.float().numpy(), k_block.float().numpy(), v_block.float().numpy()
 
@@ -149,18 +213,28 @@ class InPlace:
 
     def __init__(self, ring: Ring, alias: bool = True, **options: object) -> None:
         self.ring = ring.with_in_place(True)
-        self.session = session(lower.lower_in_place(attention_model(ring), self.ring), log_severity_level=3, **options)
+        self.session = session(
+            lower.lower_in_place(attention_model(ring), self.ring), log_severity_level=3, **options
+        )
         cache = np.full((1, self.ring.tokens, HEADS, HEAD_DIM), 3e3, np.float32)
         block = np.zeros((1, ring.frame_tokens, HEADS, HEAD_DIM), np.float32)
-        self.arrays = {name: block.copy() for name in ("q", "k", "v", "out")} | {name: np.zeros(1, np.int64) for name in (SLOT, VALID)}
+        self.arrays = {name: block.copy() for name in ("q", "k", "v", "out")} | {
+            name: np.zeros(1, np.int64) for name in (SLOT, VALID)
+        }
         self.arrays |= {"k_cache.00": cache, "v_cache.00": cache.copy()}
-        self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
+        self.values = {
+            name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()
+        }
         self.binding = self.session.io_binding()
         for name in (i.name for i in self.session.get_inputs()):
             self.binding.bind_ortvalue_input(name, self.values[name])
         for name in (o.name for o in self.session.get_outputs()):
             source = self.values[name.removesuffix(NEXT)]
-            other = source if alias or not name.endswith(NEXT) else ort.OrtValue.ortvalue_from_numpy(np.empty_like(source.numpy()))
+            other = (
+                source
+                if alias or not name.endswith(NEXT)
+                else ort.OrtValue.ortvalue_from_numpy(np.empty_like(source.numpy()))
+            )
             self.binding.bind_ortvalue_output(name, other)
 
     def __call__(self, block: int, q: Array, k: Array, v: Array) -> Array:
@@ -171,7 +245,10 @@ class InPlace:
         return self.arrays["out"].copy()
 
     def rollout(self, stream: Stream) -> list[Array]:
-        self.arrays["k_cache.00"][:, : self.ring.text_tokens], self.arrays["v_cache.00"][:, : self.ring.text_tokens] = stream.text
+        (
+            self.arrays["k_cache.00"][:, : self.ring.text_tokens],
+            self.arrays["v_cache.00"][:, : self.ring.text_tokens],
+        ) = stream.text
         return [self(block, q, k, v) for block, _, q, k, v in stream]
 
 
@@ -181,7 +258,9 @@ class InPlace:
 @ring_cases
 def test_reference_is_the_dense_mask(ring: Ring) -> None:
     stream = Stream(ring)
-    for out, truth in zip(rollout(stream, reference.block_causal_attention), stream.attend(torch.float64), strict=True):
+    for out, truth in zip(
+        rollout(stream, reference.block_causal_attention), stream.attend(torch.float64), strict=True
+    ):
         assert out.dtype == np.float64
         np.testing.assert_allclose(out, truth, rtol=0, atol=1e-14)
 
@@ -219,7 +298,9 @@ def test_half_precision_cache_below_single_precision_queries(facet: str) -> None
         if facet == "reference":
             out, *blocks = reference.block_causal_attention(*args)
         elif facet == "torch":
-            out, *blocks = (x.numpy() for x in torch_op.block_causal_attention(*map(torch.from_numpy, args)))
+            out, *blocks = (
+                x.numpy() for x in torch_op.block_causal_attention(*map(torch.from_numpy, args))
+            )
         else:
             out, *blocks = portable.run(OUTPUTS, dict(zip(INPUTS, args, strict=True)))
         assert [x.dtype for x in blocks] == [np.float16, np.float16]
@@ -231,13 +312,20 @@ def test_half_precision_cache_below_single_precision_queries(facet: str) -> None
 def test_torch_op_is_well_formed() -> None:
     ring = RINGS[-1]
     _, _, q, k, v = next(iter(Stream(ring)))
-    args = [torch.from_numpy(x) for x in (q, k, v)] + [torch.zeros(1, ring.tokens, HEADS, HEAD_DIM)] * 2 + [torch.tensor([4], dtype=torch.int32)]
+    args = (
+        [torch.from_numpy(x) for x in (q, k, v)]
+        + [torch.zeros(1, ring.tokens, HEADS, HEAD_DIM)] * 2
+        + [torch.tensor([4], dtype=torch.int32)]
+    )
     torch.library.opcheck(torch_op.operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
 # --- slot arithmetic ---
 
-SHAPES = [Ring(*shape) for shape in itertools.product((0, 1, 7), (1, 4), (0, 1, 2), (1, 2, 5), (False, True))]
+SHAPES = [
+    Ring(*shape)
+    for shape in itertools.product((0, 1, 7), (1, 4), (0, 1, 2), (1, 2, 5), (False, True))
+]
 
 
 def play(ring: Ring) -> None:
@@ -245,7 +333,9 @@ def play(ring: Ring) -> None:
     text = [-1] * ring.text_tokens
     cache: list[int | None] = [*text, *[None] * (ring.tokens - ring.text_tokens)]
     for block in range(5 * ring.ring_frames + 2):
-        seen = [j for j in range(block + 1) if j < ring.sink_frames or block - j <= ring.window_frames]  # the definition, word for word
+        seen = [
+            j for j in range(block + 1) if j < ring.sink_frames or block - j <= ring.window_frames
+        ]  # the definition, word for word
         assert ring.visible(block) == seen
         own, place = [block] * ring.frame_tokens, ring.place(block)
         past = [j for j in seen[:-1] for _ in own]
@@ -306,18 +396,33 @@ def test_the_commit_writes_its_slot_and_nothing_else() -> None:
     for name, old, new in zip(("k_cache.00", "v_cache.00"), before, (k, v), strict=True):
         old[:, slot : slot + ring.frame_tokens] = new
         np.testing.assert_array_equal(engine.arrays[name], old)
-    outputs = dict(zip((o.name for o in engine.session.get_outputs()), engine.binding.get_outputs(), strict=True))
+    outputs = dict(
+        zip(
+            (o.name for o in engine.session.get_outputs()),
+            engine.binding.get_outputs(),
+            strict=True,
+        )
+    )
     assert [outputs[name + NEXT].data_ptr() for name in ("k_cache.00", "v_cache.00")] == addresses
 
 
 def commit_us(folder: Path, window_frames: int, alias: bool) -> float:
     """Fastest TensorScatter of 30 steps, by ONNX Runtime's own profile."""
     ring = Ring(0, 64, 1, window_frames)
-    engine = InPlace(ring, alias=alias, enable_profiling=True, profile_file_prefix=str(folder / f"{window_frames}-{alias}"))
+    engine = InPlace(
+        ring,
+        alias=alias,
+        enable_profiling=True,
+        profile_file_prefix=str(folder / f"{window_frames}-{alias}"),
+    )
     for _ in range(30):
         engine(0, *np.zeros((3, 1, ring.frame_tokens, HEADS, HEAD_DIM), np.float32))
     events = json.loads(Path(engine.session.end_profiling()).read_text())
-    times = [e["dur"] for e in events if e.get("args", {}).get("op_name") == "TensorScatter" and e["name"].endswith("kernel_time")]
+    times = [
+        e["dur"]
+        for e in events
+        if e.get("args", {}).get("op_name") == "TensorScatter" and e["name"].endswith("kernel_time")
+    ]
     assert len(times) == 60
     return float(min(times))
 
@@ -342,13 +447,19 @@ def test_the_lowered_graph_is_only_the_work_itself(tmp_path: Path) -> None:
 class TwoLayers(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.qkv = torch.nn.ModuleList(torch.nn.Linear(HEADS * HEAD_DIM, 3 * HEADS * HEAD_DIM) for _ in range(2))
+        self.qkv = torch.nn.ModuleList(
+            torch.nn.Linear(HEADS * HEAD_DIM, 3 * HEADS * HEAD_DIM) for _ in range(2)
+        )
 
-    def forward(self, x: torch.Tensor, cache_len: torch.Tensor, *caches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, x: torch.Tensor, cache_len: torch.Tensor, *caches: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         blocks = []
         for i, qkv in enumerate(self.qkv):
             q, k, v = qkv(x).unflatten(-1, (3 * HEADS, HEAD_DIM)).chunk(3, dim=2)  # [1, T, H, D]
-            out, *block = torch_op.block_causal_attention(q, k, v, *caches[2 * i : 2 * i + 2], cache_len)
+            out, *block = torch_op.block_causal_attention(
+                q, k, v, *caches[2 * i : 2 * i + 2], cache_len
+            )
             x = x + out.flatten(2)
             blocks += block
         return x, *blocks
@@ -360,34 +471,58 @@ def exported() -> tuple[TwoLayers, tuple[torch.Tensor, ...], ModelProto]:
     ring = RINGS[-1]
     module = TwoLayers().eval()
     x = torch.randn(1, ring.frame_tokens, HEADS * HEAD_DIM)
-    args = (x, torch.tensor([8], dtype=torch.int32), *torch.randn(4, 1, ring.tokens, HEADS, HEAD_DIM))
-    caches, blocks = ([f"{kind}_{what}.{i:02}" for i in range(2) for kind in "kv"] for what in ("cache", "block"))
+    args = (
+        x,
+        torch.tensor([8], dtype=torch.int32),
+        *torch.randn(4, 1, ring.tokens, HEADS, HEAD_DIM),
+    )
+    caches, blocks = (
+        [f"{kind}_{what}.{i:02}" for i in range(2) for kind in "kv"] for what in ("cache", "block")
+    )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)  # torch's own code
+        warnings.filterwarnings(
+            "ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning
+        )  # torch's own code
         program = torch.onnx.export(
-            module, args, dynamo=True, opset_version=24, verbose=False, input_names=["x", "cache_len", *caches], output_names=["y", *blocks]
+            module,
+            args,
+            dynamo=True,
+            opset_version=24,
+            verbose=False,
+            input_names=["x", "cache_len", *caches],
+            output_names=["y", *blocks],
         )
     assert program is not None
     return module, args, program.model_proto
 
 
-def test_export_leaves_one_node_per_layer(exported: tuple[TwoLayers, tuple[torch.Tensor, ...], ModelProto]) -> None:
+def test_export_leaves_one_node_per_layer(
+    exported: tuple[TwoLayers, tuple[torch.Tensor, ...], ModelProto],
+) -> None:
     module, args, bare = exported
     nodes = [node for node in bare.graph.node if node.op_type == NAME]
     assert len(nodes) == 2 and {node.domain for node in nodes} == {DOMAIN}
     for node in nodes:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        assert attributes == {"scale": pytest.approx(softmax_scale(HEAD_DIM)), "plugin_namespace": b"aapt", "plugin_version": b"1"}
+        assert attributes == {
+            "scale": pytest.approx(softmax_scale(HEAD_DIM)),
+            "plugin_namespace": b"aapt",
+            "plugin_version": b"1",
+        }
     portable = onnx_function.attach(bare)
     onnx.checker.check_model(portable, full_check=True)
     runner = session(portable)
-    got = runner.run(None, {i.name: x.numpy() for i, x in zip(runner.get_inputs(), args, strict=True)})
+    got = runner.run(
+        None, {i.name: x.numpy() for i, x in zip(runner.get_inputs(), args, strict=True)}
+    )
     with torch.no_grad():
         for expected, array in zip(module(*args), got, strict=True):
             np.testing.assert_allclose(array, expected.numpy(), rtol=0, atol=2e-6)
 
 
-def test_lowering_renames_only_what_the_cache_needs(exported: tuple[TwoLayers, tuple[torch.Tensor, ...], ModelProto]) -> None:
+def test_lowering_renames_only_what_the_cache_needs(
+    exported: tuple[TwoLayers, tuple[torch.Tensor, ...], ModelProto],
+) -> None:
     module, args, bare = exported
     ring = RINGS[-1].with_in_place(True)
     before = bare.SerializeToString(deterministic=True)
@@ -395,33 +530,55 @@ def test_lowering_renames_only_what_the_cache_needs(exported: tuple[TwoLayers, t
     assert bare.SerializeToString(deterministic=True) == before
     onnx.checker.check_model(lowered, full_check=True)
     caches = ["k_cache.00", "v_cache.00", "k_cache.01", "v_cache.01"]
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*lowered.graph.input, *lowered.graph.output)}
+    shapes = {
+        v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*lowered.graph.input, *lowered.graph.output)
+    }
     assert [v.name for v in lowered.graph.input] == ["x", SLOT, VALID, *caches]
     assert [v.name for v in lowered.graph.output] == ["y", *(name + NEXT for name in caches)]
-    assert all(shapes[name] == shapes[name + NEXT] == [1, ring.tokens, HEADS, HEAD_DIM] for name in caches)
-    scales = [a.f for node in lowered.graph.node if node.op_type == "Attention" for a in node.attribute if a.name == "scale"]
+    assert all(
+        shapes[name] == shapes[name + NEXT] == [1, ring.tokens, HEADS, HEAD_DIM] for name in caches
+    )
+    scales = [
+        a.f
+        for node in lowered.graph.node
+        if node.op_type == "Attention"
+        for a in node.attribute
+        if a.name == "scale"
+    ]
     assert scales == [pytest.approx(softmax_scale(HEAD_DIM))] * 2
     assert not lowered.functions and DOMAIN not in {entry.domain for entry in lowered.opset_import}
 
     place = ring.place(1)  # 8 cached tokens: text and sink, as the example arguments have it
     feeds = {"x": args[0].numpy(), SLOT: np.array([place.slot]), VALID: np.array([place.valid])}
     pad = np.full((1, ring.frame_tokens, HEADS, HEAD_DIM), 3e3, np.float32)
-    feeds |= {name: np.concatenate([cache.numpy(), pad], 1) for name, cache in zip(caches, args[2:], strict=True)}
+    feeds |= {
+        name: np.concatenate([cache.numpy(), pad], 1)
+        for name, cache in zip(caches, args[2:], strict=True)
+    }
     with torch.no_grad():
         y, *blocks = module(*args)
     got, *after = session(lowered, log_severity_level=3).run(None, feeds)
     np.testing.assert_allclose(got, y.numpy(), rtol=0, atol=2e-6)
     for array, block in zip(after, blocks, strict=True):
-        np.testing.assert_allclose(array[:, place.slot : place.valid], block.numpy(), rtol=0, atol=2e-6)
+        np.testing.assert_allclose(
+            array[:, place.slot : place.valid], block.numpy(), rtol=0, atol=2e-6
+        )
 
 
 def test_a_stripped_graph_has_no_slow_body_to_fall_back_to() -> None:
     bare = attention_model(RINGS[0])
     attached = onnx_function.attach(bare)
-    attached.functions.append(onnx.parser.parse_function('<domain: "other", opset_import: ["": 24]> Same (x) => (y) { y = Identity(x) }'))
+    attached.functions.append(
+        onnx.parser.parse_function(
+            '<domain: "other", opset_import: ["": 24]> Same (x) => (y) { y = Identity(x) }'
+        )
+    )
     stripped = onnx_function.strip(attached)
     assert [f.domain for f in stripped.functions] == ["other"] and len(attached.functions) == 2
-    assert len(onnx_function.attach(attached).functions) == 2, "attaching again must not double the function"
+    assert len(onnx_function.attach(attached).functions) == 2, (
+        "attaching again must not double the function"
+    )
     with pytest.raises(Exception, match=f"{DOMAIN}:{NAME}"):
         session(bare)
 
@@ -444,7 +601,10 @@ def misfits() -> dict[str, tuple[ModelProto, str]]:
         "block": (block, "'v_block.00', which is not a graph output alone"),
         "length": (length, r"\['cache_len'\], not from one graph input"),
         "type": (attention_model(ring, TensorProto.FLOAT16), "of FLOAT16"),
-        "ring": (attention_model(RINGS[-1]), rf"\(1, {RINGS[-1].tokens}, 2, 8\).*\[1, {ring.tokens}, heads"),
+        "ring": (
+            attention_model(RINGS[-1]),
+            rf"\(1, {RINGS[-1].tokens}, 2, 8\).*\[1, {ring.tokens}, heads",
+        ),
     }
 
 
@@ -465,7 +625,9 @@ def test_the_portable_body_needs_its_opset() -> None:
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_attention_under_autocast_is_that_of_float32_within_its_rounding(narrow: torch.dtype) -> None:
+def test_attention_under_autocast_is_that_of_float32_within_its_rounding(
+    narrow: torch.dtype,
+) -> None:
     """Queries of size 2 make the scale matter: without it the softmax would pick one key."""
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 33, 64, generator=rng) * size for size in (2, 2, 1))

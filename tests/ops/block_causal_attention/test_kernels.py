@@ -14,7 +14,11 @@ from aapt_deploy.ops.block_causal_attention.kernels import ABI, Compiled, Shape
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = 48 * 1024  # static shared memory that any launch may have
-REGISTERS = {"aapt_attend": 168, "aapt_pack": 64, "aapt_commit": 64}  # 65536 / 384 threads, in eights; the others run four blocks to an SM
+REGISTERS = {
+    "aapt_attend": 168,
+    "aapt_pack": 64,
+    "aapt_commit": 64,
+}  # 65536 / 384 threads, in eights; the others run four blocks to an SM
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +32,15 @@ def code(request: pytest.FixtureRequest, folder: Path) -> Compiled:
 
 
 def test_the_assembler_reports_no_spill_no_stack_and_no_warning(code: Compiled) -> None:
-    assert code.report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(ABI), code.report
+    assert code.report.count(
+        "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    ) == len(ABI), code.report
     words = ("warning", "serializ", "C7508", "C7510", "Potential Performance Loss")
-    assert not [line for line in code.report.splitlines() if any(word.lower() in line.lower() for word in words)], code.report
+    assert not [
+        line
+        for line in code.report.splitlines()
+        if any(word.lower() in line.lower() for word in words)
+    ], code.report
 
 
 OTHERS = [(name, 128) for name, made in kernels.VARIANTS.items() if made != kernels.Variant()]
@@ -88,10 +98,14 @@ def test_parameters_are_the_flat_abi(code: Compiled) -> None:
     for name, parameters in entries.items():
         kinds = re.findall(r"\.param \.(\w+)", parameters)
         abi = ABI[name]
-        assert kinds == ["u64"] * len(abi.inputs) + ["u32"] * len(abi.numbers) + ["u64"] * len(abi.outputs)
+        assert kinds == ["u64"] * len(abi.inputs) + ["u32"] * len(abi.numbers) + ["u64"] * len(
+            abi.outputs
+        )
 
 
-def test_a_plan_may_hold_the_kernels_with_their_launches(code: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_may_hold_the_kernels_with_their_launches(
+    code: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "compiled", lambda head_dim: code)
     for name in ("aapt_pack", "aapt_attend"):
         shape, launch = kernels.launch_shape(name, 300, 3), kernels.ptx_launch(name, 300, 3, 64)
@@ -109,72 +123,116 @@ def test_the_source_names_its_parameters_as_the_table_does() -> None:
     source = kernels.source_file().read_text()
     for name, abi in ABI.items():
         (parameters,) = re.findall(rf"\n{name}\(([^)]*)\)", source)
-        names = tuple(re.split(r"[ *]+", parameter.strip())[-1] for parameter in parameters.split(","))
+        names = tuple(
+            re.split(r"[ *]+", parameter.strip())[-1] for parameter in parameters.split(",")
+        )
         assert names == abi.inputs + abi.numbers + abi.outputs
 
 
 def test_pinned_ptx_assembles_for_hopper(code: Compiled, tmp_path: Path) -> None:
     """By another assembler than NVRTC's own, which takes the pinned version at its word."""
-    assert f"\n.version {kernels.PTX_VERSION}\n" in code.ptx.decode() and "\n.target sm_90a\n" in code.ptx.decode()
+    assert (
+        f"\n.version {kernels.PTX_VERSION}\n" in code.ptx.decode()
+        and "\n.target sm_90a\n" in code.ptx.decode()
+    )
     (tmp_path / "k.ptx").write_bytes(code.ptx)
-    command = [TOOLS / "ptxas", "-arch=sm_90a", "-v", tmp_path / "k.ptx", "-o", tmp_path / "k.cubin"]
+    command = [
+        TOOLS / "ptxas",
+        "-arch=sm_90a",
+        "-v",
+        tmp_path / "k.ptx",
+        "-o",
+        tmp_path / "k.cubin",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "serializ" not in done.stderr.lower() and done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(ABI), done.stderr
+    assert "serializ" not in done.stderr.lower() and done.stderr.count(
+        "0 bytes spill stores, 0 bytes spill loads"
+    ) == len(ABI), done.stderr
 
 
 def instructions(code: Compiled, folder: Path) -> list[str]:
     """Machine instructions of aapt_attend in their order, bare."""
     (folder / "k.cubin").write_bytes(code.cubin)
-    text = subprocess.run([TOOLS / "nvdisasm", "-c", folder / "k.cubin"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [TOOLS / "nvdisasm", "-c", folder / "k.cubin"], capture_output=True, text=True, check=True
+    ).stdout
     body = text[text.index(".text.aapt_attend:") :]
     body = body[: body.index(".section")] if ".section" in body else body
-    return [match.group(1).strip() for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*[^;]*);", body)]
+    return [
+        match.group(1).strip()
+        for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*[^;]*);", body)
+    ]
 
 
 def test_the_loops_exponentials_run_while_products_do(code: Compiled, tmp_path: Path) -> None:
     """In the loop: scores are issued, then P.V; after the wait for the scores come the whole softmax's exponentials, then the wait for P.V. An
     assembler that moves them behind the second wait costs the overlap, and no result would tell."""
     found = instructions(code, tmp_path)
-    kinds = [i.split()[0].split(".")[0] + (" " + i.rsplit(" ", 1)[-1] if "DEPBAR" in i else "") for i in found]
+    kinds = [
+        i.split()[0].split(".")[0] + (" " + i.rsplit(" ", 1)[-1] if "DEPBAR" in i else "")
+        for i in found
+    ]
     wait_one = [at for at, kind in enumerate(kinds) if kind == "WARPGROUP 0x1"]
     assert len(wait_one) == 1, "one loop, waiting once with a group left"
     start = wait_one[0]
     end = next(at for at in range(start, len(kinds)) if kinds[at] == "WARPGROUP 0x0")
     exponentials = sum(kind == "MUFU" for kind in kinds[start:end])
-    assert exponentials == 32 + 2, f"{exponentials} between the waits: 32 scores of a thread and two rescales belong there"
+    assert exponentials == 32 + 2, (
+        f"{exponentials} between the waits: 32 scores of a thread and two rescales belong there"
+    )
     products = [at for at in range(start) if kinds[at] == "QGMMA"]
-    assert sum(at > max(i for i in range(start) if kinds[i] == "MUFU") for at in products) >= 4, "the products are issued before the wait, in one go"
+    assert sum(at > max(i for i in range(start) if kinds[i] == "MUFU") for at in products) >= 4, (
+        "the products are issued before the wait, in one go"
+    )
 
 
 # --- the cache ---
 
 
-def test_a_second_build_comes_from_the_cache(folder: Path, code: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_build_comes_from_the_cache(
+    folder: Path, code: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "_compile", lambda *_: pytest.fail("compiled again"))
     dim = 128 if b"D = 128" in code.ptx else 64
     assert kernels.compiled(dim, folder) == code
     assert not list(folder.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:300] + b"x" + data[301:], lambda data: b"", lambda data: b"MZ" + data])
-def test_a_damaged_cache_is_compiled_again(folder: Path, code: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: object) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:300] + b"x" + data[301:],
+        lambda data: b"",
+        lambda data: b"MZ" + data,
+    ],
+)
+def test_a_damaged_cache_is_compiled_again(
+    folder: Path, code: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: object
+) -> None:
     dim = 128 if b"D = 128" in code.ptx else 64
     for file in folder.glob("*.bin"):
         (tmp_path / file.name).write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
     compiled = []
     monkeypatch.setattr(kernels, "_compile", lambda *given: compiled.append(given) or code)  # type: ignore[func-returns-value]
     assert kernels.compiled(dim, tmp_path) == code and len(compiled) == 1
-    assert kernels.compiled(dim, tmp_path) == code and len(compiled) == 1, "the cache is whole again"
+    assert kernels.compiled(dim, tmp_path) == code and len(compiled) == 1, (
+        "the cache is whole again"
+    )
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(code: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_done_without(
+    code: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(kernels, "_compile", lambda *_: code)
     assert kernels.compiled(128, tmp_path / "file" / "folder") == code
 
 
-def test_another_source_is_another_entry(code: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_source_is_another_entry(
+    code: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled = []
     monkeypatch.setattr(kernels, "_compile", lambda *given: compiled.append(given) or code)  # type: ignore[func-returns-value]
     kernels.compiled(128, tmp_path)
@@ -211,7 +269,9 @@ def test_a_machine_that_cannot_run_them_is_told_so(sm: int, driver: int, words: 
     kernels.check_device(90, "H100", 12070)
 
 
-def test_a_source_that_does_not_compile_is_named_with_the_compilers_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_does_not_compile_is_named_with_the_compilers_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "k.cu"
     broken.write_text("__global__ void f() { nonsense; }")
     monkeypatch.setattr(kernels, "source_file", lambda: broken)
@@ -220,7 +280,9 @@ def test_a_source_that_does_not_compile_is_named_with_the_compilers_words(tmp_pa
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_without_the_wheels_the_way_to_get_them_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_wheels_the_way_to_get_them_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
@@ -240,7 +302,9 @@ def test_without_the_library_or_with_an_old_one() -> None:
                 raise self.answer
             return self.answer
 
-    with pytest.raises(MachineError, match="NVRTC, which compiles the CUDA kernels, is not installed: no libnvrtc"):
+    with pytest.raises(
+        MachineError, match="NVRTC, which compiles the CUDA kernels, is not installed: no libnvrtc"
+    ):
         kernels._version(Nvrtc(RuntimeError("no libnvrtc\nmore")))
     with pytest.raises(MachineError, match=r"NVRTC 12\.4 is too old"):
         kernels._version(Nvrtc((0, 12, 4)))
@@ -318,7 +382,14 @@ class Driver:
         *shape, stream, parameters, extra = given
         sizes = [8] * 9 + [4] * 3 + [8]
         pointers = (ctypes.c_void_p * len(sizes)).from_address(parameters)
-        self.seen.append((function, tuple(shape), stream, [int.from_bytes(ctypes.string_at(p, n), "little") for p, n in zip(pointers, sizes)]))  # type: ignore[arg-type]  # noqa: B905
+        self.seen.append(
+            (
+                function,
+                tuple(shape),
+                stream,
+                [int.from_bytes(ctypes.string_at(p, n), "little") for p, n in zip(pointers, sizes)],
+            )
+        )  # type: ignore[arg-type]  # noqa: B905
         assert extra == 0
         return (self.status,)
 
@@ -328,7 +399,9 @@ def test_a_launch_passes_addresses_and_numbers_in_the_order_of_the_abi() -> None
     run = kernels.Kernels(driver, None, {"aapt_attend": "F"})
     addresses = [0x7F00_0000_0000 + 256 * i for i in range(9)]
     run("aapt_attend", addresses, (1196, 24, 600), [0x7E00_0000_0000], 77)
-    assert driver.seen == [("F", (10, 24, 1, 384, 1, 1, 0), 77, [*addresses, 1196, 24, 600, 0x7E00_0000_0000])]
+    assert driver.seen == [
+        ("F", (10, 24, 1, 384, 1, 1, 0), 77, [*addresses, 1196, 24, 600, 0x7E00_0000_0000])
+    ]
     with pytest.raises(AssertionError, match="aapt_attend takes"):
         run("aapt_attend", addresses[:-1], (1196, 24, 600), [0], 77)
     deep = kernels.Kernels(driver, None, {"aapt_attend": "F"}, 91_312)

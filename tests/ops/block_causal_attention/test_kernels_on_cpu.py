@@ -24,12 +24,23 @@ PLAINEST = kernels.VARIANTS["as first written"]
 Plainest = Callable[[int, tuple[int, ...]], np.ndarray]
 
 # T, cache capacity, cache_len, heads: one token; nothing cached; an own tile boundary; a ragged tail of both; a full cache; many tiles of both.
-CASES = [(1, 64, 0, 2), (64, 64, 64, 2), (63, 70, 1, 1), (65, 200, 130, 1), (150, 320, 320, 1), (300, 640, 600, 1)]
+CASES = [
+    (1, 64, 0, 2),
+    (64, 64, 64, 2),
+    (63, 70, 1, 1),
+    (65, 200, 130, 1),
+    (150, 320, 320, 1),
+    (300, 640, 600, 1),
+]
 
 
 @pytest.fixture(scope="module", params=layout.HEAD_DIMS, ids=lambda dim: f"D{dim}")
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, ctypes.CDLL]:
-    return request.param, build(kernels.source_file(), request.param, tmp_path_factory.mktemp("cpu") / "kernels.so")
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, ctypes.CDLL]:
+    return request.param, build(
+        kernels.source_file(), request.param, tmp_path_factory.mktemp("cpu") / "kernels.so"
+    )
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
@@ -44,7 +55,9 @@ def run(library: ctypes.CDLL, kernel: str, inputs: list[np.ndarray], numbers: tu
     assert all(x.flags.c_contiguous for x in outputs)
     where: Callable[[np.ndarray], Any] = lambda x: ctypes.c_void_p(x.ctypes.data)
     function = getattr(library, kernel.replace("aapt_", "run_"))
-    problem = function(shape.x, shape.y, shape.threads, seed, *map(where, arrays), *numbers, *map(where, outputs))
+    problem = function(
+        shape.x, shape.y, shape.threads, seed, *map(where, arrays), *numbers, *map(where, outputs)
+    )
     assert problem is None, problem.decode()
 
 
@@ -53,21 +66,40 @@ class Data:
 
     def __init__(self, dim: int, tokens: int, capacity: int, heads: int) -> None:
         rng = np.random.default_rng(tokens)
-        self.q, self.k, self.v = (bf16(2 * rng.standard_normal((tokens, heads, dim))) for _ in range(3))
-        self.past = [bf16(2 * rng.standard_normal((capacity, heads, dim))).astype(np.float32) for _ in range(2)]
+        self.q, self.k, self.v = (
+            bf16(2 * rng.standard_normal((tokens, heads, dim))) for _ in range(3)
+        )
+        self.past = [
+            bf16(2 * rng.standard_normal((capacity, heads, dim))).astype(np.float32)
+            for _ in range(2)
+        ]
         own = [x.astype(np.float32) for x in (self.q, self.k, self.v)]
-        self.scales = layout.calibrate(own[0], np.concatenate([own[1], self.past[0]]), np.concatenate([own[2], self.past[1]]), smooth_k=True)
+        self.scales = layout.calibrate(
+            own[0],
+            np.concatenate([own[1], self.past[0]]),
+            np.concatenate([own[2], self.past[1]]),
+            smooth_k=True,
+        )
         self.block = layout.pack(own[1], own[2], self.scales)
         self.cache = layout.pack(*self.past, self.scales)
 
 
 @pytest.mark.parametrize(("tokens", "capacity", "cached", "heads"), CASES)
-def test_pack_writes_the_layouts_bytes(library: tuple[int, ctypes.CDLL], tokens: int, capacity: int, cached: int, heads: int) -> None:
+def test_pack_writes_the_layouts_bytes(
+    library: tuple[int, ctypes.CDLL], tokens: int, capacity: int, cached: int, heads: int
+) -> None:
     dim, code = library
     data = Data(dim, tokens, capacity, heads)
     images = [np.full_like(image, 0x7F) for image in data.block]
     s = data.scales
-    run(code, "aapt_pack", [data.k, data.v, s.k_scale, s.k_mean, s.v_scale], (tokens, heads), images, LATE)
+    run(
+        code,
+        "aapt_pack",
+        [data.k, data.v, s.k_scale, s.k_mean, s.v_scale],
+        (tokens, heads),
+        images,
+        LATE,
+    )
     np.testing.assert_array_equal(images[0], data.block[0])
     np.testing.assert_array_equal(images[1], data.block[1])
 
@@ -80,7 +112,9 @@ def test_attend_computes_what_the_emulator_does(
     """Both accumulate exactly here, so they differ by the roundings of P's last float32 bits alone."""
     dim, code = library
     out, expected = attended(code, Data(dim, tokens, capacity, heads), cached, seed)
-    error = np.sqrt(np.square(out.astype(np.float32) - expected).mean() / np.square(expected).mean())
+    error = np.sqrt(
+        np.square(out.astype(np.float32) - expected).mean() / np.square(expected).mean()
+    )
     assert error < 1e-3
     assert (out.astype(np.float32) == expected).mean() > 0.97
 
@@ -173,16 +207,32 @@ def test_commit_moves_a_block_to_any_slot_and_nothing_else(
         expected, found = ([image.copy() for image in data.cache] for _ in range(2))
         if 0 <= slot <= last:
             layout.commit(*data.block, tokens, slot, *expected)
-        run(code, "aapt_commit", [*data.block, np.array([slot], np.int32)], (tokens, heads, tiles), found, LATE)
+        run(
+            code,
+            "aapt_commit",
+            [*data.block, np.array([slot], np.int32)],
+            (tokens, heads, tiles),
+            found,
+            LATE,
+        )
         np.testing.assert_array_equal(found[0], expected[0], err_msg=f"{slot=}")
         np.testing.assert_array_equal(found[1], expected[1], err_msg=f"{slot=}")
 
 
 def test_quantisation_is_the_layouts_on_every_bf16_value(library: tuple[int, ctypes.CDLL]) -> None:
     values = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
-    values = np.concatenate([values[~np.isnan(values)], 100 * np.random.default_rng(0).standard_normal(100_000).astype(np.float32)])
+    values = np.concatenate(
+        [
+            values[~np.isnan(values)],
+            100 * np.random.default_rng(0).standard_normal(100_000).astype(np.float32),
+        ]
+    )
     found = np.zeros(len(values), np.uint8)
-    library[1].quantise(ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(found.ctypes.data), ctypes.c_long(len(values)))
+    library[1].quantise(
+        ctypes.c_void_p(values.ctypes.data),
+        ctypes.c_void_p(found.ctypes.data),
+        ctypes.c_long(len(values)),
+    )
     np.testing.assert_array_equal(found, layout.encode(values))
 
 
@@ -195,13 +245,22 @@ MISTAKES = {
         "        touch(s);\n        // The wait",
         "        touch(s);\n        to_operand(s, p);\n        // The wait",
     ),
-    "V is not waited for": ("        barrier_wait(ring.v_full(v.slot), v.parity);\n        multiply(t, p,", "        multiply(t, p,"),
-    "the cache's tail is not masked": ("if (visit == visits.block_tiles) mask(s, cache_tail, lane);", ""),
+    "V is not waited for": (
+        "        barrier_wait(ring.v_full(v.slot), v.parity);\n        multiply(t, p,",
+        "        multiply(t, p,",
+    ),
+    "the cache's tail is not masked": (
+        "if (visit == visits.block_tiles) mask(s, cache_tail, lane);",
+        "",
+    ),
     "the accumulator is not rescaled": (
         "acc[i] = fmaf(acc[i], rescale[i >> 1 & 1], t[i]);\n        to_operand",
         "acc[i] += t[i];\n        to_operand",
     ),
-    "a slot is never given back": ("        if (lane == 0) barrier_arrive(ring.v_empty(v.slot));\n        v.next();", "        v.next();"),
+    "a slot is never given back": (
+        "        if (lane == 0) barrier_arrive(ring.v_empty(v.slot));\n        v.next();",
+        "        v.next();",
+    ),
     "a consumer without rows is waited for": (
         "blockIdx.x * QUERY_ROWS + 64 < T ? CONSUMER_WARPS : CONSUMER_WARPS / 2",
         "CONSUMER_WARPS",

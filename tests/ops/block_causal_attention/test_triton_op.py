@@ -51,9 +51,19 @@ print("done")
 """
 
 
-@pytest.mark.parametrize(("code", "variables"), [(INTERPRETED, {"TRITON_INTERPRET": "1"}), (COMPILED, {})], ids=["interpreted", "compiled"])
+@pytest.mark.parametrize(
+    ("code", "variables"),
+    [(INTERPRETED, {"TRITON_INTERPRET": "1"}), (COMPILED, {})],
+    ids=["interpreted", "compiled"],
+)
 def test_in_a_process_of_its_own(code: str, variables: dict[str, str], tmp_path: Path) -> None:
     """The interpreter is chosen by a variable that Triton reads when it is imported; it does not know bf16, so fp16 stands for half precision."""
-    environment = os.environ | variables | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    environment = (
+        os.environ
+        | variables
+        | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr

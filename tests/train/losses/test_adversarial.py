@@ -577,7 +577,9 @@ def test_a_segment_starts_from_noise_of_the_profile_s_temperature(temperature: f
     found = []
     for profile in (TINY, calm):
         torch.manual_seed(0)
-        rollout = Rollout(Generator(profile), clips.previous[:, 0], clips.text, GAME, seeded(1))
+        rollout = ForcedRollout(
+            Generator(profile), clips.previous[:, 0], clips.text, GAME, seeded(1)
+        )
         rollout.streams.sample = lambda noise, *rest, made=found: made.append(noise) or noise  # type: ignore[method-assign]
         rollout.extend(clips.condition)
     assert len(found) == 4 and 0.8 < float(torch.stack(found[:2]).std()) < 1.2

@@ -221,14 +221,18 @@ def test_the_first_block_of_the_loss_in_closed_form() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_a_forced_rollout_starts_from_noise_of_the_profile_s_temperature(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_rollout_starts_from_noise_of_the_profile_s_temperature(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calm = TINY.replace(sampler=dataclasses.replace(TINY.sampler, temperature=temperature))
     noises: dict[float, list[Tensor]] = {}
     for profile in (TINY, calm):
         torch.manual_seed(0)
         generator, found = Generator(profile), noises.setdefault(profile.sampler.temperature, [])
 
-        def sample(streams: Streams, noise: Tensor, *arguments: object, found: list[Tensor] = found) -> Tensor:
+        def sample(
+            streams: Streams, noise: Tensor, *arguments: object, found: list[Tensor] = found
+        ) -> Tensor:
             found.append(noise)
             return noise
 

@@ -1,7 +1,9 @@
-"""`aapt doctor --tensorrt`: what TensorRT does on this machine, asked by micro-engines, and kept as a receipt that the builder reads.
+"""`aapt doctor --tensorrt`: check what TensorRT does on this machine and keep a receipt.
 
-Every question of probes.py runs in a process of its own, `python -m aapt_deploy.backends.trt.doctor.ask NAME`: a crash of TensorRT, or a hang, is a
-failed check and not a dead doctor. The answers hold for one GPU architecture, TensorRT, CUDA and driver (receipts.py).
+Every check of probes.py runs in a process of its own, `python -m ... .doctor.ask NAME`. So a
+crash or a hang of TensorRT is a failed check, and the next one runs. Answers are
+valid for one GPU architecture, TensorRT, CUDA and driver (receipts.py). The builder reads the
+receipt.
 """
 
 import importlib
@@ -18,7 +20,8 @@ from typing import Any
 from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Choice, Proof
-from aapt_deploy.errors import AaptError, MachineError, OutputError, needs_extra
+from aapt_deploy.bundle.files import writing
+from aapt_deploy.errors import AaptError, MachineError, needs_extra
 
 MODULE = "aapt_deploy.backends.trt.doctor.ask"
 PATIENCE_S = 180.0  # for one question; a micro-engine takes seconds
@@ -35,50 +38,61 @@ class Findings:
 
     @property
     def choices(self) -> list[Choice]:
-        """The forms of attention that a build of an fp8 bundle would try, the best first."""
+        """Return the forms of attention that a build of an fp8 bundle tries, the best first."""
         return receipts.choose({proof.name: proof for proof in self.proofs}, fp8=True)
 
     @property
     def usable(self) -> bool:
-        """Whether a plan can be built and run here at all."""
+        """Return whether a plan can be built and run here at all."""
         return any(proof.name == receipts.NATIVE_BUILDS and proof.ok for proof in self.proofs)
 
 
-def examine(report: Callable[[str], None], names: Sequence[str] = receipts.PROBES, patience_s: float = PATIENCE_S) -> Findings:
-    """Ask every question, one after the other, and keep the receipt.
+def examine(
+    report: Callable[[str], None],
+    names: Sequence[str] = receipts.PROBES,
+    patience_s: float = PATIENCE_S,
+) -> Findings:
+    """Run every check, one after the other, and keep the receipt.
 
-    Raises MachineError where TensorRT, a driver or a GPU is missing, OutputError when the receipt cannot be written.
+    Raises MachineError if TensorRT, a driver or a GPU is missing. Raises OutputError if the
+    receipt cannot be written.
     """
-    told, reason = _ask("here", LOOK_S)
-    if told is None or "error" in told:
-        raise MachineError(str(told["error"]) if told else f"TensorRT cannot be looked at: {reason}", str(told["hint"]) if told else "aapt doctor")
-    here = Gpu(**told)
+    answer, reason = _ask("here", LOOK_S)
+    if answer is None:
+        raise MachineError(f"TensorRT cannot be looked at: {reason}", "aapt doctor")
+    if "error" in answer:
+        raise MachineError(str(answer["error"]), str(answer["hint"]))
+    here = Gpu(**answer)
     found = []
     for name in names:
         report(f"{name} on {here.gpu}, TensorRT {here.tensorrt}")
         began = time.monotonic()
-        told, reason = _ask(name, patience_s)
-        ok, said = (told.get("ok") is True, str(told.get("found", told.get("error", "")))) if told else (False, reason)
-        found.append(Proof(name, ok, said, round(time.monotonic() - began, 1)))
-    try:
+        answer, reason = _ask(name, patience_s)
+        ok = answer is not None and answer.get("ok") is True
+        if answer:
+            reason = str(answer.get("found", answer.get("error", "")))
+        found.append(Proof(name, ok, reason, round(time.monotonic() - began, 1)))
+    with writing(receipts.receipt_file(here), "set XDG_CACHE_HOME to a folder of yours"):
         return Findings(here, found, receipts.save(here, found))
-    except OSError as error:
-        raise OutputError(f"{receipts.receipt_file(here)} cannot be written: {error.strerror}", "set XDG_CACHE_HOME to a folder of yours") from None
 
 
 def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:
-    """The answer of one process, or None and why there is none."""
+    """Return the answer of one process, or None and the reason."""
     try:
-        done = subprocess.run([sys.executable, "-m", MODULE, name], capture_output=True, text=True, timeout=patience_s, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", MODULE, name],
+            capture_output=True, text=True, timeout=patience_s, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, f"no answer within {patience_s:.0f} s"
     try:
-        told = json.loads(done.stdout.strip().splitlines()[-1])
-        if isinstance(told, dict):
-            return told, ""
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        if isinstance(answer, dict):
+            return answer, ""
     except (ValueError, IndexError):
         pass
-    last = next((line for line in reversed(done.stderr.strip().splitlines()) if line.strip()), "it said nothing")
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    last = lines[-1] if lines else "it said nothing"
     if done.returncode < 0:
         return None, f"crashed with {signal.Signals(-done.returncode).name}: {last}"
     return None, f"ended with code {done.returncode}: {last}"

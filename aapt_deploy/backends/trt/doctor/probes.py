@@ -1,9 +1,9 @@
-"""What TensorRT does on this machine, one question a process: `main` builds a micro-engine, runs it and compares.
+"""The checks of `aapt doctor --tensorrt`, one a process.
 
-It prints one line of JSON: {"ok": ..., "found": ...}. A question that makes TensorRT crash ends this process and nothing else; ask.py
-starts it, gives it time and reads its answer. `here` in the place of a name tells what an answer holds for.
-
-Not one of these was run by us on TensorRT. Over strict fakes of the real bindings the calls are checked, over an emulated device the comparisons.
+`main` builds a micro-engine, runs it and compares. It prints one line of JSON: {"ok": ...,
+"found": ...}. A check that makes TensorRT crash ends this process and nothing else: ask.py
+starts it, limits its time and reads its answer. The name `here` returns what an answer is valid
+for.
 """
 
 import json
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,18 @@ from aapt_deploy.errors import AaptError, ParityError
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 
 WORKSPACE_BYTES = 256 << 20
-CLOSE = {"bf16": 0.02, "fp8": 0.10}  # relative error that rounding explains: of a product in bf16, of attention with FP8 keys, values and weights
-SAME_BYTES = 0.999  # share of a block's bytes: a quotient on the edge of two codes may fall either way
+# Relative error by rounding: of a product in bf16; of attention with FP8 keys, values and weights.
+CLOSE = {"bf16": 0.02, "fp8": 0.10}
+SAME_BYTES = 0.999  # of a block: a quotient on the edge of two codes may be rounded either way
+ITEM_BYTES = {"FLOAT": 4, "INT32": 4, "BF16": 2, "HALF": 2, "FP8": 1, "UINT8": 1}
+
+
+class Inside(NamedTuple):
+    """An output in a buffer of `size` bytes, from byte `offset` on."""
+
+    output: str
+    size: int
+    offset: int
 
 
 class Bench:
@@ -38,12 +49,18 @@ class Bench:
         """Build and open the plan of `case`; the network must have its plugin layers."""
         graph, file = self.folder / "probe.onnx", self.folder / "probe.plan"
         graph.write_bytes(case.model.SerializeToString())
-        built = api.build(graph, api.Settings(case.plugin_layers, WORKSPACE_BYTES), None, self.failures, api.Messages(_to_stderr))
+        settings, log = api.Settings(case.plugin_layers, WORKSPACE_BYTES), api.Messages(_to_stderr)
+        built = api.build(graph, settings, None, self.failures, log)
         file.write_bytes(built.plan)
         return api.open_plan(file, api.Messages(_to_stderr))
 
-    def run(self, plan: api.Plan, case: Case, captured: bool = False, inside: tuple[str, int, int] | None = None) -> dict[str, np.ndarray]:
-        """Run `plan` once more than a capture needs; every output's bytes. `inside`: (output, bytes of a buffer, offset in it) to bind it there."""
+    def run(
+        self, plan: api.Plan, case: Case, captured: bool = False, inside: Inside | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run `plan` once more than a capture needs; return every output's bytes.
+
+        `inside` binds one output inside a larger buffer.
+        """
         device, stream, context = self.device, self.stream, plan.context()
         outputs: dict[str, tuple[int, int]] = {}
         for tensor in plan.tensors:
@@ -52,7 +69,7 @@ class Bench:
                 address = device.memory(size)
                 stream.upload(address, np.ascontiguousarray(case.inputs[tensor.name]))
             else:
-                whole, offset = inside[1:] if inside and inside[0] == tensor.name else (size, 0)
+                whole, offset = inside[1:] if inside and inside.output == tensor.name else (size, 0)
                 base = device.memory(whole)
                 stream.zero(base, whole)
                 outputs[tensor.name], address = (base, whole), base + offset
@@ -68,7 +85,7 @@ class Bench:
 
 
 def _bytes(tensor: api.Tensor) -> int:
-    return int(np.prod(tensor.shape)) * {"FLOAT": 4, "INT32": 4, "BF16": 2, "HALF": 2, "FP8": 1, "UINT8": 1}[tensor.dtype]
+    return int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype]
 
 
 def _to_stderr(text: str) -> None:
@@ -83,7 +100,8 @@ def check(found: dict[str, np.ndarray], case: Case, kind: str) -> str:
         raise ParityError(f"the answer differs by {error:.4f} of its size, above {CLOSE[kind]}", "")
     said = [f"differs by {error:.4f} of its size"]
     for name, wanted in case.blocks.items():
-        share = float(np.mean(found[name] == np.ascontiguousarray(wanted).view(np.uint8).reshape(-1)))
+        expected = np.ascontiguousarray(wanted).view(np.uint8).reshape(-1)
+        share = float(np.mean(found[name] == expected))
         if share < SAME_BYTES:
             raise ParityError(f"{name} has {share:.2%} of its bytes right", "")
         said.append(f"{name} {share:.2%} of bytes")
@@ -108,12 +126,12 @@ def native(bench: Bench, captured: bool = False) -> str:
 
 
 def slot(bench: Bench) -> str:
-    """An output may lie inside a larger buffer, and nothing beside it is written."""
+    """Check that an output may be inside a larger buffer, and nothing beside it is written."""
     case = cases.native()
     plan = bench.build(case)
     whole, row = case.inputs["k_cache"].nbytes, case.inputs["k_cache"].nbytes // cases.RING.tokens
     offset, wanted = cases.SLOT * row, case.blocks["k_block"].view(np.uint8).reshape(-1)
-    found = bench.run(plan, case, inside=("k_block", whole, offset))["k_block"]
+    found = bench.run(plan, case, inside=Inside("k_block", whole, offset))["k_block"]
     if not np.array_equal(found[offset : offset + wanted.size], wanted):
         raise ParityError("the block is not in its slot", "")
     if found[:offset].any() or found[offset + wanted.size :].any():
@@ -128,7 +146,9 @@ def fp8_products(bench: Bench) -> str:
     return check(bench.run(plan, case), case, "bf16")
 
 
-def plugin(bench: Bench, packed: bool = False, captured: bool = False, with_function: bool = False) -> str:
+def plugin(
+    bench: Bench, packed: bool = False, captured: bool = False, with_function: bool = False
+) -> str:
     _with_plugin(bench)
     case = cases.plugin(packed, with_function=with_function)
     plan = bench.build(case)
@@ -137,7 +157,7 @@ def plugin(bench: Bench, packed: bool = False, captured: bool = False, with_func
 
 
 def plugin_captured(bench: Bench) -> str:
-    """In the form of the caches that works here."""
+    """Capture the plugin with the form of caches that works here."""
     try:
         return plugin(bench, captured=True)
     except AaptError:
@@ -190,14 +210,16 @@ PROBES: dict[str, Callable[[Bench], str]] = {
 
 
 def answer(name: str, device: cuda.Device) -> dict[str, object]:
-    """Ask one question. Whatever goes wrong is the answer."""
+    """Run one check. Any exception is the answer."""
     with tempfile.TemporaryDirectory(prefix="aapt-probe-") as folder:
         try:
             return {"ok": True, "found": PROBES[name](Bench(device, Path(folder)))}
-        except Exception as error:  # TensorRT's and CUDA's own exception types are many, and each is a finding
-            return {"ok": False, "found": f"{error}" if isinstance(error, AaptError) else f"{type(error).__name__}: {error}"}
+        except Exception as error:  # TensorRT's and CUDA's types are many; each is a finding
+            kind = "" if isinstance(error, AaptError) else f"{type(error).__name__}: "
+            return {"ok": False, "found": f"{kind}{error}"}
 
 
 def main(name: str) -> None:
     device = cuda.with_driver()
-    print(json.dumps(asdict(device.gpu(api.version(), kernels.source_hash())) if name == "here" else answer(name, device)), flush=True)
+    here = asdict(device.gpu(api.version(), kernels.source_hash())) if name == "here" else None
+    print(json.dumps(here or answer(name, device)), flush=True)

@@ -1,8 +1,10 @@
-"""What `aapt doctor --tensorrt` proved on this machine, kept for the builder: a receipt in the user's cache directory.
+"""Keep what `aapt doctor --tensorrt` proved here, and choose a form of attention.
 
-A receipt holds for one GPU architecture, TensorRT, CUDA and driver; the file is named after all four and after our kernels' hash, so that a change of
-any of them leaves the builder with nothing proved, and it then takes the form that needs no proof: TensorRT's own attention. Timing caches and plans
-of a build that was stopped lie in the same directory. Receipts are JSON written by this user's own processes; what is damaged counts as absent.
+A receipt is valid for one GPU architecture, TensorRT, CUDA and driver. The file is named after
+these and our kernels' hash. After a change of any, nothing is proved, and the builder takes the
+form that needs no proof: TensorRT's own attention. Timing caches and plans of stopped builds are
+in the same directory. Receipts are JSON written by this user's own processes; a damaged one
+counts as missing.
 """
 
 import json
@@ -20,20 +22,28 @@ PYTHON, AOT, NATIVE = "python", "aot", "native"  # forms of attention in a plan
 FORMS = (PYTHON, AOT, NATIVE)  # the best first
 
 # Names of the checks, in the order in which they are made. What each does is in probes.py.
-NATIVE_BUILDS, FP8_PRODUCTS, PLUGIN_FP8, PLUGIN_PACKED = "native attention", "fp8 products", "plugin, fp8 caches", "plugin, int32 caches"
-AOT_WORKS, AOT_STATIC, AOT_DYNAMIC, AOT_OP = "aot plugin", "aot, 64 KiB static shared", "aot, 64 KiB dynamic shared", "aot attention"
-CAPTURED, PLUGIN_CAPTURED, SLOT, FUNCTION, FP8_ATTENTION = (
-    "captured", "plugin captured", "output bound in a slot", "plugin before function", "fp8 attention fused",
-)  # fmt: skip
+NATIVE_BUILDS = "native attention"
+CAPTURED = "captured"
+SLOT = "output bound in a slot"
+FP8_PRODUCTS = "fp8 products"
+PLUGIN_FP8 = "plugin, fp8 caches"
+PLUGIN_PACKED = "plugin, int32 caches"
+PLUGIN_CAPTURED = "plugin captured"
+FUNCTION = "plugin before function"
+AOT_WORKS = "aot plugin"
+AOT_STATIC = "aot, 64 KiB static shared"
+AOT_DYNAMIC = "aot, 64 KiB dynamic shared"
+AOT_OP = "aot attention"
+FP8_ATTENTION = "fp8 attention fused"
 PROBES = (
-    NATIVE_BUILDS, CAPTURED, SLOT, FP8_PRODUCTS, PLUGIN_FP8, PLUGIN_PACKED, PLUGIN_CAPTURED, FUNCTION, AOT_WORKS, AOT_STATIC, AOT_DYNAMIC, AOT_OP,
-    FP8_ATTENTION,
+    NATIVE_BUILDS, CAPTURED, SLOT, FP8_PRODUCTS, PLUGIN_FP8, PLUGIN_PACKED, PLUGIN_CAPTURED,
+    FUNCTION, AOT_WORKS, AOT_STATIC, AOT_DYNAMIC, AOT_OP, FP8_ATTENTION,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Proof:
-    """One check of `aapt doctor --tensorrt`."""
+    """Result of one check of `aapt doctor --tensorrt`."""
 
     name: str
     ok: bool
@@ -43,7 +53,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Choice:
-    """A form of attention and why it was taken."""
+    """Form of attention, and why it was taken."""
 
     form: str
     packed: bool  # FP8 caches travel as INT32
@@ -52,7 +62,7 @@ class Choice:
 
 
 def cache_folder() -> Path:
-    """Where this user's TensorRT files lie."""
+    """Return the directory of this user's TensorRT files."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "aapt_deploy" / "tensorrt"
 
@@ -62,12 +72,12 @@ def receipt_file(here: Gpu) -> Path:
 
 
 def timing_cache_file(here: Gpu) -> Path:
-    """Timings hold for a GPU architecture and a TensorRT release."""
+    """Return the timing cache of a GPU architecture and a TensorRT release."""
     return cache_folder() / f"timing-sm{here.sm}-{here.tensorrt}.bin"
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file, and its folder, so that it is there whole or not at all. Raises OSError."""
+    """Write a file whole or not at all, and make its folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         temporary.write_bytes(data)
@@ -76,13 +86,14 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 def save(here: Gpu, proofs: Iterable[Proof]) -> Path:
     """Keep a receipt. Raises OSError."""
     path = receipt_file(here)
-    content = {"format": FORMAT, "verified_on": asdict(here), "proofs": [asdict(proof) for proof in proofs]}
+    rows = [asdict(proof) for proof in proofs]
+    content = {"format": FORMAT, "verified_on": asdict(here), "proofs": rows}
     write_whole(path, json.dumps(content, indent=1).encode())
     return path
 
 
 def load(here: Gpu) -> dict[str, Proof] | None:
-    """The proofs of this machine by name; None when there is no whole receipt for exactly this one."""
+    """Return the proofs of exactly this machine by name; None if there is no whole receipt."""
     try:
         content = json.loads(receipt_file(here).read_bytes())
         if content["format"] != FORMAT or content["verified_on"] != asdict(here):
@@ -96,19 +107,24 @@ def load(here: Gpu) -> dict[str, Proof] | None:
 
 
 def choose(proofs: dict[str, Proof] | None, fp8: bool) -> list[Choice]:
-    """The forms that are proved here, the best first; the last one is always TensorRT's own attention.
+    """Return the forms that are proved here, the best first; TensorRT's own attention is last.
 
-    `fp8`: there are scales for FP8 caches, which our kernels need.
+    `fp8` if there are scales for FP8 caches, which our kernels need.
     """
 
     def proved(*names: str) -> bool:
         return all(name in (proofs or {}) and (proofs or {})[name].ok for name in names)
 
-    why = "aapt doctor --tensorrt has not been run on this machine with these versions" if proofs is None else "nothing better is proved here"
-    captured = proved(CAPTURED) or proofs is None  # not proved wrong: opening tells
-    choices = [Choice(NATIVE, packed=False, captured=captured, reason=why if fp8 else "our kernels need the FP8 scales of an fp8 bundle")]
+    why = "nothing better is proved here"
+    if proofs is None:
+        why = "aapt doctor --tensorrt has not been run on this machine with these versions"
+    if not fp8:
+        why = "our kernels need the FP8 scales of an fp8 bundle"
+    captured = proved(CAPTURED) or proofs is None  # if not disproved: opening fails otherwise
+    choices = [Choice(NATIVE, False, captured, why)]
     if fp8 and proved(AOT_WORKS, AOT_OP):
-        choices.insert(0, Choice(AOT, packed=False, captured=captured, reason="proved here; the plan holds our kernels"))
+        choices.insert(0, Choice(AOT, False, captured, "proved here; the plan holds our kernels"))
     if fp8 and (proved(PLUGIN_FP8) or proved(PLUGIN_PACKED)):
-        choices.insert(0, Choice(PYTHON, packed=not proved(PLUGIN_FP8), captured=proved(PLUGIN_CAPTURED), reason="proved here"))
+        packed = not proved(PLUGIN_FP8)
+        choices.insert(0, Choice(PYTHON, packed, proved(PLUGIN_CAPTURED), "proved here"))
     return choices

@@ -1,8 +1,13 @@
-"""The smallest ahead-of-time plugin there is, for `aapt doctor --tensorrt`: y = 2 x by way of the far end of a thread block's shared memory.
+"""The smallest ahead-of-time plugin, for `aapt doctor --tensorrt`.
 
-Does TensorRT take PTX into a plan at all, does it start a kernel whose static shared memory is above 48 KiB, and does it ask the driver for dynamic
-shared memory above that? Our attention stays below; whoever makes a variant with more tiles in flight must know. Each question is one variant, and
-one process: `tensorrt.plugin` takes a name only once.
+It computes y = 2 x through the far end of a thread block's shared memory, in three variants:
+
+    small     does TensorRT take PTX into a plan at all
+    static    does it start a kernel with more than 48 KiB of static shared memory
+    dynamic   does it ask the driver for more than 48 KiB of dynamic shared memory
+
+Our attention stays below; a variant with more tiles in flight would not. Each variant is one
+process, because `tensorrt.plugin` takes a name only once.
 """
 
 import tensorrt.plugin as trtp
@@ -21,7 +26,7 @@ extern "C" __global__ void aapt_probe(const float* x, int n, float* y) {
 #else
     __shared__ float memory[AAPT_BYTES / 4];
 #endif
-    float* end = memory + AAPT_BYTES / 4 - 1;  // if there is less memory than was asked for, this is outside of it
+    float* end = memory + AAPT_BYTES / 4 - 1;  // outside if there is less memory than asked for
     if (threadIdx.x < n) end[-int(threadIdx.x)] = x[threadIdx.x];
     __syncthreads();
     if (threadIdx.x < n) y[threadIdx.x] = 2 * end[-int(threadIdx.x)];
@@ -39,7 +44,9 @@ def define(shared_bytes: int, dynamic: bool) -> None:
         return x.like()
 
     @trtp.autotune(ID)  # type: ignore[untyped-decorator]
-    def formats(x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]) -> list[trtp.AutoTuneCombination]:
+    def formats(
+        x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]
+    ) -> list[trtp.AutoTuneCombination]:
         return [trtp.AutoTuneCombination("FP32, FP32", "LINEAR")]
 
     @trtp.aot_impl(ID)  # type: ignore[untyped-decorator]
@@ -47,7 +54,8 @@ def define(shared_bytes: int, dynamic: bool) -> None:
         x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc], tactic: int
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
         launch = trtp.KernelLaunchParams()
-        launch.grid_x, launch.block_x, launch.shared_mem = 1, THREADS, shared_bytes if dynamic else 0
+        launch.grid_x, launch.block_x = 1, THREADS
+        launch.shared_mem = shared_bytes if dynamic else 0
         extras = trtp.SymIntExprs(1)
         extras[0] = trtp.SymInt32(x.shape[0])
         return "aapt_probe", ptx, launch, extras

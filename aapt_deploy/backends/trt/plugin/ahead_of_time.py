@@ -1,14 +1,19 @@
-"""BlockCausalAttention as two ahead-of-time TensorRT plugins (`tensorrt.plugin`): the plan then holds the kernels and needs no Python to run.
+"""BlockCausalAttention as two ahead-of-time TensorRT plugins (`tensorrt.plugin`).
 
-    aapt::BlockCausalAttentionPack    (k, v, k_scale, k_mean, v_scale)                                      -> (k_block, v_block)
-    aapt::BlockCausalAttentionAttend  (q, k_block, v_block, k_cache, v_cache, cache_len, q_scale, k_scale, v_scale) -> out
+The plan then holds the kernels and needs no Python to run.
 
-One kernel per plugin is all that this form can hold, so the op's two kernels are two plugins; layout hopper_fp8, with the kernels' own parameter
-order (inputs, int32 numbers, outputs). It is the optional form: TensorRT compiles PTX through the driver, passes no more than 48 KiB of dynamic
-shared memory, and whether a kernel with more static shared memory launches there is for `aapt doctor` to find out. python.py has no such limit.
+    aapt::BlockCausalAttentionPack    (k, v, k_scale, k_mean, v_scale) -> (k_block, v_block)
+    aapt::BlockCausalAttentionAttend  (q, k_block, v_block, k_cache, v_cache, cache_len, q_scale,
+                                       k_scale, v_scale) -> out
 
-What the layer `tensorrt.plugin` wants and does not say is kept in one place, here: annotations must be real types (no postponed evaluation),
-`tactic` must be a parameter, numbers must be `SymInt32`, launch parameters must be made while TensorRT asks, and only PTX is an image.
+A plugin of this form is one kernel, so the op's two kernels are two plugins. Layout hopper_fp8,
+with the kernels' own parameter order (inputs, int32 numbers, outputs). It is the optional form:
+TensorRT compiles PTX through the driver and passes at most 48 KiB of dynamic shared memory. `aapt
+doctor` checks whether a kernel with more static shared memory starts. python.py has no such limit.
+
+`tensorrt.plugin` has rules that it does not document, and this file keeps them. Annotations must be
+real types (no postponed evaluation). `tactic` must be a parameter, and numbers `SymInt32`. Launch
+parameters must be made while TensorRT asks. Only PTX is an image.
 """
 
 from collections.abc import Callable
@@ -31,7 +36,7 @@ Sizes3 = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as the plan will hold it, for given sizes."""
+    """Kernel as the plan will hold it, for given sizes."""
 
     name: str  # as the PTX spells it
     ptx: str
@@ -41,13 +46,13 @@ class Compiled:
 
     def __post_init__(self) -> None:
         if not self.ptx.lstrip().startswith(("//", ".version")):
-            raise BundleError(f"kernel {self.name} is no PTX; TensorRT embeds nothing else", "compile it to PTX, or build with the Python plugin")
+            hint = "compile it to PTX, or build with the Python plugin"
+            text = f"kernel {self.name} is no PTX; TensorRT embeds nothing else"
+            raise BundleError(text, hint)
         if self.dynamic_shared_bytes > MOST_DYNAMIC_SHARED_BYTES:
-            raise BundleError(
-                f"kernel {self.name} wants {self.dynamic_shared_bytes} bytes of dynamic shared memory; a self-contained plan passes at most "
-                f"{MOST_DYNAMIC_SHARED_BYTES}",
-                "build with the Python plugin",
-            )
+            wants = f"wants {self.dynamic_shared_bytes} bytes of dynamic shared memory"
+            most = f"a self-contained plan passes at most {MOST_DYNAMIC_SHARED_BYTES}"
+            raise BundleError(f"kernel {self.name} {wants}; {most}", "build with the Python plugin")
 
 
 Compile = Callable[[str, int, int, int], Compiled]  # (kernel, tokens T, heads H, head_dim D)
@@ -57,7 +62,10 @@ _DEFINED: list[Compile] = []  # tensorrt.plugin takes a name once a process
 
 
 def define_once(launch_of: Callable[[str, int, int, int], Any]) -> None:
-    """Define both plugins, unless it was done before. `launch_of` is kernels.ptx_launch: PTX and launch shape of a kernel for given sizes."""
+    """Define both plugins, unless that was done before.
+
+    `launch_of` is kernels.ptx_launch: PTX and launch shape of a kernel for given sizes.
+    """
 
     def compile_kernel(kernel: str, tokens: int, heads: int, head_dim: int) -> Compiled:
         launch = launch_of(kernel, tokens, heads, head_dim)
@@ -69,7 +77,10 @@ def define_once(launch_of: Callable[[str, int, int, int], Any]) -> None:
 
 
 def define(compile_kernel: Compile, lazy: bool = False) -> None:
-    """Define both plugins, once a process. They join TensorRT's registry now, or when a network first adds one (`lazy`)."""
+    """Define both plugins, once a process.
+
+    They join TensorRT's registry now, or (`lazy`) when a network first adds one.
+    """
     _define_pack(compile_kernel, lazy)
     _define_attend(compile_kernel, lazy)
 
@@ -77,11 +88,16 @@ def define(compile_kernel: Compile, lazy: bool = False) -> None:
 def _define_pack(compile_kernel: Compile, lazy: bool) -> None:
     @trtp.register(PACK_ID, lazy_register=lazy)  # type: ignore[untyped-decorator]
     def describe(
-        k: trtp.TensorDesc, v: trtp.TensorDesc, k_scale: trtp.TensorDesc, k_mean: trtp.TensorDesc, v_scale: trtp.TensorDesc
+        k: trtp.TensorDesc,
+        v: trtp.TensorDesc,
+        k_scale: trtp.TensorDesc,
+        k_mean: trtp.TensorDesc,
+        v_scale: trtp.TensorDesc,
     ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
         _, tokens, heads, head_dim = k.shape_expr
         shape = (heads, trtp.cdiv(tokens, TILE_KEYS), head_dim * TILE_KEYS)
-        return trtp.from_shape_expr(shape, trt.DataType.FP8), trtp.from_shape_expr(shape, trt.DataType.FP8)
+        fp8 = trt.DataType.FP8
+        return trtp.from_shape_expr(shape, fp8), trtp.from_shape_expr(shape, fp8)
 
     @trtp.autotune(PACK_ID)  # type: ignore[untyped-decorator]
     def formats(
@@ -136,7 +152,8 @@ def _define_attend(compile_kernel: Compile, lazy: bool) -> None:
         v_scale: trtp.TensorDesc,
         outputs: tuple[trtp.TensorDesc],
     ) -> list[trtp.AutoTuneCombination]:
-        return [trtp.AutoTuneCombination("BF16, FP8, FP8, FP8, FP8, INT32, FP32, FP32, FP32, BF16", "LINEAR")]
+        types = "BF16, FP8, FP8, FP8, FP8, INT32, FP32, FP32, FP32, BF16"
+        return [trtp.AutoTuneCombination(types, "LINEAR")]
 
     @trtp.aot_impl(ATTEND_ID)  # type: ignore[untyped-decorator]
     def kernel(
@@ -153,11 +170,15 @@ def _define_attend(compile_kernel: Compile, lazy: bool) -> None:
         tactic: int,
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
         _, tokens, heads, head_dim = q.shape
-        return _answer(compile_kernel(ATTEND, tokens, heads, head_dim), (tokens, heads, k_cache.shape[1]))
+        compiled = compile_kernel(ATTEND, tokens, heads, head_dim)
+        return _answer(compiled, (tokens, heads, k_cache.shape[1]))
 
 
 def _answer(compiled: Compiled, numbers: tuple[int, ...]) -> tuple[str, str, Any, Any]:
-    """What an aot_impl returns. Only valid while TensorRT asks: made earlier, the numbers would silently be empty."""
+    """Return what an aot_impl returns.
+
+    Call it only while TensorRT asks: made earlier, the numbers would silently be empty.
+    """
     launch = trtp.KernelLaunchParams()
     launch.grid_x, launch.grid_y, launch.grid_z = compiled.grid
     launch.block_x, launch.block_y, launch.block_z = compiled.block

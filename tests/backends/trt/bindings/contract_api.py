@@ -1,6 +1,7 @@
-"""Building and running a plan through strict fakes: the calls in order, and mistakes that must be caught.
+"""Build and run a plan through strict fakes: calls in order, and mistakes to be caught.
 
-The enums, the logger and the progress monitor are the real ones; builder, parser, runtime and their like are fakes made from this release's stubs.
+The enums, the logger and the progress monitor are the real ones. Builder, parser, runtime and
+the like are fakes made from this release's stubs.
 """
 
 import importlib
@@ -25,7 +26,9 @@ PLAN = b"plan" * 1000
 
 @pytest.fixture(scope="session")
 def stubs(request: pytest.FixtureRequest) -> Stubs:
-    return Stubs(type_stubs.type_stubs(request.config.getoption("--release")) / "tensorrt" / "__init__.pyi")
+    return Stubs(
+        type_stubs.type_stubs(request.config.getoption("--release")) / "tensorrt" / "__init__.pyi"
+    )
 
 
 class Rig:
@@ -38,20 +41,37 @@ class Rig:
             monkeypatch.setattr(trt, kind, self.recorder.constructor(kind))
         self.trt, self.make = trt, self.recorder.make
         self.kinds = ["PLUGIN_V3", "MATRIX_MULTIPLY", "PLUGIN_V3", "CAST"]
-        tensors = {"noisy": ("FLOAT", (1, 4, 8, 8)), "k_cache.00": ("FP8", (2, 3, 8192)), "clean": ("FLOAT", (1, 4, 8, 8))}
-        self.tensors = [self.make("ITensor", name=name, dtype=getattr(trt.DataType, kind), shape=shape) for name, (kind, shape) in tensors.items()]
+        tensors = {
+            "noisy": ("FLOAT", (1, 4, 8, 8)),
+            "k_cache.00": ("FP8", (2, 3, 8192)),
+            "clean": ("FLOAT", (1, 4, 8, 8)),
+        }
+        self.tensors = [
+            self.make("ITensor", name=name, dtype=getattr(trt.DataType, kind), shape=shape)
+            for name, (kind, shape) in tensors.items()
+        ]
         self.script = self.recorder.script
         self.script |= {
             "INetworkDefinition.num_layers": lambda: len(self.kinds),
-            "INetworkDefinition.get_layer": lambda index: self.make("ILayer", type=getattr(trt.LayerType, self.kinds[index])),
-            "INetworkDefinition.num_inputs": 2, "INetworkDefinition.get_input": lambda index: self.tensors[index],
-            "INetworkDefinition.num_outputs": 1, "INetworkDefinition.get_output": lambda index: self.tensors[2],
+            "INetworkDefinition.get_layer": (
+                lambda index: self.make("ILayer", type=getattr(trt.LayerType, self.kinds[index]))
+            ),
+            "INetworkDefinition.num_inputs": 2,
+            "INetworkDefinition.get_input": lambda index: self.tensors[index],
+            "INetworkDefinition.num_outputs": 1,
+            "INetworkDefinition.get_output": lambda index: self.tensors[2],
             "Builder.build_serialized_network": PLAN, "ITimingCache.serialize": b"timing",
-            "ICudaEngine.num_io_tensors": 3, "ICudaEngine.get_tensor_name": lambda index: [*tensors][index],
-            "ICudaEngine.get_tensor_mode": lambda name: trt.TensorIOMode.OUTPUT if name == "clean" else trt.TensorIOMode.INPUT,
+            "ICudaEngine.num_io_tensors": 3,
+            "ICudaEngine.get_tensor_name": lambda index: [*tensors][index],
+            "ICudaEngine.get_tensor_mode": (
+                lambda name: getattr(trt.TensorIOMode, "OUTPUT" if name == "clean" else "INPUT")
+            ),
             "ICudaEngine.get_tensor_dtype": lambda name: getattr(trt.DataType, tensors[name][0]),
-            "ICudaEngine.get_tensor_shape": lambda name: tensors[name][1], "ICudaEngine.device_memory_size_v2": 12345,
-            "EngineInspector.get_engine_information": '{"Layers": [{"Name": "a", "LayerType": "PluginV3"}]}',
+            "ICudaEngine.get_tensor_shape": lambda name: tensors[name][1],
+            "ICudaEngine.device_memory_size_v2": 12345,
+            "EngineInspector.get_engine_information": (
+                '{"Layers": [{"Name": "a", "LayerType": "PluginV3"}]}'
+            ),
         }  # fmt: skip
 
     def build(self, api: ModuleType | None = None, **more: Any) -> Any:
@@ -98,7 +118,9 @@ def test_a_build_is_these_calls(rig: Rig, release: str, write: bool) -> None:
 
 def test_a_run_is_these_calls(rig: Rig, plan_file: Path, write: bool) -> None:
     plan = rig.api.open_plan(plan_file)
-    assert [(tensor.name, tensor.is_input, tensor.dtype, tensor.shape) for tensor in plan.tensors][1] == ("k_cache.00", True, "FP8", (2, 3, 8192))
+    assert [(tensor.name, tensor.is_input, tensor.dtype, tensor.shape) for tensor in plan.tensors][
+        1
+    ] == ("k_cache.00", True, "FP8", (2, 3, 8192))
     assert plan.scratch_bytes == 12345 and [layer.is_plugin for layer in plan.layers()] == [True]
     context = plan.context()
     for address, tensor in enumerate(plan.tensors, 1):
@@ -116,7 +138,9 @@ def test_the_network_is_strongly_typed_by_name_and_not_by_number(rig: Rig, trt: 
 def test_code_in_a_plan_is_refused_before_the_plan_is_read(rig: Rig, plan_file: Path) -> None:
     rig.api.open_plan(plan_file)
     calls = rig.recorder.journal
-    assert calls.index("Runtime.engine_host_code_allowed = False") < calls.index(f"Runtime.deserialize_cuda_engine(<{len(PLAN)} bytes>)")
+    assert calls.index("Runtime.engine_host_code_allowed = False") < calls.index(
+        f"Runtime.deserialize_cuda_engine(<{len(PLAN)} bytes>)"
+    )
 
 
 def test_another_machine_s_timing_cache_is_left_out(rig: Rig) -> None:
@@ -124,16 +148,30 @@ def test_another_machine_s_timing_cache_is_left_out(rig: Rig) -> None:
     rig.script["IBuilderConfig.set_timing_cache"] = lambda cache, ignore: next(answers)
     rig.build()
     caches = [call for call in rig.recorder.journal if "create_timing_cache" in call]
-    assert caches == ["IBuilderConfig.create_timing_cache(<3 bytes>)", "IBuilderConfig.create_timing_cache(<0 bytes>)"]
+    assert caches == [
+        "IBuilderConfig.create_timing_cache(<3 bytes>)",
+        "IBuilderConfig.create_timing_cache(<0 bytes>)",
+    ]
 
 
 # --- what goes wrong ---
 
 
-@pytest.mark.parametrize(("kinds", "found"), [(["PLUGIN_V3", "MATRIX_MULTIPLY"], 1), (["MATRIX_MULTIPLY", "SOFTMAX"], 0), (["PLUGIN_V3"] * 3, 3)])
-def test_a_missing_plugin_layer_or_a_silent_fallback_ends_the_build_before_it_begins(rig: Rig, kinds: list[str], found: int) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        (["PLUGIN_V3", "MATRIX_MULTIPLY"], 1),
+        (["MATRIX_MULTIPLY", "SOFTMAX"], 0),
+        (["PLUGIN_V3"] * 3, 3),
+    ],
+)
+def test_a_missing_plugin_layer_or_a_silent_fallback_ends_the_build_before_it_begins(
+    rig: Rig, kinds: list[str], found: int
+) -> None:
     rig.kinds = kinds
-    with pytest.raises(ParityError, match=f"took {found} of the 2 aapt::BlockCausalAttention layers"):
+    with pytest.raises(
+        ParityError, match=f"took {found} of the 2 aapt::BlockCausalAttention layers"
+    ):
         rig.build()
     assert not [call for call in rig.recorder.journal if "build_serialized_network" in call]
 
@@ -149,10 +187,14 @@ def test_a_shape_that_is_not_fixed_is_refused(rig: Rig, plan_file: Path) -> None
 
 def test_the_parser_s_reason_names_the_node(rig: Rig) -> None:
     rig.script |= {
-        "OnnxParser.parse_from_file": False, "OnnxParser.num_errors": 1, "ParserError.desc": "Plugin not found, are the names right?",
-        "ParserError.node_name": "layer.7.attention", "ParserError.node_operator": "BlockCausalAttention",
+        "OnnxParser.parse_from_file": False, "OnnxParser.num_errors": 1,
+        "ParserError.desc": "Plugin not found, are the names right?",
+        "ParserError.node_name": "layer.7.attention",
+        "ParserError.node_operator": "BlockCausalAttention",
     }  # fmt: skip
-    with pytest.raises(BundleError, match=r"BlockCausalAttention node 'layer\.7\.attention': Plugin not found") as caught:
+    with pytest.raises(
+        BundleError, match=r"BlockCausalAttention node 'layer\.7\.attention': Plugin not found"
+    ) as caught:
         rig.build()
     assert "one version of aapt_deploy" in caught.value.hint
 
@@ -160,11 +202,15 @@ def test_the_parser_s_reason_names_the_node(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("said", "hint"),
     [
-        ("Networks with FP8 Q/DQ layers require hardware with FP8 support", "SM 89"), ("CUDA error 2: out of memory", "smaller profile"),
-        ("Could not find any implementation for node {ForeignNode[a...b]}", "--attention native"), ("something else", "aapt doctor"),
+        ("Networks with FP8 Q/DQ layers require hardware with FP8 support", "SM 89"),
+        ("CUDA error 2: out of memory", "smaller profile"),
+        ("Could not find any implementation for node {ForeignNode[a...b]}", "--attention native"),
+        ("something else", "aapt doctor"),
     ],
 )  # fmt: skip
-def test_the_builder_s_last_words_are_told_with_a_hint(rig: Rig, trt: ModuleType, said: str, hint: str) -> None:
+def test_the_builder_s_last_words_are_told_with_a_hint(
+    rig: Rig, trt: ModuleType, said: str, hint: str
+) -> None:
     messages = rig.api.Messages()
 
     def fail(network: Fake, config: Fake) -> None:
@@ -186,20 +232,26 @@ def test_what_the_plugin_raised_in_this_build_is_the_reason(rig: Rig) -> None:
             failures.append(reason)
 
     rig.script["Builder.build_serialized_network"] = fail
-    for kind, text in ((MachineError, "no kernel for SM 80"), (BundleError, "our plugin: 3"), (BundleError, "it gave no reason")):
+    for kind, text in (
+        (MachineError, "no kernel for SM 80"),
+        (BundleError, "our plugin: 3"),
+        (BundleError, "it gave no reason"),
+    ):
         with pytest.raises(kind, match=text):
             rig.build(failures=failures)
 
 
 def test_without_a_gpu_builder_and_runtime_say_so(trt: ModuleType, plan_file: Path) -> None:
-    """No fakes here: the stub's factories return nothing, as TensorRT's do on a machine without a driver."""
+    """No fakes here: the stub's factories return nothing, as TensorRT's without a driver."""
     api = importlib.import_module("aapt_deploy.backends.trt.api")
     for attempt in (lambda: api.build(GRAPH, api.Settings(0, 1)), lambda: api.open_plan(plan_file)):
         with pytest.raises(MachineError, match="TensorRT cannot start"):
             attempt()
 
 
-def test_another_tensorrt_is_refused(rig: Rig, trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_tensorrt_is_refused(
+    rig: Rig, trt: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in ("10.15.1.29", "8.6.1", "12.0.0.1"):
         monkeypatch.setattr(trt, "__version__", number)
         with pytest.raises(MachineError, match=f"TensorRT {number} is not supported"):
@@ -216,7 +268,9 @@ def test_a_plan_that_tensorrt_refuses_is_told(rig: Rig, plan_file: Path, tmp_pat
             rig.api.open_plan(tmp_path / name)
 
 
-def test_a_context_refuses_unknown_tensors_unbound_runs_and_the_default_stream(rig: Rig, plan_file: Path) -> None:
+def test_a_context_refuses_unknown_tensors_unbound_runs_and_the_default_stream(
+    rig: Rig, plan_file: Path
+) -> None:
     plan = rig.api.open_plan(plan_file)
     context = plan.context()
     with pytest.raises(AssertionError, match="no address for"):
@@ -226,7 +280,10 @@ def test_a_context_refuses_unknown_tensors_unbound_runs_and_the_default_stream(r
     rig.script["IExecutionContext.set_tensor_address"] = False
     with pytest.raises(BundleError, match="no tensor 'x'"):
         context.bind("x", 4096)
-    rig.script |= {"IExecutionContext.set_tensor_address": True, "IExecutionContext.execute_async_v3": False}
+    rig.script |= {
+        "IExecutionContext.set_tensor_address": True,
+        "IExecutionContext.execute_async_v3": False,
+    }
     for tensor in plan.tensors:
         context.bind(tensor.name, 4096)
     with pytest.raises(MachineError, match="cannot run"):
@@ -255,7 +312,9 @@ class Told:
         self.events.append(("done", name))
 
 
-def building(steps: list[bool], wait: threading.Event | None = None) -> Callable[[Fake, Fake], bytes | None]:
+def building(
+    steps: list[bool], wait: threading.Event | None = None
+) -> Callable[[Fake, Fake], bytes | None]:
     """A builder that reports to the monitor as TensorRT does, and stops when told so."""
 
     def run(network: Fake, config: Fake) -> bytes | None:
@@ -277,7 +336,11 @@ def test_progress_is_passed_on(rig: Rig) -> None:
     told, steps = Told(), list[bool]()
     rig.script["Builder.build_serialized_network"] = building(steps)
     rig.build(progress=told)
-    assert told.events == [("phase", "Building", None, 3), *(("step", "Building", index) for index in range(3)), ("done", "Building")]
+    assert told.events == [
+        ("phase", "Building", None, 3),
+        *(("step", "Building", index) for index in range(3)),
+        ("done", "Building"),
+    ]
     assert steps == [True] * 3
 
 
@@ -295,7 +358,10 @@ def test_ctrl_c_ends_the_build_at_the_next_step(rig: Rig) -> None:
     rig.script["Builder.build_serialized_network"] = building(steps, released)
     with pytest.raises(KeyboardInterrupt):
         rig.build(progress=told)
-    assert steps in ([False], [True, False])  # the main thread notices during the step that was interrupted, or before the next one
+    assert steps in (
+        [False],
+        [True, False],
+    )  # the main thread notices during the step that was interrupted, or before the next one
 
 
 def test_a_failing_progress_bar_ends_the_build_and_is_told(rig: Rig) -> None:
@@ -312,16 +378,52 @@ def test_a_failing_progress_bar_ends_the_build_and_is_told(rig: Rig) -> None:
 # --- mistakes planted into the module are caught by the fakes ---
 
 PLANTED = {  # what is written instead of what, and how the bindings answer
-    "a flag of 10.x": ("config.max_aux_streams = 0", "config.set_flag(trt.BuilderFlag.FP8)", (AttributeError,)),
-    "a wrong arity": ("config.set_timing_cache(cache, False)", "config.set_timing_cache(cache)", (TypeError,)),
+    "a flag of 10.x": (
+        "config.max_aux_streams = 0",
+        "config.set_flag(trt.BuilderFlag.FP8)",
+        (AttributeError,),
+    ),
+    "a wrong arity": (
+        "config.set_timing_cache(cache, False)",
+        "config.set_timing_cache(cache)",
+        (TypeError,),
+    ),
     "a number for an enum": ("trt.ProfilingVerbosity.DETAILED", "2", (TypeError,)),
-    "an enum of another kind": ("trt.MemoryPoolType.WORKSPACE", "trt.TacticSource.CUBLAS", (TypeError, AttributeError)),
-    "a property that is gone": ("config.max_aux_streams = 0", "config.max_workspace_size = 1", (AttributeError,)),
-    "a method that is gone": ("builder.build_serialized_network", "builder.build_cuda_engine", (AttributeError,)),
-    "a path where text belongs": ("parse_from_file(str(graph))", "parse_from_file(graph)", (TypeError,)),
-    "a network flag of 10.x": ("flags.STRONGLY_TYPED) if", "flags.EXPLICIT_BATCH) if", (AttributeError,)),
-    "an unknown keyword": ("trt.OnnxParser(network, messages)", "trt.OnnxParser(network, log=messages)", (TypeError,)),
-    "a read-only property": ("config.progress_monitor = monitor", "network.num_layers = 3", (AttributeError, NameError)),
+    "an enum of another kind": (
+        "trt.MemoryPoolType.WORKSPACE",
+        "trt.TacticSource.CUBLAS",
+        (TypeError, AttributeError),
+    ),
+    "a property that is gone": (
+        "config.max_aux_streams = 0",
+        "config.max_workspace_size = 1",
+        (AttributeError,),
+    ),
+    "a method that is gone": (
+        "builder.build_serialized_network",
+        "builder.build_cuda_engine",
+        (AttributeError,),
+    ),
+    "a path where text belongs": (
+        "parse_from_file(str(graph))",
+        "parse_from_file(graph)",
+        (TypeError,),
+    ),
+    "a network flag of 10.x": (
+        "flags.STRONGLY_TYPED) if",
+        "flags.EXPLICIT_BATCH) if",
+        (AttributeError,),
+    ),
+    "an unknown keyword": (
+        "trt.OnnxParser(network, messages)",
+        "trt.OnnxParser(network, log=messages)",
+        (TypeError,),
+    ),
+    "a read-only property": (
+        "config.progress_monitor = monitor",
+        "network.num_layers = 3",
+        (AttributeError, NameError),
+    ),
 }
 VALID_IN = {"a flag of 10.x": "10.16", "a network flag of 10.x": "10.16"}
 

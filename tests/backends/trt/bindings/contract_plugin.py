@@ -15,7 +15,9 @@ from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE, PLUGI
 T, H, D, S, TILES = 100, 3, 64, 900, 15
 SHAPES = {
     "token_major": [(1, T, H, D)] * 3 + [(1, S, H, D)] * 2 + [(1,)],
-    "hopper_fp8": [(1, T, H, D)] * 3 + [(H, TILES, 64 * D)] * 2 + [(1,), (H,), (H,), (H, D), (H, D)],
+    "hopper_fp8": [(1, T, H, D)] * 3
+    + [(H, TILES, 64 * D)] * 2
+    + [(1,), (H,), (H,), (H, D), (H, D)],
 }
 PACKED = [(H, TILES, 16 * D) if len(shape) == 3 else shape for shape in SHAPES["hopper_fp8"]]
 OUT = {"token_major": [(1, T, H, D)] * 3, "hopper_fp8": [(1, T, H, D)] + [(H, 2, 64 * D)] * 2}
@@ -34,7 +36,13 @@ class Launches:
     def __call__(self, layout: str, head_dim: int) -> python_plugin.Launcher:
         self.loaded.append((layout, head_dim))
 
-        def launch(kernel: str, inputs: Sequence[int], numbers: Sequence[int], outputs: Sequence[int], stream: int) -> None:
+        def launch(
+            kernel: str,
+            inputs: Sequence[int],
+            numbers: Sequence[int],
+            outputs: Sequence[int],
+            stream: int,
+        ) -> None:
             self.seen.append((kernel, [*inputs], [*numbers], [*outputs], stream))
 
         return launch
@@ -46,7 +54,9 @@ def launchers() -> Launches:
 
 
 @pytest.fixture
-def creator(registry: Any, launchers: Launches, monkeypatch: pytest.MonkeyPatch) -> python_plugin.Creator:
+def creator(
+    registry: Any, launchers: Launches, monkeypatch: pytest.MonkeyPatch
+) -> python_plugin.Creator:
     monkeypatch.setattr(python_plugin, "_REGISTERED", [])
     return python_plugin.register(launchers)
 
@@ -64,7 +74,9 @@ def plugin(creator: python_plugin.Creator, trt: ModuleType) -> python_plugin.Blo
     return creator.create_plugin(NAME, collection, trt.TensorRTPhase.BUILD)
 
 
-def described(trt: ModuleType, shapes: Sequence[tuple[int, ...]], types: Sequence[Any], dynamic: bool = False) -> list[Any]:
+def described(
+    trt: ModuleType, shapes: Sequence[tuple[int, ...]], types: Sequence[Any], dynamic: bool = False
+) -> list[Any]:
     descs = []
     for shape, kind in zip(shapes, types, strict=False):
         desc = trt.PluginTensorDesc()
@@ -77,9 +89,15 @@ def described(trt: ModuleType, shapes: Sequence[tuple[int, ...]], types: Sequenc
     return descs
 
 
-def test_the_registry_finds_the_creator_under_the_names_of_the_node(creator: python_plugin.Creator, registry: Any, launchers: Launches) -> None:
+def test_the_registry_finds_the_creator_under_the_names_of_the_node(
+    creator: python_plugin.Creator, registry: Any, launchers: Launches
+) -> None:
     assert registry.get_creator(NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE) is creator
-    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == ("BlockCausalAttention", "1", "aapt")
+    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == (
+        "BlockCausalAttention",
+        "1",
+        "aapt",
+    )
     other = Launches()
     assert python_plugin.register(other) is creator and creator.launchers is other
 
@@ -102,16 +120,30 @@ def test_the_creator_tells_its_only_field(creator: python_plugin.Creator) -> Non
     assert names == ["scale"]
 
 
-def test_the_plugin_is_all_three_capabilities(plugin: python_plugin.BlockCausalAttention, trt: ModuleType) -> None:
-    for capability, base in (("CORE", "IPluginV3OneCore"), ("BUILD", "IPluginV3OneBuild"), ("RUNTIME", "IPluginV3OneRuntime")):
-        assert isinstance(plugin.get_capability_interface(getattr(trt.PluginCapabilityType, capability)), getattr(trt, base))
-    assert (plugin.plugin_name, plugin.plugin_namespace, plugin.plugin_version, plugin.num_outputs) == ("BlockCausalAttention", "aapt", "1", 3)
+def test_the_plugin_is_all_three_capabilities(
+    plugin: python_plugin.BlockCausalAttention, trt: ModuleType
+) -> None:
+    for capability, base in (
+        ("CORE", "IPluginV3OneCore"),
+        ("BUILD", "IPluginV3OneBuild"),
+        ("RUNTIME", "IPluginV3OneRuntime"),
+    ):
+        assert isinstance(
+            plugin.get_capability_interface(getattr(trt.PluginCapabilityType, capability)),
+            getattr(trt, base),
+        )
+    assert (
+        plugin.plugin_name,
+        plugin.plugin_namespace,
+        plugin.plugin_version,
+        plugin.num_outputs,
+    ) == ("BlockCausalAttention", "aapt", "1", 3)
 
 
 def test_serialised_fields_survive_the_collector_and_make_the_same_plugin(
     plugin: python_plugin.BlockCausalAttention, creator: python_plugin.Creator, trt: ModuleType
 ) -> None:
-    """Trap: a collection of temporaries points to freed memory. Without the plugin's own references the first noise would be read here."""
+    """Trap: a collection of temporaries points to freed memory, and would be read here."""
     twin = plugin.clone()
     del plugin
     collection = twin.get_fields_to_serialize()
@@ -122,24 +154,36 @@ def test_serialised_fields_survive_the_collector_and_make_the_same_plugin(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_types_are_the_cache_s(plugin: python_plugin.BlockCausalAttention, layout: str, trt: ModuleType) -> None:
+def test_output_types_are_the_cache_s(
+    plugin: python_plugin.BlockCausalAttention, layout: str, trt: ModuleType
+) -> None:
     for packed in (False, True):
         kinds = python_plugin.dtypes(layout, packed)
         found = plugin.get_output_data_types(kinds[: python_plugin.INPUTS[layout]])
         assert found == kinds[-3:]
-        assert {"token_major": "BF16", "hopper_fp8": "INT32" if packed else "FP8"}[layout] == found[1].name == found[2].name
+        assert (
+            {"token_major": "BF16", "hopper_fp8": "INT32" if packed else "FP8"}[layout]
+            == found[1].name
+            == found[2].name
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_shapes_follow_from_the_inputs(plugin: python_plugin.BlockCausalAttention, layout: str, builder: Any, trt: ModuleType) -> None:
-    inputs = [trt.DimsExprs([builder.constant(extent) for extent in shape]) for shape in SHAPES[layout]]
+def test_output_shapes_follow_from_the_inputs(
+    plugin: python_plugin.BlockCausalAttention, layout: str, builder: Any, trt: ModuleType
+) -> None:
+    inputs = [
+        trt.DimsExprs([builder.constant(extent) for extent in shape]) for shape in SHAPES[layout]
+    ]
     found = plugin.get_output_shapes(inputs, [], builder)
     assert [tuple(extent.get_constant_value() for extent in dims) for dims in found] == OUT[layout]
     if layout == "hopper_fp8":
         assert found[1][1].made == ("CEIL_DIV", T, 64)
 
 
-def test_the_real_dims_of_expressions_take_what_the_plugin_makes(trt: ModuleType, builder: Any) -> None:
+def test_the_real_dims_of_expressions_take_what_the_plugin_makes(
+    trt: ModuleType, builder: Any
+) -> None:
     """`builder` replaces DimsExprs by a list; the real one must accept the same constructor."""
     real = __import__("tensorrt_bindings.tensorrt").tensorrt.DimsExprs
     assert len(real([builder.constant(1), builder.constant(2)])) == 2
@@ -154,15 +198,23 @@ def test_only_the_kernels_own_types_and_plain_memory_are_supported(
     for pos, kind in enumerate(kinds):
         accepted = []
         for tried in trt.DataType.__members__.values():
-            descs = described(trt, [(1,)] * len(kinds), [*kinds[:pos], tried, *kinds[pos + 1 :]], dynamic=True)
+            descs = described(
+                trt, [(1,)] * len(kinds), [*kinds[:pos], tried, *kinds[pos + 1 :]], dynamic=True
+            )
             if plugin.supports_format_combination(pos, descs, count):
                 accepted.append(tried)
-        both = {trt.DataType.FP8, trt.DataType.INT32} if layout == "hopper_fp8" and pos == 3 else {kind}
+        both = (
+            {trt.DataType.FP8, trt.DataType.INT32}
+            if layout == "hopper_fp8" and pos == 3
+            else {kind}
+        )
         assert set(accepted) == both
         descs = described(trt, [(1,)] * len(kinds), kinds, dynamic=True)
         descs[pos].desc.format = trt.TensorFormat.CHW32
         assert not plugin.supports_format_combination(pos, descs, count)
-    assert trt.DataType.UINT8 not in python_plugin.dtypes("hopper_fp8", packed)  # TensorRT's plugins take none
+    assert trt.DataType.UINT8 not in python_plugin.dtypes(
+        "hopper_fp8", packed
+    )  # TensorRT's plugins take none
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -170,7 +222,10 @@ def test_a_run_launches_the_kernels_with_their_flat_parameters(
     plugin: python_plugin.BlockCausalAttention, layout: str, launchers: Launches, trt: ModuleType
 ) -> None:
     kinds, count = python_plugin.dtypes(layout, False), python_plugin.INPUTS[layout]
-    reads, writes = described(trt, SHAPES[layout], kinds), described(trt, OUT[layout], kinds[count:])
+    reads, writes = (
+        described(trt, SHAPES[layout], kinds),
+        described(trt, OUT[layout], kinds[count:]),
+    )
     plugin.configure_plugin(described(trt, SHAPES[layout], kinds, dynamic=True), [])
     assert plugin.get_workspace_size([], []) == 0
     running = plugin.attach_to_context(None)  # type: ignore[arg-type]
@@ -181,7 +236,9 @@ def test_a_run_launches_the_kernels_with_their_flat_parameters(
     out, kb, vb = 2000, 2001, 2002
     running.enqueue(reads, writes, [*range(1000, 1000 + count)], [out, kb, vb], 0, 77)
     wanted: dict[str, list[Launch]] = {
-        "token_major": [("aapt_attend_token_major", [q, k, v, kc, vc, n], [T, H, S], [out, kb, vb], 77)],
+        "token_major": [
+            ("aapt_attend_token_major", [q, k, v, kc, vc, n], [T, H, S], [out, kb, vb], 77)
+        ],
         "hopper_fp8": [
             ("aapt_pack", [k, v, ks, km, vs], [T, H], [kb, vb], 77),
             ("aapt_attend", [q, kb, vb, kc, vc, n, qs, ks, vs], [T, H, TILES], [out], 77),
@@ -190,7 +247,9 @@ def test_a_run_launches_the_kernels_with_their_flat_parameters(
     assert launchers.seen == wanted[layout]
 
 
-def test_a_packed_cache_is_the_same_bytes(plugin: python_plugin.BlockCausalAttention, trt: ModuleType, launchers: Launches) -> None:
+def test_a_packed_cache_is_the_same_bytes(
+    plugin: python_plugin.BlockCausalAttention, trt: ModuleType, launchers: Launches
+) -> None:
     kinds = python_plugin.dtypes("hopper_fp8", packed=True)
     plugin.on_shape_change(described(trt, PACKED, kinds), [])
     assert plugin.size == python_plugin.Sizes("hopper_fp8", T, H, D, TILES)
@@ -199,15 +258,23 @@ def test_a_packed_cache_is_the_same_bytes(plugin: python_plugin.BlockCausalAtten
 @pytest.mark.parametrize(
     ("layout", "change", "reason"),
     [
-        ("token_major", {3: (1, S, H, 32)}, "caches"), ("token_major", {0: (2, T, H, D), 1: (2, T, H, D), 2: (2, T, H, D)}, "q (2"),
-        ("token_major", {5: (2,)}, "cache_len"), ("token_major", {1: (1, T + 1, H, D)}, "k (1"), ("token_major", {0: (1, -1, H, D)}, "every extent"),
-        ("hopper_fp8", {3: (H, TILES, 32 * D), 4: (H, TILES, 32 * D)}, "FP8 [3, tiles, 4096] or INT32 [3, tiles, 1024]"),
-        ("hopper_fp8", {3: (H, TILES, 16 * D), 4: (H, TILES, 16 * D)}, "not 4096 bytes"), ("hopper_fp8", {8: (H,)}, "scales"),
+        ("token_major", {3: (1, S, H, 32)}, "caches"),
+        ("token_major", {0: (2, T, H, D), 1: (2, T, H, D), 2: (2, T, H, D)}, "q (2"),
+        ("token_major", {5: (2,)}, "cache_len"), ("token_major", {1: (1, T + 1, H, D)}, "k (1"),
+        ("token_major", {0: (1, -1, H, D)}, "every extent"),
+        ("hopper_fp8", {3: (H, TILES, 32 * D), 4: (H, TILES, 32 * D)},
+         "FP8 [3, tiles, 4096] or INT32 [3, tiles, 1024]"),
+        ("hopper_fp8", {3: (H, TILES, 16 * D), 4: (H, TILES, 16 * D)}, "not 4096 bytes"),
+        ("hopper_fp8", {8: (H,)}, "scales"),
         ("hopper_fp8", {4: (H, TILES + 1, 64 * D)}, "caches"),
     ],
 )  # fmt: skip
 def test_other_shapes_are_refused_and_the_reason_is_kept(
-    plugin: python_plugin.BlockCausalAttention, layout: str, change: dict[int, tuple[int, ...]], reason: str, trt: ModuleType
+    plugin: python_plugin.BlockCausalAttention,
+    layout: str,
+    change: dict[int, tuple[int, ...]],
+    reason: str,
+    trt: ModuleType,
 ) -> None:
     shapes = [change.get(index, shape) for index, shape in enumerate(SHAPES[layout])]
     descs = described(trt, shapes, python_plugin.dtypes(layout, False), dynamic=True)
@@ -220,10 +287,14 @@ def test_a_foreign_scale_is_refused(creator: python_plugin.Creator, trt: ModuleT
     collection, _ = attributes(trt, scale=0.5)
     plugin = creator.create_plugin(NAME, collection, trt.TensorRTPhase.BUILD)
     with pytest.raises(BundleError, match=r"scale 0\.5"):
-        plugin.on_shape_change(described(trt, SHAPES["token_major"], python_plugin.dtypes("token_major", False)), [])
+        plugin.on_shape_change(
+            described(trt, SHAPES["token_major"], python_plugin.dtypes("token_major", False)), []
+        )
 
 
-def test_wrong_types_are_refused_when_running(plugin: python_plugin.BlockCausalAttention, trt: ModuleType) -> None:
+def test_wrong_types_are_refused_when_running(
+    plugin: python_plugin.BlockCausalAttention, trt: ModuleType
+) -> None:
     kinds = [trt.DataType.HALF, *python_plugin.dtypes("token_major", False)[1:]]
     with pytest.raises(BundleError, match="inputs of HALF"):
         plugin.on_shape_change(described(trt, SHAPES["token_major"], kinds), [])
@@ -240,6 +311,11 @@ def test_a_node_without_scale_and_a_failing_launch_leave_their_reason(
 
     creator.launchers = plugin.launchers = none
     with pytest.raises(MachineError):
-        plugin.on_shape_change(described(trt, SHAPES["token_major"], python_plugin.dtypes("token_major", False)), [])
-    assert [str(failure)[:20] for failure in creator.failures] == ["a aapt::BlockCausalA", "no kernel for token_"]
+        plugin.on_shape_change(
+            described(trt, SHAPES["token_major"], python_plugin.dtypes("token_major", False)), []
+        )
+    assert [str(failure)[:20] for failure in creator.failures] == [
+        "a aapt::BlockCausalA",
+        "no kernel for token_",
+    ]
     assert plugin.failures is creator.failures

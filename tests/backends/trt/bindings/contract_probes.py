@@ -1,6 +1,7 @@
-"""The micro-engines of `aapt doctor --tensorrt`: their calls through strict fakes, and their comparisons over an emulated device.
+"""The micro-engines of `aapt doctor --tensorrt`: calls and comparisons.
 
-A fake plan answers rightly or wrongly, so that every question is seen to say yes to the one and no to the other. What TensorRT answers is for it.
+Calls go through strict fakes, comparisons run over an emulated device. A fake plan answers
+rightly or wrongly, so every check is seen to pass the one and fail the other.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import pytest
 from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import cases, receipts
 from aapt_deploy.backends.trt.doctor.cases import Case
-from aapt_deploy.backends.trt.plan_file import Layer
+from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.errors import BundleError
 from aapt_deploy.ops.block_causal_attention import DOMAIN, kernels
 from tests.support import cuda_emulator
@@ -28,11 +29,16 @@ from tests.support.bindings.plugin_layer import Setter, descs, forget
 from tests.support.cuda_emulator import Driver
 
 PLAIN = {
-    receipts.NATIVE_BUILDS: cases.native, receipts.CAPTURED: cases.native, receipts.SLOT: cases.native,
-    receipts.FP8_PRODUCTS: cases.fp8_product, receipts.PLUGIN_FP8: cases.plugin, receipts.PLUGIN_CAPTURED: cases.plugin,
-    receipts.PLUGIN_PACKED: lambda: cases.plugin(packed=True), receipts.FUNCTION: lambda: cases.plugin(with_function=True),
+    receipts.NATIVE_BUILDS: cases.native, receipts.CAPTURED: cases.native,
+    receipts.SLOT: cases.native,
+    receipts.FP8_PRODUCTS: cases.fp8_product, receipts.PLUGIN_FP8: cases.plugin,
+    receipts.PLUGIN_CAPTURED: cases.plugin,
+    receipts.PLUGIN_PACKED: lambda: cases.plugin(packed=True),
+    receipts.FUNCTION: lambda: cases.plugin(with_function=True),
     receipts.AOT_OP: lambda: cases.plugin(aot=True), receipts.FP8_ATTENTION: cases.fp8_attention,
-} | {name: lambda: cases.small_plugin("Probe", 64) for name in (receipts.AOT_WORKS, receipts.AOT_STATIC, receipts.AOT_DYNAMIC)}  # fmt: skip
+}  # fmt: skip
+SMALL = (receipts.AOT_WORKS, receipts.AOT_STATIC, receipts.AOT_DYNAMIC)
+PLAIN |= {name: lambda: cases.small_plugin("Probe", 64) for name in SMALL}
 
 Change = Callable[[dict[str, np.ndarray]], None]
 
@@ -44,7 +50,7 @@ class Fake:
     driver: Driver
     case: Case = field(default_factory=cases.native)
     change: Change = lambda outputs: None
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[PlanLayer] = field(default_factory=list)
     built: list[int] = field(default_factory=list)
     defined: list[tuple[int, bool]] = field(default_factory=list)
     refuse: Callable[[onnx.ModelProto], bool] = lambda model: False
@@ -63,16 +69,29 @@ class Fake:
             for value in values:
                 kind = value.type.tensor_type
                 shape = tuple(dim.dim_value for dim in kind.shape.dim)
-                tensors.append(cuda_emulator.Tensor(value.name, side, TRT_TYPES[kind.elem_type], shape))
+                tensors.append(
+                    cuda_emulator.Tensor(value.name, side, TRT_TYPES[kind.elem_type], shape)
+                )
         stored = {tensor.name: cuda_emulator.STORED[tensor.dtype] for tensor in tensors}
-        plan = cuda_emulator.Plan(self.driver, tensors, lambda given: {name: array.view(stored[name]) for name, array in self.compute(given).items()})
+        plan = cuda_emulator.Plan(
+            self.driver,
+            tensors,
+            lambda given: {
+                name: array.view(stored[name]) for name, array in self.compute(given).items()
+            },
+        )
         plan.layers = lambda: self.layers  # type: ignore[method-assign]
         return plan
 
     def compute(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, array in given.items():
-            assert array.tobytes() == self.case.inputs[name].tobytes(), f"{name} was not given as the case has it"
-        outputs = {"out": self.case.out.astype(np.float32), **{name: block.copy() for name, block in self.case.blocks.items()}}
+            assert array.tobytes() == self.case.inputs[name].tobytes(), (
+                f"{name} was not given as the case has it"
+            )
+        outputs = {
+            "out": self.case.out.astype(np.float32),
+            **{name: block.copy() for name, block in self.case.blocks.items()},
+        }
         self.change(outputs)
         return outputs
 
@@ -96,17 +115,20 @@ def fake(probes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Fake:
     made = Fake(Driver())
     monkeypatch.setattr(probes.trt_api, "build", made.build)
     monkeypatch.setattr(probes.trt_api, "open_plan", made.open_plan)
-    monkeypatch.setattr(smallest_plugin, "define", lambda size, dynamic: made.defined.append((size, dynamic)))
+    monkeypatch.setattr(
+        smallest_plugin, "define", lambda size, dynamic: made.defined.append((size, dynamic))
+    )
     return made
 
 
 LAYERS = {
-    "plugin": Layer("mine", "PluginV3", "", (), ()),
-    "fp8": Layer("product", "gemm", "t", ("FP8",), ()),
-    "mha": Layer("a", "fmha", "", ("FP8",), ()),
+    "plugin": PlanLayer("mine", "PluginV3", "", (), ()),
+    "fp8": PlanLayer("product", "gemm", "t", ("FP8",), ()),
+    "mha": PlanLayer("a", "fmha", "", ("FP8",), ()),
 }
 NEEDED = {
-    receipts.FP8_PRODUCTS: "fp8", receipts.PLUGIN_FP8: "plugin", receipts.PLUGIN_PACKED: "plugin", receipts.PLUGIN_CAPTURED: "plugin",
+    receipts.FP8_PRODUCTS: "fp8", receipts.PLUGIN_FP8: "plugin", receipts.PLUGIN_PACKED: "plugin",
+    receipts.PLUGIN_CAPTURED: "plugin",
     receipts.FUNCTION: "plugin", receipts.FP8_ATTENTION: "mha",
 }  # fmt: skip
 
@@ -122,14 +144,22 @@ def ask(probes: ModuleType, fake: Fake, name: str) -> tuple[bool, str]:
 
 
 def test_there_is_a_question_for_every_name(probes: ModuleType) -> None:
-    assert tuple(probes.PROBES) == receipts.PROBES == tuple(name for name in receipts.PROBES if name in PLAIN)
+    assert (
+        tuple(probes.PROBES)
+        == receipts.PROBES
+        == tuple(name for name in receipts.PROBES if name in PLAIN)
+    )
 
 
 @pytest.mark.parametrize("name", receipts.PROBES)
-def test_a_right_answer_is_a_yes_and_a_wrong_one_a_no(probes: ModuleType, fake: Fake, name: str) -> None:
+def test_a_right_answer_is_a_yes_and_a_wrong_one_a_no(
+    probes: ModuleType, fake: Fake, name: str
+) -> None:
     ok, found = ask(probes, fake, name)
     assert ok, found
-    assert fake.built == [fake.case.plugin_layers] and any("GraphLaunch" in call for call in fake.driver.journal) is ("captured" in name)
+    assert fake.built == [fake.case.plugin_layers] and any(
+        "GraphLaunch" in call for call in fake.driver.journal
+    ) is ("captured" in name)
 
     def wrong(outputs: dict[str, np.ndarray]) -> None:
         outputs["out"] = outputs["out"] * np.float32(1.2)
@@ -152,15 +182,22 @@ def test_a_right_answer_is_a_yes_and_a_wrong_one_a_no(probes: ModuleType, fake: 
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_plan_that_took_something_slower_is_a_no(probes: ModuleType, fake: Fake, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NEEDED, name, {"plugin": "fp8", "fp8": "plugin", "mha": "fp8"}[NEEDED[name]])
+def test_a_plan_that_took_something_slower_is_a_no(
+    probes: ModuleType, fake: Fake, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        NEEDED, name, {"plugin": "fp8", "fp8": "plugin", "mha": "fp8"}[NEEDED[name]]
+    )
     ok, found = ask(probes, fake, name)
     assert not ok and ("instead of" in found or "not one FP8 kernel" in found)
 
 
 def test_capture_is_asked_in_the_form_that_works(probes: ModuleType, fake: Fake) -> None:
     fake.case = cases.plugin(packed=True)
-    fake.layers, fake.refuse = [LAYERS["plugin"]], lambda model: model.graph.input[3].type.tensor_type.elem_type != onnx.TensorProto.INT32
+    fake.layers, fake.refuse = (
+        [LAYERS["plugin"]],
+        lambda model: model.graph.input[3].type.tensor_type.elem_type != onnx.TensorProto.INT32,
+    )
     device = cuda.Device(fake.driver)
     told = probes.answer(receipts.PLUGIN_CAPTURED, device)
     device.close()
@@ -173,7 +210,9 @@ def test_bytes_beside_a_slot_are_seen(probes: ModuleType, fake: Fake) -> None:
 
     def beside(outputs: dict[str, np.ndarray]) -> None:
         address = next(
-            base for base, size in fake.driver.allocated if size == case.inputs["k_cache"].nbytes and not fake.driver.held[base][:row].any()
+            base
+            for base, size in fake.driver.allocated
+            if size == case.inputs["k_cache"].nbytes and not fake.driver.held[base][:row].any()
         )
         fake.driver.held[address][cases.SLOT * row - 1] = 7
 
@@ -182,7 +221,12 @@ def test_bytes_beside_a_slot_are_seen(probes: ModuleType, fake: Fake) -> None:
 
 
 def test_a_question_through_the_strict_fakes_of_this_release(
-    probes: ModuleType, trt: ModuleType, release: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, registry: Any
+    probes: ModuleType,
+    trt: ModuleType,
+    release: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    registry: Any,
 ) -> None:
     """Every call fits the bindings; a fake computes nothing, so the answer must be a no."""
     rig = Rig(trt, registry, release, monkeypatch, tmp_path)
@@ -192,25 +236,44 @@ def test_a_question_through_the_strict_fakes_of_this_release(
     for name in (receipts.NATIVE_BUILDS, receipts.PLUGIN_FP8, receipts.SLOT):
         rig.recorder.journal.clear()
         told = probes.answer(name, device)
-        assert told["ok"] is False and ("differs by" in told["found"] or "not in its slot" in told["found"]), told
+        assert told["ok"] is False and (
+            "differs by" in told["found"] or "not in its slot" in told["found"]
+        ), told
         calls = [call.split("(")[0] for call in rig.recorder.journal]
-        assert calls.count("Builder.build_serialized_network") == 1 and calls.count("IExecutionContext.execute_async_v3") == 2
+        assert (
+            calls.count("Builder.build_serialized_network") == 1
+            and calls.count("IExecutionContext.execute_async_v3") == 2
+        )
     device.close()
 
 
-@pytest.mark.parametrize(("size", "dynamic"), [(1 << 10, False), (64 << 10, False), (64 << 10, True)])
+@pytest.mark.parametrize(
+    ("size", "dynamic"), [(1 << 10, False), (64 << 10, False), (64 << 10, True)]
+)
 def test_the_small_plugin_goes_from_the_registry_to_its_kernel(
-    probes: ModuleType, trt: ModuleType, registry: Any, builder: Any, monkeypatch: pytest.MonkeyPatch, size: int, dynamic: bool
+    probes: ModuleType,
+    trt: ModuleType,
+    registry: Any,
+    builder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    dynamic: bool,
 ) -> None:
     from aapt_deploy.backends.trt.doctor import smallest_plugin
 
     given: list[tuple[str, ...]] = []
     compiled = SimpleNamespace(ptx=b"//\n.version 8.6\n")
-    monkeypatch.setattr(kernels, "compile_source", lambda source, defines: given.append(defines) or compiled)
+    monkeypatch.setattr(
+        kernels, "compile_source", lambda source, defines: given.append(defines) or compiled
+    )
     smallest_plugin.define(size, dynamic)
     assert given == [(f"AAPT_BYTES={size}", *(["AAPT_DYNAMIC=1"] if dynamic else []))]
     plugin = registry.get_creator("Probe", "1", "aapt").create_plugin(
-        "Probe", "aapt", trt.PluginFieldCollection([]), trt.TensorRTPhase.BUILD, trt.QuickPluginCreationRequest.STRICT_AOT
+        "Probe",
+        "aapt",
+        trt.PluginFieldCollection([]),
+        trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.STRICT_AOT,
     )
     plugin.get_output_data_types([trt.DataType.FLOAT], [1])
     expressions = [trt.DimsExprs([builder.constant(64)])]
@@ -221,7 +284,9 @@ def test_the_small_plugin_goes_from_the_registry_to_its_kernel(
     plugin.get_valid_tactics()
     plugin.set_tactic(0)
     made: list[int] = []
-    monkeypatch.setattr(trt.plugin._tensor, "SymExprImpl", lambda number: made.append(number._expr.value) or number)
+    monkeypatch.setattr(
+        trt.plugin._tensor, "SymExprImpl", lambda number: made.append(number._expr.value) or number
+    )
     plugin.get_launch_params(expressions, in_out, 1, SimpleNamespace(), Setter(), builder)
     assert made == [1, 1, 1, 64, 1, 1, size if dynamic else 0, 64]
     kernel, image = plugin.clone().get_kernel([in_out[0].desc], [in_out[1].desc])
@@ -233,22 +298,41 @@ def test_the_small_kernel_compiles_for_the_gpu(trt: ModuleType, size: int, dynam
     """By NVRTC, whose assembler must take the 64 KiB of static memory too."""
     from aapt_deploy.backends.trt.doctor import smallest_plugin
 
-    compiled = kernels.compile_source(smallest_plugin.SOURCE, (f"AAPT_BYTES={size}", *(["AAPT_DYNAMIC=1"] if dynamic else [])))
+    compiled = kernels.compile_source(
+        smallest_plugin.SOURCE, (f"AAPT_BYTES={size}", *(["AAPT_DYNAMIC=1"] if dynamic else []))
+    )
     text = compiled.ptx.decode()
-    assert ".visible .entry aapt_probe(" in text and (f"[{size}]" in text) is not dynamic and compiled.cubin
+    assert (
+        ".visible .entry aapt_probe(" in text
+        and (f"[{size}]" in text) is not dynamic
+        and compiled.cubin
+    )
 
 
 def test_a_process_prints_one_line_whatever_happens(
-    probes: ModuleType, fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    probes: ModuleType,
+    fake: Fake,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cuda, "with_driver", lambda: cuda.Device(fake.driver))
     probes.main("here")
     here = cuda.Gpu(**json.loads(capsys.readouterr().out))
-    assert (here.sm, here.cuda, here.gpu, here.kernels) == (90, "13.0", "Emulated H100", kernels.source_hash())
-    fake.change = lambda outputs: (_ for _ in ()).throw(ZeroDivisionError("what TensorRT may raise"))
+    assert (here.sm, here.cuda, here.gpu, here.kernels) == (
+        90,
+        "13.0",
+        "Emulated H100",
+        kernels.source_hash(),
+    )
+    fake.change = lambda outputs: (_ for _ in ()).throw(
+        ZeroDivisionError("what TensorRT may raise")
+    )
     with contextlib.suppress(SystemExit):
         probes.main(receipts.NATIVE_BUILDS)
-    assert json.loads(capsys.readouterr().out) == {"ok": False, "found": "ZeroDivisionError: what TensorRT may raise"}
+    assert json.loads(capsys.readouterr().out) == {
+        "ok": False,
+        "found": "ZeroDivisionError: what TensorRT may raise",
+    }
 
 
 def test_the_nodes_of_the_small_plugin_name_it(probes: ModuleType) -> None:

@@ -1,4 +1,7 @@
-"""aapt doctor --tensorrt: every question in a process of its own, so that a crash, a hang or nonsense is a failed check and the doctor goes on."""
+"""aapt doctor --tensorrt runs every check in a process of its own.
+
+So a crash, a hang or nonsense is a failed check, and the next one runs.
+"""
 
 import json
 import sys
@@ -11,7 +14,14 @@ from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor import ask, receipts
 from aapt_deploy.errors import MachineError, OutputError
 
-HERE = {"tensorrt": "11.4.0.106", "sm": 90, "cuda": "13.0", "driver": "580.65.06", "gpu": "Stand-in H100", "kernels": "k" * 64}
+HERE = {
+    "tensorrt": "11.4.0.106",
+    "sm": 90,
+    "cuda": "13.0",
+    "driver": "580.65.06",
+    "gpu": "Stand-in H100",
+    "kernels": "k" * 64,
+}
 STAND_IN = f"""
 import json, os, signal, sys, time
 name = sys.argv[1]
@@ -67,17 +77,26 @@ def test_whatever_happens_in_a_question_is_its_answer(stand_in: Path) -> None:
         ("yes", True, "yes works"),
     ]
     assert len(said) == len(names) and findings.proofs[1].seconds >= 2
-    assert findings.here == Gpu(**HERE) and receipts.load(findings.here) == {proof.name: proof for proof in findings.proofs}  # type: ignore[arg-type]
+    assert findings.here == Gpu(**HERE) and receipts.load(findings.here) == {
+        proof.name: proof for proof in findings.proofs
+    }  # type: ignore[arg-type]
     assert not findings.usable and findings.choices[0].form == receipts.NATIVE
 
 
-def test_the_command_shows_a_table_keeps_a_receipt_and_gives_json(stand_in: Path, aapt: Any) -> None:
+def test_the_command_shows_a_table_keeps_a_receipt_and_gives_json(
+    stand_in: Path, aapt: Any
+) -> None:
     ran = aapt("doctor", "--tensorrt", "--json")
     assert ran.code == 0, ran.err
     told = json.loads(ran.out)
-    assert told["verified_on"] == HERE and [check["name"] for check in told["checks"]] == list(receipts.PROBES)
+    assert told["verified_on"] == HERE and [check["name"] for check in told["checks"]] == list(
+        receipts.PROBES
+    )
     assert "Stand-in H100 (SM 90), TensorRT 11.4.0.106, CUDA 13.0, driver 580.65.06" in ran.err
-    assert "attention in form python for an fp8 bundle: proved here" in ran.err and "receipt: " in ran.err
+    assert (
+        "attention in form python for an fp8 bundle: proved here" in ran.err
+        and "receipt: " in ran.err
+    )
     assert receipts.load(Gpu(**HERE)) is not None  # type: ignore[arg-type]
 
 
@@ -96,7 +115,9 @@ def test_without_tensorrt_two_lines_and_exit_5(aapt: Any) -> None:
     assert "cannot be loaded" in ran.error and "pip install 'aapt_deploy[tensorrt]'" in ran.err
 
 
-def test_a_machine_that_cannot_be_looked_at_is_told(stand_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_that_cannot_be_looked_at_is_told(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     stand_in.write_text('print(\'{"error": "no NVIDIA driver", "hint": "install the driver"}\')')
     with pytest.raises(MachineError, match="no NVIDIA driver") as caught:
         ask.examine(print)
@@ -106,7 +127,9 @@ def test_a_machine_that_cannot_be_looked_at_is_told(stand_in: Path, monkeypatch:
         ask.examine(print)
 
 
-def test_a_receipt_that_cannot_be_written_is_told(stand_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_receipt_that_cannot_be_written_is_told(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="cannot be written"):

@@ -1,4 +1,4 @@
-"""What the doctor proved is kept for exactly one machine, and decides which form of attention a build may take."""
+"""Receipts of the doctor: valid for exactly one machine, and they decide a build's form."""
 
 import dataclasses
 import json
@@ -24,13 +24,24 @@ def proved(*names: str) -> dict[str, Proof]:
 
 
 def test_a_receipt_comes_back() -> None:
-    answers = [Proof(receipts.NATIVE_BUILDS, True, "close", 2.5), Proof(receipts.AOT_OP, False, "crashed", 0.1)]
+    answers = [
+        Proof(receipts.NATIVE_BUILDS, True, "close", 2.5),
+        Proof(receipts.AOT_OP, False, "crashed", 0.1),
+    ]
     receipts.save(HERE, answers)
     assert receipts.load(HERE) == {answer.name: answer for answer in answers}
 
 
 @pytest.mark.parametrize(
-    "change", [{"sm": 89}, {"tensorrt": "11.4.0.107"}, {"cuda": "12.9"}, {"driver": "580.65.07"}, {"kernels": "b" * 64}, {"gpu": "NVIDIA H200"}]
+    "change",
+    [
+        {"sm": 89},
+        {"tensorrt": "11.4.0.107"},
+        {"cuda": "12.9"},
+        {"driver": "580.65.07"},
+        {"kernels": "b" * 64},
+        {"gpu": "NVIDIA H200"},
+    ],
 )
 def test_a_receipt_of_another_machine_proves_nothing(change: dict[str, object]) -> None:
     receipts.save(HERE, [Proof(receipts.NATIVE_BUILDS, True, "", 1.0)])
@@ -40,7 +51,9 @@ def test_a_receipt_of_another_machine_proves_nothing(change: dict[str, object]) 
 def test_a_receipt_put_in_another_machine_s_place_proves_nothing() -> None:
     """Its name may lie; what it says of itself counts."""
     other = dataclasses.replace(HERE, sm=89)
-    receipts.save(HERE, [Proof(receipts.PLUGIN_FP8, True, "", 1.0)]).rename(receipts.receipt_file(other))
+    receipts.save(HERE, [Proof(receipts.PLUGIN_FP8, True, "", 1.0)]).rename(
+        receipts.receipt_file(other)
+    )
     assert receipts.load(other) is None
 
 
@@ -76,7 +89,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         (receipts.PROBES, False, [NATIVE], False),
     ],
 )
-def test_the_best_proved_form_comes_first_and_native_last(names: tuple[str, ...] | None, fp8: bool, forms: list[str], packed: bool) -> None:
+def test_the_best_proved_form_comes_first_and_native_last(
+    names: tuple[str, ...] | None, fp8: bool, forms: list[str], packed: bool
+) -> None:
     choices = receipts.choose(None if names is None else proved(*names), fp8)
     assert [choice.form for choice in choices] == forms
     assert choices[0].packed is packed and all(choice.reason for choice in choices)
