@@ -37,19 +37,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import gpu  # noqa: E402
 import headline_rivals  # noqa: E402
 import headline_shapes as shapes  # noqa: E402
-from aapt_deploy.camera import CRUISE  # noqa: E402
-from aapt_deploy.engine import torch_cuda  # noqa: E402
-from aapt_deploy.engine.eager import EagerEngines  # noqa: E402
-from aapt_deploy.engine.torch_calibrate import noise_inputs  # noqa: E402
-from aapt_deploy.plan import plan  # noqa: E402
 from attention_rivals import Meter  # noqa: E402
 from headline_model import predicted, share_of_floor  # noqa: E402
 from stages import HOW, Parts, say  # noqa: E402
 
 from aapt_deploy import assets  # noqa: E402
+from aapt_deploy.backends.torch_cuda import engine as torch_cuda  # noqa: E402
+from aapt_deploy.backends.torch_cuda.calibrate import noise_inputs  # noqa: E402
+from aapt_deploy.backends.torch_eager import EagerEngines  # noqa: E402
 from aapt_deploy.models import checkpoint  # noqa: E402
+from aapt_deploy.models.aapt.camera import CRUISE  # noqa: E402
+from aapt_deploy.models.cost import cost_of  # noqa: E402
 from aapt_deploy.profiles import Profile  # noqa: E402
-from aapt_deploy.rollout import Steering, rollout  # noqa: E402
+from aapt_deploy.rollout.loop import Steering, rollout  # noqa: E402
 
 RESERVE_S = 15  # kept for the stages one by one when a stream is cut short
 
@@ -139,7 +139,7 @@ def streamed(parts: Parts, profile: Profile, steps: int, serial: int) -> None:
     stages = parts.run("stages", lambda: one_by_one(engines, profile, serial))
     if stages:
         times = {name: stages[name]["p50"] for name in ("generator", "decoder")}
-        parts.run("attained", lambda: share_of_floor(plan(profile), times))
+        parts.run("attained", lambda: share_of_floor(cost_of(profile), times))
     if not HOW.small:
         reserved = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         now = round(shapes.allocated() / 1e9, 2)

@@ -1,12 +1,12 @@
 """What headline.py expects before it measures, and what must hold: each stage's work over the rate that was assumed, before any GPU had run it.
 
-Work comes from `aapt_deploy.plan`; rates are the data sheet's times an efficiency. A wrong prediction says where to look.
+Work comes from `aapt_deploy.models.cost`; rates are the data sheet's times an efficiency. A wrong prediction says where to look.
 """
 
 import functools
 from typing import Any
 
-from aapt_deploy.models.cost import GPUS, Plan, plan
+from aapt_deploy.models.cost import GPUS, Cost
 from aapt_deploy.profiles import Profile, load
 
 GPU = GPUS["H100"]  # an H200 has the same compute, and 4.8 instead of 3.35 TB/s
@@ -29,7 +29,7 @@ RIVAL = "plain PyTorch"  # bf16, SDPA over a KV cache, small operations unfused,
 WIDE = "aapt-8b-736x416-h100"
 
 
-planned = functools.cache(plan)
+planned = functools.cache(cost_of)
 
 
 def predicted(profile: Profile, precision: str, variant: str = "as it is") -> dict[str, float]:
@@ -91,7 +91,7 @@ def goal_ratio() -> float:
     return round(PART_OF_MODEL * theirs / ours, 1)
 
 
-def share_of_floor(of: Plan, measured_ms: dict[str, float]) -> dict[str, dict[str, Any]]:
+def share_of_floor(of: Cost, measured_ms: dict[str, float]) -> dict[str, dict[str, Any]]:
     """TFLOP/s that a stage attained, and its floor over its time; no floor where the target's rates are not known."""
     found = {}
     for stage in of.stages:

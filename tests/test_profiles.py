@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from aapt_deploy.errors import ProfileError
-from aapt_deploy.profiles import LARGEST, Profile, Sampler, Text, Vae, Video, Window, load, loads, preset_folder
+from aapt_deploy.profiles import (
+    LARGEST,
+    Profile,
+    Sampler,
+    Text,
+    Vae,
+    Video,
+    Window,
+    load,
+    loads,
+    preset_folder,
+)
 
 PRESETS = sorted(path.stem for path in preset_folder().glob("*.toml"))
 TINY = load("tiny-cpu")

@@ -205,6 +205,7 @@ def test_noise_is_drawn_in_the_order_of_blocks_while_the_block_before_runs(
     class Drawn:
         def __init__(self, seed: int) -> None:
             self.rng = true(seed)
+            self.bit_generator = self.rng.bit_generator
 
         def standard_normal(self, *given: object) -> np.ndarray:
             found = self.rng.standard_normal(*given)  # type: ignore[call-overload]

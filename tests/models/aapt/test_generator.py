@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from aapt_deploy.models.aapt.generator import Generator
-from aapt_deploy.models.aapt.layers import Stream, join_rope, posterior, rms_norm, rotate, spatial_rope, time_features
+from aapt_deploy.models.aapt.layers import (
+    Stream,
+    join_rope,
+    posterior,
+    rms_norm,
+    rotate,
+    spatial_rope,
+    time_features,
+)
 from aapt_deploy.models.aapt.prompts import VOCABULARY_SIZE
 from aapt_deploy.models.aapt.rope import SLOWEST_TURN, rope_pairs, temporal_rope
 from aapt_deploy.ops.block_causal_attention import Ring

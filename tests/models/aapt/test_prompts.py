@@ -12,7 +12,16 @@ import pytest
 from aapt_deploy.backends.torch_eager import EagerEngines
 from aapt_deploy.errors import UsageError
 from aapt_deploy.models.aapt.camera import CRUISE
-from aapt_deploy.models.aapt.prompts import ATTRIBUTES, FILLERS, PROMPT_TOKENS, SYNONYMS, VOCABULARY_SIZE, Look, parse, token_ids
+from aapt_deploy.models.aapt.prompts import (
+    ATTRIBUTES,
+    FILLERS,
+    PROMPT_TOKENS,
+    SYNONYMS,
+    VOCABULARY_SIZE,
+    Look,
+    parse,
+    token_ids,
+)
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.loop import Steering, rollout
 from aapt_deploy.rollout.starts import all_starts, start, text_of

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from aapt_deploy.models.aapt import signature
-from aapt_deploy.models.aapt.vae import CausalConv, Decoder, Encoder, Vae, channels_to_space_time, from_pixels, space_time_to_channels, to_pixels
+from aapt_deploy.models.aapt.vae import (
+    CausalConv,
+    Decoder,
+    Encoder,
+    Vae,
+    channels_to_space_time,
+    from_pixels,
+    space_time_to_channels,
+    to_pixels,
+)
 from aapt_deploy.profiles import Profile, Video, load, preset_folder
 from aapt_deploy.profiles import Vae as VaeShape
 from aapt_deploy.train.losses.vae_fit import pca_encoder, ridge_decoder

@@ -21,7 +21,16 @@ from aapt_deploy.bundle import bundle as bundles
 from aapt_deploy.bundle import scales
 from aapt_deploy.bundle.signature import GraphSignature
 from aapt_deploy.models.aapt.signature import signatures
-from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION, Ring, hopper_fp8, kernels, softmax_scale
+from aapt_deploy.ops.block_causal_attention import (
+    DOMAIN,
+    NAME,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    Ring,
+    hopper_fp8,
+    kernels,
+    softmax_scale,
+)
 from aapt_deploy.profiles import Model, Profile, Vae, Window
 from tests.support.bindings import GOLDEN, type_stubs
 from tests.support.bindings.recorder import Recorder, Stubs
