@@ -1,7 +1,8 @@
-"""ONNX Runtime's engines: lower the portable graphs, quantise them, find the best threads.
+"""Build ONNX Runtime's engines: lower the graphs, quantise them, tune the threads.
 
-Caches are written in place. int8 has dynamic linears and a statically calibrated decoder, and is compared with fp32. A bundle in fp8 gets that alone,
-computed in fp32 between the roundings: to see what FP8 costs in pictures, not to be fast.
+Caches are written in place. int8 has dynamic linear layers and a statically calibrated decoder, and
+is compared with fp32. A bundle in fp8 is built in fp8 only, with fp32 arithmetic between the
+roundings. It is not fast; it shows what FP8 costs in picture quality.
 """
 
 import contextlib
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from aapt_deploy.backends import trial
 from aapt_deploy.backends.cpu import SAFE_WEIGHT_BITS, WEIGHT_BITS, adds_int8_exactly, cores
 from aapt_deploy.backends.ort import lower
-from aapt_deploy.backends.ort.engine import BACKEND, OrtEngine, OrtEngines, Threads
+from aapt_deploy.backends.ort.engine import BACKEND, Graphs, OrtEngine, OrtEngines, Threads
 from aapt_deploy.backends.table import open_engines
-from aapt_deploy.backends.trial import Built, Options, Report, left_and_right, mean_psnr_db, median_step_ms
+from aapt_deploy.backends.trial import Built, Options, Report, mean_psnr_db, median_step_ms
 from aapt_deploy.bundle.bundle import Bundle, Stage, export_again
 from aapt_deploy.bundle.graph_file import load_model, refuse_other, save_model
 from aapt_deploy.models.family import family_of
@@ -35,11 +37,16 @@ LINEAR_PATH = ".decoder.linear."  # in the names of its weights
 
 
 def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
-    """Build the engines of `precisions`, and fp32 before int8, which is calibrated on it and compared with it.
+    """Build the engines of `precisions`. int8 needs fp32, to be calibrated and compared.
 
-    Raises BusyError if another build holds the bundle, BundleError for a damaged bundle.
+    Raises BusyError if another build uses the bundle.
+    Raises BundleError if the bundle is damaged.
     """
-    if "int8" in precisions and "fp32" not in precisions and f"{BACKEND}-fp32" not in bundle.engines:
+    if (
+        "int8" in precisions
+        and "fp32" not in precisions
+        and f"{BACKEND}-fp32" not in bundle.engines
+    ):
         precisions = ("fp32", *precisions)
     return [_build(bundle, precision, options.report) for precision in precisions]
 
@@ -47,30 +54,32 @@ def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[B
 def _build(bundle: Bundle, precision: str, report: Report) -> Built:
     key, began = f"{BACKEND}-{precision}", time.monotonic()
     with bundle.add_engine(key) as stage:
-        starts = all_starts(bundle)
-        report(f"{key}: lowering the graphs")
+        profile, starts = bundle.profile, all_starts(bundle)
+        tell: Report = lambda text: report(f"{key}: {text}")  # noqa: E731
+        tell("lowering the graphs")
         graphs = _lower(bundle, stage, precision, starts, report)
-        threads, step_ms = _tune(bundle.profile, graphs, precision, starts[0], lambda text: report(f"{key}: {text}"))
-        engines, psnr = OrtEngines(bundle.profile, graphs, threads, precision), None
+        threads, step_ms = _tune(profile, graphs, precision, starts[0], tell)
+        engines, psnr = OrtEngines(profile, graphs, threads, precision), None
         if precision != "fp32":
-            report(f"{key}: comparing with fp32")
+            tell("comparing with fp32")
             reference = _reference(bundle, precision, report)
-            psnr = mean_psnr_db(reference, engines, bundle.profile, starts)
+            psnr = mean_psnr_db(reference, engines, profile, starts)
             reference.close()
         engines.close()
-        built = Built(key, round(step_ms, 2), stage.size, threads.count, threads.spinning, psnr, round(time.monotonic() - began, 1))
-        stage.entry |= {
-            "backend": BACKEND, "precision": precision, "cache_layout": "token_major",
-            "graphs": {name: f"{stage.relative}/{path.name}" for name, path in graphs.items()},
-        }  # fmt: skip
-        if precision == "int8":
-            stage.entry["weight_bits"] = WEIGHT_BITS if adds_int8_exactly() else SAFE_WEIGHT_BITS  # read where the engine is opened
+        count, spinning = threads.count, threads.spinning
+        seconds = round(time.monotonic() - began, 1)
+        built = Built(key, round(step_ms, 2), stage.size, count, spinning, psnr, seconds)
+        files = {name: f"{stage.relative}/{path.name}" for name, path in graphs.items()}
+        stage.entry |= {"backend": BACKEND, "precision": precision, "cache_layout": "token_major"}
+        stage.entry["graphs"] = files
+        if precision == "int8":  # `open_engines` reads it
+            stage.entry["weight_bits"] = WEIGHT_BITS if adds_int8_exactly() else SAFE_WEIGHT_BITS
         stage.entry |= asdict(built)
     return built
 
 
 def _reference(bundle: Bundle, precision: str, report: Report) -> Engines:
-    """What an engine is compared with: the fp32 engine, or torch, because an fp8 bundle has no fp32 graphs."""
+    """Open the fp32 engine, or torch for fp8, whose bundle has no fp32 graphs."""
     if precision == "int8":
         return open_engines(bundle, BACKEND, "fp32", report)
     from aapt_deploy.backends import torch_eager
@@ -78,18 +87,21 @@ def _reference(bundle: Bundle, precision: str, report: Report) -> Engines:
     return torch_eager.EagerEngines(torch_eager.checkpoint_of(bundle), cores(), "fp32")
 
 
-def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], report: Report) -> dict[str, Path]:
+def _lower(
+    bundle: Bundle, stage: Stage, precision: str, starts: list[Start], report: Report
+) -> Graphs:
     """Write the backend's form of every graph below `stage.path`."""
     profile, graphs = bundle.profile, {}
     for name, signature in family_of(profile).signatures(profile).items():
         source, graphs[name] = bundle.checked(f"{name}.onnx"), stage.path / f"{name}.onnx"
-        if (bundle.path / f"{name}.onnx.data").exists() or f"{name}.onnx.data" in bundle.manifest["files"]:
-            bundle.checked(f"{name}.onnx.data")
+        weights = f"{name}.onnx.data"
+        if (bundle.path / weights).exists() or weights in bundle.manifest["files"]:
+            bundle.checked(weights)
         model = load_model(source)
         refuse_other(model, signature, source, export_again(bundle.path))
         if name == "generator":
             model = lower.lower_in_place(model, Ring.of(profile, in_place=True))
-        save_model(model, graphs[name])  # not a copy of the file: its weights may lie beside it
+        save_model(model, graphs[name])  # not a copy of the file, whose weights may be in another
     if precision == "int8":
         report("onnxruntime-int8: quantising the linear layers")
         _quantise_linears(graphs["generator"])
@@ -99,36 +111,39 @@ def _lower(bundle: Bundle, stage: Stage, precision: str, starts: list[Start], re
 
 
 def _quantise_linears(path: Path) -> None:
-    """int8 weights, activations quantised as they come: no calibration, and attention stays fp32."""
+    """Quantise weights to int8, activations at run time. Attention stays fp32."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet(), _in_float(path) as source:
         quantize_dynamic(
-            source, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8, reduce_range=not adds_int8_exactly(),
+            source, path, op_types_to_quantize=["MatMul"], per_channel=True,
+            weight_type=QuantType.QInt8, reduce_range=not adds_int8_exactly(),
             extra_options={"MatMulConstBOnly": True},
         )  # fmt: skip
 
 
 def _quantise_decoder(path: Path, samples: list[dict[str, np.ndarray]]) -> None:
-    """int8 convolutions (QDQ), calibrated on `samples`: the latents and memories of the bundle's own rollouts in fp32.
+    """Quantise convolutions to int8 (QDQ), calibrated on `samples` of the decoder's inputs.
 
-    The linear path stays in float: it makes nearly all of the picture, for a few percent of the products, and pictures that are darker than the
-    start frames would leave its calibrated range (docs/log.md).
+    The linear path stays in float. It makes nearly all of the picture for a few percent of the
+    products. Pictures darker than the start frames would leave its calibrated range (docs/log.md).
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     with _quiet(), _in_float(path) as source:
+        nodes = load_model(source).graph.node
+        linear = [node.name for node in nodes if any(LINEAR_PATH in name for name in node.input)]
         quantize_static(
-            source, path, Samples(samples), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], reduce_range=not adds_int8_exactly(),
-            nodes_to_exclude=[node.name for node in load_model(source).graph.node if any(LINEAR_PATH in name for name in node.input)],
-            extra_options={"CalibMovingAverage": True},
+            source, path, Samples(samples), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv"], reduce_range=not adds_int8_exactly(),
+            nodes_to_exclude=linear, extra_options={"CalibMovingAverage": True},
         )  # fmt: skip
 
 
 @contextlib.contextmanager
 def _in_float(path: Path) -> Iterator[Path]:
-    """The graph at `path`, moved out of its quantised version's way, with the weights beside it if it has any; gone at the end."""
+    """Move the graph at `path`, and its weights, to a folder that is removed at the end."""
     folder = path.with_suffix("")
     folder.mkdir()
     for file in (path, path.with_name(f"{path.name}.data")):
@@ -139,7 +154,7 @@ def _in_float(path: Path) -> Iterator[Path]:
 
 
 class Samples:
-    """Input sets as the calibrator reads them (onnxruntime's CalibrationDataReader asks for `get_next` alone)."""
+    """Input sets for the calibrator, which calls `get_next` only (CalibrationDataReader)."""
 
     def __init__(self, samples: list[dict[str, np.ndarray]]) -> None:
         self.rest = iter(samples)
@@ -148,20 +163,27 @@ class Samples:
         return next(self.rest, None)
 
 
-def _decoder_inputs(bundle: Bundle, starts: list[Start], report: Report) -> Iterator[dict[str, np.ndarray]]:
-    """Every input set that the fp32 decoder sees in short rollouts."""
+def _decoder_inputs(
+    bundle: Bundle, starts: list[Start], report: Report
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield every input set of the fp32 decoder in short rollouts."""
     engines, seen = open_engines(bundle, BACKEND, "fp32", report), list[dict[str, np.ndarray]]()
     decoder = engines["decoder"]
     assert isinstance(decoder, OrtEngine)
+    tapped = Tapped(engines, partial(_record, decoder, seen))
     for start in starts:
-        for _ in itertools.islice(left_and_right(Tapped(engines, partial(_record, decoder, seen)), bundle.profile, start), 1 + CALIBRATION_BLOCKS):
+        frames = trial.left_and_right(tapped, bundle.profile, start)
+        for _ in itertools.islice(frames, 1 + CALIBRATION_BLOCKS):
             yield from seen
             seen.clear()
     engines.close()
 
 
-def _record(decoder: OrtEngine, seen: list[dict[str, np.ndarray]], graph: str, method: str, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """A tap that notes every input set of the decoder, its memory included."""
+def _record(
+    decoder: OrtEngine, seen: list[dict[str, np.ndarray]],
+    graph: str, method: str, call: Callable[..., Any], inputs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Tap that records every input set of the decoder, its memory included."""
     if (graph, method) == ("decoder", "run"):
         memory = {name: array.copy() for name, array in decoder.memory.items()}
         seen.append({"latent": np.array(inputs["latent"], np.float32), **memory})
@@ -169,7 +191,7 @@ def _record(decoder: OrtEngine, seen: list[dict[str, np.ndarray]], graph: str, m
 
 
 class _quiet:
-    """onnxruntime.quantization logs advice through the root logger; none of it is for the user."""
+    """Silence onnxruntime.quantization, which logs advice for developers at the root logger."""
 
     def __enter__(self) -> None:
         logging.disable(logging.WARNING)
@@ -178,14 +200,19 @@ class _quiet:
         logging.disable(logging.NOTSET)
 
 
-def _tune(profile: Profile, graphs: dict[str, Path], precision: str, start: Start, report: Report) -> tuple[Threads, float]:
-    """The fastest thread setting and its median step."""
+def _tune(
+    profile: Profile, graphs: Graphs, precision: str, start: Start, report: Report
+) -> tuple[Threads, float]:
+    """Return the fastest thread setting and its median step in ms."""
     results: dict[Threads, float] = {}
-    counts = sorted({1, min(2, cores()), cores()})
-    for threads in [Threads(count, spinning) for count in counts for spinning in (False, True) if count > 1 or not spinning]:
+    settings = itertools.product(sorted({1, min(2, cores()), cores()}), (False, True))
+    for count, spinning in settings:
+        if spinning and count == 1:
+            continue
+        threads = Threads(count, spinning)
         engines = OrtEngines(profile, graphs, threads, precision)
         results[threads] = median_step_ms(engines, profile, start)
         engines.close()
-        report(f"{threads.count} thread{'s' * (threads.count > 1)}{', spinning' * threads.spinning}: {results[threads]:.1f} ms a step")
-    best = min(results, key=lambda threads: results[threads])
-    return best, results[best]
+        setting = f"{count} thread{'s' * (count > 1)}{', spinning' * spinning}"
+        report(f"{setting}: {results[threads]:.1f} ms a step")
+    return min(results.items(), key=lambda item: item[1])
