@@ -30,7 +30,7 @@ class Rollout:
         stream.step(Steering(controls, text))   # uint8 [T, H, W, 3]: the next block's frames
 
     A step is `latent`, then `decode`. If the decoder has its own stream, they may run in two
-    threads: one generates the next latent while the other decodes this one.
+    threads. One generates the next latent while the other decodes this one.
     """
 
     def __init__(self, engines: Engines, profile: Profile, image: np.ndarray, seed: int) -> None:

@@ -1,8 +1,8 @@
 """Run a bundle with ONNX Runtime on a CPU. Imports neither torch nor onnx.
 
 Each cache of the generator is one buffer, bound as input and output of the same run. The graph
-writes its block in place, so `commit` does nothing. The ring has one slot more than the window, and
-a pass writes only its own block's slot: a second pass over a block overwrites the first. Decoder
+writes its block in place, so `commit` does nothing. The ring has one slot more than the window. A
+pass writes only its own block's slot, and a second pass over a block overwrites the first. Decoder
 memory alternates between two sets of buffers.
 """
 
