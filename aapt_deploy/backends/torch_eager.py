@@ -4,7 +4,7 @@ Caches are token-major tensors that the graph only reads. `commit` copies a bloc
 to its slot.
 
 In bf16, inputs, weights and outputs of linear layers and convolutions are rounded to bf16. Sums,
-attention and all else stay float32. That is the arithmetic of TensorRT engines (trt/lower.py). It is no
+attention and all else stay float32, as in TensorRT engines (trt/lower.py). It is no
 faster, but FP8 is compared with it.
 """
 

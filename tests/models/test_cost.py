@@ -26,20 +26,29 @@ def stage(planned: cost.Plan, name: str) -> cost.Stage:
 
 
 def test_the_generators_operations_by_hand(planned: cost.Plan) -> None:
-    """Per token and layer 12 dim^2 weights at two operations each; attention two products with each of S cached keys and the block's own."""
+    """Per token and layer, 12 dim^2 weights at two operations each, and two products per key.
+
+    The keys are the S cached ones and the block's own.
+    """
     tokens, dim, depth = 46 * 26, 3072, 36
     generator = stage(planned, "generator")
-    assert generator.products_gflop == pytest.approx(2 * 12 * dim**2 * depth * tokens / 1e9, rel=0.01)
+    assert generator.products_gflop == pytest.approx(
+        2 * 12 * dim**2 * depth * tokens / 1e9, rel=0.01
+    )
     keys = 256 + 31 * tokens + tokens
-    assert generator.attention_gflop == pytest.approx(4 * tokens * keys * dim * depth / 1e9, rel=1e-6)
-    assert generator.floor_ms == pytest.approx((generator.products_gflop + generator.attention_gflop) / 1979, rel=1e-3)
+    assert generator.attention_gflop == pytest.approx(
+        4 * tokens * keys * dim * depth / 1e9, rel=1e-6
+    )
+    gflop = generator.products_gflop + generator.attention_gflop
+    assert generator.floor_ms == pytest.approx(gflop / 1979, rel=1e-3)
     assert generator.bound == "compute"
 
 
 def test_weights_and_cache_by_hand(planned: cost.Plan) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Generator(H100).parameters())
-    assert stage(planned, "generator").weights_gb + stage(planned, "prompt").weights_gb == pytest.approx(parameters / 1e9, abs=0.002)
+    weights_gb = stage(planned, "generator").weights_gb + stage(planned, "prompt").weights_gb
+    assert weights_gb == pytest.approx(parameters / 1e9, abs=0.002)
     tiles = -(-(256 + 31 * 1196) // 64)
     assert planned.cache_gb == pytest.approx(2 * 36 * tiles * 64 * 3072 / 1e9, abs=0.001)
     assert planned.total_gb == pytest.approx(sum(planned.memory_gb.values()), abs=0.01)
@@ -48,7 +57,8 @@ def test_weights_and_cache_by_hand(planned: cost.Plan) -> None:
 
 def test_a_prompt_is_bound_by_reading_its_weights(planned: cost.Plan) -> None:
     prompt = stage(planned, "prompt")
-    assert prompt.bound == "memory" and prompt.floor_ms == pytest.approx(prompt.weights_gb / 3350 * 1000, rel=1e-2)
+    floor_ms = prompt.weights_gb / 3350 * 1000
+    assert prompt.bound == "memory" and prompt.floor_ms == pytest.approx(floor_ms, rel=1e-2)
 
 
 def test_a_cache_of_wider_numbers_needs_more(planned: cost.Plan) -> None:
@@ -85,11 +95,14 @@ def test_activations_are_those_of_a_real_run() -> None:
     demo = load("demo-cpu")
     signature = decoder(demo)
     module = graph_modules(demo, Generator(demo), Vae(demo))["decoder"]
-    inputs = random_inputs([(s.name, s.shape, s.dtype) for s in (*signature.inputs, *signature.state)], 0, 0)
+    specs = (*signature.inputs, *signature.state)
+    inputs = random_inputs([(s.name, s.shape, s.dtype) for s in specs], 0, 0)
     with torch.no_grad(), LiveBytes([*inputs, *module.state_dict().values()]) as live:
         module(*inputs)
     assert live.most > 10e6
-    assert stage(cost.plan(demo), "decoder").activations_gb == pytest.approx(live.most / 1e9, abs=0.0006)
+    assert stage(cost.plan(demo), "decoder").activations_gb == pytest.approx(
+        live.most / 1e9, abs=0.0006
+    )
 
 
 def test_the_command_prints_a_plan_on_any_machine(aapt: Callable[..., Ran]) -> None:
