@@ -41,10 +41,8 @@ def build_engine(
         )
     if row.device == "cpu" and bundle.profile.target.device != "cpu":
         name, target = bundle.profile.name, bundle.profile.target.name
-        raise MachineError(
-            f"profile {name} is for {target}; {backend} runs on the CPU only",
-            "use a CPU profile, or build on its target",
-        )
+        wrong = f"profile {name} is for {target}; {backend} runs on the CPU only"
+        raise MachineError(wrong, "use a CPU profile, or build on its target")
     built: list[Built] = importlib.import_module(row.builder).build(bundle, wanted, options)
     return built
 

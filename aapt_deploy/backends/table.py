@@ -35,19 +35,21 @@ class Backend:
 
     @property
     def option(self) -> str:
-        """Return the value of --backend. One framework on two devices has two rows and one."""
+        """Return the value of --backend, which the rows of one framework share."""
         return self.name.removesuffix(f"-{self.device}")
 
 
-_HERE = "aapt_deploy.backends"
 _ROWS = (
-    Backend("onnxruntime", "cpu", ("fp32", "int8", "fp8"), True, f"{_HERE}.ort.engine",
-            f"{_HERE}.ort.build", by_default=("fp32", "int8", "fp8"), summary="CPU"),
-    Backend("torch", "cpu", ("fp32", "bf16"), True, f"{_HERE}.torch_eager", f"{_HERE}.torch_eager",
+    Backend("onnxruntime", "cpu", ("fp32", "int8", "fp8"), True,
+            "aapt_deploy.backends.ort.engine", "aapt_deploy.backends.ort.build",
+            by_default=("fp32", "int8", "fp8"), summary="CPU"),
+    Backend("torch", "cpu", ("fp32", "bf16"), True,
+            "aapt_deploy.backends.torch_eager", "aapt_deploy.backends.torch_eager",
             by_default=("fp32",), summary="slow reference; our kernels with --device cuda"),
-    Backend("torch-cuda", "cuda", ("fp8", "bf16"), False, f"{_HERE}.torch_cuda.engine"),
-    Backend("tensorrt", "cuda", ("fp8", "bf16", "fp32"), True, f"{_HERE}.trt.engine",
-            f"{_HERE}.trt.build", ("python", "aot", "native"), ("fp8", "bf16"), "NVIDIA GPU"),
+    Backend("torch-cuda", "cuda", ("fp8", "bf16"), False, "aapt_deploy.backends.torch_cuda.engine"),
+    Backend("tensorrt", "cuda", ("fp8", "bf16", "fp32"), True,
+            "aapt_deploy.backends.trt.engine", "aapt_deploy.backends.trt.build",
+            ("python", "aot", "native"), by_default=("fp8", "bf16"), summary="NVIDIA GPU"),
 )  # fmt: skip
 BACKENDS = {row.name: row for row in _ROWS}
 
@@ -174,9 +176,8 @@ def _built(bundle: Bundle, backend: str) -> dict[str, dict[str, Any]]:
         sound = sound and 1 <= entry["threads"] <= MOST_THREADS
         sound = sound and 0 <= entry["step_ms"] <= LONGEST_MS
         if not sound or key != f"{backend}-{entry['precision']}":
-            raise BundleError(
-                f"bundle {bundle.path}: what its manifest says of engine {key} makes no sense",
-                f"build it again: aapt build-engine {bundle.path} --backend {backend}",
-            )
+            wrong = f"bundle {bundle.path}: what its manifest says of engine {key} makes no sense"
+            hint = f"build it again: aapt build-engine {bundle.path} --backend {backend}"
+            raise BundleError(wrong, hint)
         built[entry["precision"]] = entry
     return built

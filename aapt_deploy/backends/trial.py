@@ -54,13 +54,11 @@ class Built:
     seconds: float  # build time
 
 
-def left_and_right(
-    engines: Engines, profile: Profile, start: Start, seed: int = 0
-) -> Iterator[np.ndarray]:
+def left_and_right(engines: Engines, profile: Profile, start: Start) -> Iterator[np.ndarray]:
     """Run a rollout that turns left and right, so quality and calibration see motion."""
     controls = family_of(profile).left_and_right
     steer = lambda block: Steering(controls(block), start.text)  # noqa: E731
-    return rollout(engines, profile, start.image, steer, seed)
+    return rollout(engines, profile, start.image, steer, seed=0)
 
 
 def median_step_ms(engines: Engines, profile: Profile, start: Start) -> float:

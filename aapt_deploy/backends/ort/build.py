@@ -42,11 +42,8 @@ def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[B
     Raises BusyError if another build uses the bundle.
     Raises BundleError if the bundle is damaged.
     """
-    if (
-        "int8" in precisions
-        and "fp32" not in precisions
-        and f"{BACKEND}-fp32" not in bundle.engines
-    ):
+    has_fp32 = "fp32" in precisions or f"{BACKEND}-fp32" in bundle.engines
+    if "int8" in precisions and not has_fp32:
         precisions = ("fp32", *precisions)
     return [_build(bundle, precision, options.report) for precision in precisions]
 

@@ -70,14 +70,11 @@ def refuse_other(
     The bundle's hashes detect damage, but not a graph of another profile.
     """
 
-    def dtype(node: Any) -> str:
-        name: str = node.type.removeprefix("tensor(").removesuffix(")")
-        return name.replace("float", "float32")
+    def found(nodes: Any) -> dict[str, tuple[str, list[int | str]]]:
+        kinds = [(node, node.type.removeprefix("tensor(").removesuffix(")")) for node in nodes]
+        return {node.name: (kind.replace("float", "float32"), node.shape) for node, kind in kinds}
 
-    inputs, outputs = (
-        {node.name: (dtype(node), node.shape) for node in nodes}
-        for nodes in (session.get_inputs(), session.get_outputs())
-    )
+    inputs, outputs = found(session.get_inputs()), found(session.get_outputs())
     if wrong := signature.misfit(inputs, outputs, state_leaves=True):
         raise BundleError(f"graph {path} is not the {signature.name} of its bundle: {wrong}", hint)
 

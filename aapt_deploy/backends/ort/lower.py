@@ -60,10 +60,7 @@ def _in_place_nodes(node: NodeProto, heads: int) -> list[NodeProto]:
     scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
     nodes = []
     for new, cache in ((k, k_cache), (v, v_cache)):
-        written, flat = (
-            cache + NEXT,
-            f"{cache}.flat",
-        )  # [1, S, H, D], and without a copy [1, S, H * D]
+        written, flat = cache + NEXT, f"{cache}.flat"  # [1, S, H, D], [1, S, H * D] without a copy
         nodes.append(helper.make_node("TensorScatter", [cache, new, SLOT], [written], axis=1))
         nodes.append(helper.make_node("Reshape", [written, _FLAT], [flat]))
     # The last input is nonpad_kv_seqlen.

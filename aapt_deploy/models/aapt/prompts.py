@@ -68,10 +68,9 @@ def parse(prompt: str) -> Look:
             hint = f"{meant}known words: {', '.join(known)}"
             raise UsageError(f"prompt word {word!r} is outside the vocabulary", hint)
         if found.setdefault(attribute, value) != value:
-            values = f"{found[attribute]!r} and {value!r}"
-            raise UsageError(
-                f"prompt names two values of {attribute}: {values}", "name one of them"
-            )
+            first = found[attribute]
+            wrong = f"prompt names two values of {attribute}: {first!r} and {value!r}"
+            raise UsageError(wrong, "name one of them")
     return Look(**found)
 
 

@@ -96,9 +96,8 @@ class Rescale(nn.Module):
         super().__init__()
         self.time, self.space, self.up = time, space, up
         fold = time * space * space
-        self.conv = (
-            CausalConv(inputs, outputs * fold, frames) if up else CausalConv(inputs * fold, outputs)
-        )
+        shape = (inputs, outputs * fold, frames) if up else (inputs * fold, outputs, 1)
+        self.conv = CausalConv(*shape)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Rescale x [B, T, C, H, W] with the convolution's memory; return the new memory too."""
@@ -254,10 +253,8 @@ class Vae(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames [B, 1 + 4n, 3, H, W] in [-1, 1] to z [B, 1 + n, C, h, w]."""
-        lead = self.encoder.time - 1
-        z: Tensor = self.encoder(
-            torch.cat([frames[:, :1].expand(-1, lead, -1, -1, -1), frames], dim=1)
-        )
+        lead = frames[:, :1].expand(-1, self.encoder.time - 1, -1, -1, -1)
+        z: Tensor = self.encoder(torch.cat([lead, frames], dim=1))
         return z
 
     def decode(self, z: Tensor) -> Tensor:
