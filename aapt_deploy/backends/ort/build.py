@@ -52,13 +52,13 @@ def _build(bundle: Bundle, precision: str, report: Report) -> Built:
     key, began = f"{BACKEND}-{precision}", time.monotonic()
     with bundle.add_engine(key) as stage:
         profile, starts = bundle.profile, all_starts(bundle)
-        tell: Report = lambda text: report(f"{key}: {text}")  # noqa: E731
-        tell("lowering the graphs")
+        log: Report = lambda text: report(f"{key}: {text}")  # noqa: E731
+        log("lowering the graphs")
         graphs = _lower(bundle, stage, precision, starts, report)
-        threads, step_ms = _tune(profile, graphs, precision, starts[0], tell)
+        threads, step_ms = _tune(profile, graphs, precision, starts[0], log)
         engines, psnr = OrtEngines(profile, graphs, threads, precision), None
         if precision != "fp32":
-            tell("comparing with fp32")
+            log("comparing with fp32")
             reference = _reference(bundle, precision, report)
             psnr = mean_psnr_db(reference, engines, profile, starts)
             reference.close()
