@@ -5,16 +5,16 @@
     ├── VerdictError            3   the job ran; what it measured misses the budget or a threshold
     ├── InputError              4   a file that was given is broken or does not fit
     │   ├── ProfileError            a profile has unknown, missing or contradictory keys
-    │   ├── CheckpointError         a checkpoint is damaged or has other tensors than the profile asks for
-    │   └── BundleError             a bundle is incomplete, was changed, or is of another format
+    │   ├── CheckpointError         a checkpoint is damaged or its tensors do not fit its profile
+    │   └── BundleError             a bundle is incomplete, was changed, or has another format
     ├── MachineError            5   a package, a driver or the hardware is missing here
     ├── OutputError             6   the output cannot be written
     ├── BusyError               7   another process is working on the same bundle
     ├── ParityError             8   an exported graph or an engine disagrees with its reference
     └── TrainingError           9   training diverged
 
-An `AaptError` reaches the user as one `error:` line and one `hint:` line; the command line does that in one place. Everything else that
-escapes is a bug and keeps its traceback.
+The command line prints an `AaptError` as one `error:` line and one `hint:` line, in one place.
+Any other exception is a bug and keeps its traceback.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,7 @@ from contextlib import contextmanager
 
 
 class AaptError(Exception):
-    """Base of all errors that a user can cause and repair.
-
-    `hint` says how to repair it, in one sentence.
-    """
+    """Base of all errors that a user can cause and repair. `hint` is the fix, in one sentence."""
 
     exit_code = 1
 
@@ -80,10 +77,11 @@ class TrainingError(AaptError):
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Turn a missing package into a MachineError with the command that installs the extra it belongs to."""
+    """Turn a missing package into a MachineError whose hint installs the package's extra."""
     try:
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("aapt_deploy"):
             raise
-        raise MachineError(f"package {error.name!r} is not installed", f"pip install 'aapt_deploy[{extra}]'") from None
+        missing = f"package {error.name!r} is not installed"
+        raise MachineError(missing, f"pip install 'aapt_deploy[{extra}]'") from None

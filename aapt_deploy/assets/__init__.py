@@ -1,4 +1,4 @@
-"""The embedded checkpoint: what `aapt demo` runs when nobody brings one."""
+"""Locate the embedded checkpoint, its hash, and the flight of `aapt demo`."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ SHA256_FILE = FOLDER / "demo.sha256"
 
 
 def checkpoint_sha256() -> str:
-    """The hash that the embedded checkpoint must have."""
+    """Return the hash that the embedded checkpoint must have."""
     return SHA256_FILE.read_text(encoding="ascii").strip()
 
 
 def demo_controls() -> Path:
-    """The flight that `aapt demo` takes."""
+    """Return the path of the demo's controls."""
     return FOLDER / "demo-flight.jsonl"

@@ -1,7 +1,7 @@
-"""From a bundle to a running engine: build it, open it, choose it by name.
+"""Turn a bundle into a running engine: build it, open it, choose it by name.
 
 table.py         one row per backend: where it runs, its precisions, who builds and opens it
-build.py         build the engines of a bundle, and write them into it whole or not at all
+build.py         choose what to build, and call the backend's builder
 trial.py         measure the step time of a new engine and its distance from the reference
 cpu.py           cores of this CPU, and whether it adds int8 products exactly
 torch_eager.py   the reference engine: the networks in PyTorch, one operation at a time

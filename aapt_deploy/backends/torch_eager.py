@@ -1,9 +1,11 @@
-"""The torch modules themselves behind the Engine protocol: the plain reference that every other backend is compared with.
+"""Run the torch modules as engines: the plain reference for every other backend.
 
-Caches are token-major tensors that the graph only reads; a block is committed by copying its keys and values to its slot.
+Caches are token-major tensors that the graph only reads. `commit` copies a block's keys and values
+to its slot.
 
-In bf16, what every linear layer and convolution reads, multiplies with and gives is rounded to bf16, sums and all the rest are float32: the
-arithmetic that graph_bf16 asks of TensorRT, at no gain in speed. It is what FP8 is compared with; attention keeps float32.
+In bf16, inputs, weights and outputs of linear layers and convolutions are rounded to bf16. Sums,
+attention and all else stay float32, as in TensorRT engines (trt/lower.py). It is no
+faster, but FP8 is compared with it.
 """
 
 import time
@@ -36,7 +38,7 @@ def _bf16(x: Tensor) -> Tensor:
 
 
 def round_products(module: nn.Module) -> None:
-    """Make every product below `module` one in bf16, in place. A second time changes nothing."""
+    """Round every product below `module` to bf16, in place. A second call changes nothing."""
     for product in module.modules():
         if isinstance(product, PRODUCTS):
             product.weight.data = _bf16(product.weight.data)
@@ -51,7 +53,7 @@ def _run(module: nn.Module, signature: GraphSignature, values: dict[str, Tensor]
 
 
 class EagerEngine:
-    """Encoder, prompt or decoder."""
+    """The encoder, prompt or decoder graph with its state."""
 
     def __init__(self, module: nn.Module, signature: GraphSignature) -> None:
         self.module, self.signature = module, signature
@@ -62,35 +64,27 @@ class EagerEngine:
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         values = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
-        out = _run(self.module, self.signature, values | self.state)
-        count = len(self.signature.outputs)
-        self.state = dict(zip(self.state, out[count:], strict=True))
-        return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.outputs, out, strict=False)}
-
-    def held(self) -> dict[str, Tensor]:
-        """What the next run depends on."""
-        return self.state
-
-    def hold(self, state: dict[str, Tensor]) -> None:
-        """Set what `held` returned."""
-        self.state = state
+        out, specs = _run(self.module, self.signature, values | self.state), self.signature.outputs
+        self.state = dict(zip(self.state, out[len(specs) :], strict=True))
+        return {spec.name: tensor.numpy() for spec, tensor in zip(specs, out, strict=False)}
 
 
 class EagerGenerator:
-    """The generator and its caches."""
+    """The generator with its caches."""
 
     def __init__(self, module: nn.Module, signature: GraphSignature, profile: Profile) -> None:
         self.module, self.signature, self.profile = module, signature, profile
         self.ring = Ring.of(profile)
         self.caches = {spec.name: torch.zeros(spec.shape) for spec in signature.state}
+        self.state = self.caches
         self.last: list[Tensor] = []
 
     def reset(self, **state: np.ndarray) -> None:
         if not state:
-            for held in self.caches.values():
-                held.zero_()
-        for cache, text in text_pairs(self.profile, state):
-            self.caches[cache][:, : self.profile.text.tokens] = torch.from_numpy(text)
+            for cache in self.caches.values():
+                cache.zero_()
+        for name, text in text_pairs(self.profile, state):
+            self.caches[name][:, : self.profile.text.tokens] = torch.from_numpy(text)
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         place = self.ring.place(int(inputs.pop("block")))
@@ -104,52 +98,51 @@ class EagerGenerator:
         for cache, kept in zip(self.caches.values(), self.last, strict=True):
             cache[:, slot : slot + self.profile.frame_tokens] = kept
 
-    def held(self) -> dict[str, Tensor]:
-        """What the next run depends on."""
-        return self.caches
-
-    def hold(self, state: dict[str, Tensor]) -> None:
-        """Set what `held` returned."""
-        self.caches = state
-
 
 class EagerEngines:
-    """All graphs as torch modules."""
+    """All graphs of a checkpoint as torch modules."""
 
     backend = BACKEND
     overlapped = False
 
     def __init__(self, loaded: Checkpoint, threads: int, precision: str) -> None:
-        """In bf16 the networks of `loaded` are converted in place."""
+        """Convert the networks of `loaded` in place if `precision` is bf16."""
         torch.set_num_threads(threads)
         self.precision = precision
         if precision == "bf16":
             round_products(loaded.generator)
             round_products(loaded.vae)
         self.profile = loaded.profile
-        self.modules = family_of(self.profile).networks().graph_modules(self.profile, loaded.generator, loaded.vae)
+        networks = family_of(self.profile).networks()
+        self.modules = networks.graph_modules(self.profile, loaded.generator, loaded.vae)
         self._allocate()
 
     def _allocate(self) -> None:
-        """State of one stream."""
-        signatures = family_of(self.profile).signatures(self.profile)
-        self.engines: dict[str, EagerEngine | EagerGenerator] = {
-            name: EagerGenerator(self.modules[name], signature, self.profile) if name == "generator" else EagerEngine(self.modules[name], signature)
-            for name, signature in signatures.items()
-        }
+        """Make the state of one stream."""
+        self.engines: dict[str, EagerEngine | EagerGenerator] = {}
+        for name, signature in family_of(self.profile).signatures(self.profile).items():
+            self.engines[name] = (
+                EagerGenerator(self.modules[name], signature, self.profile)
+                if name == "generator"
+                else EagerEngine(self.modules[name], signature)
+            )
 
     def fork(self) -> "EagerEngines":
-        """A fresh state over the same networks."""
+        """Return a fresh state over the same networks."""
         fork = copy(self)
         fork._allocate()
         return fork
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:
-        return {graph: {name: array.numpy().copy() for name, array in engine.held().items()} for graph, engine in self.engines.items()}
+        return {
+            graph: {name: tensor.numpy().copy() for name, tensor in engine.state.items()}
+            for graph, engine in self.engines.items()
+        }
 
     def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         for graph, arrays in state.items():
-            self.engines[graph].hold({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+            for name, array in arrays.items():
+                self.engines[graph].state[name] = torch.from_numpy(array.copy())
 
     @property
     def generator(self) -> EagerGenerator:
@@ -166,9 +159,11 @@ class EagerEngines:
 
 
 def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
-    """Measure the checkpoint itself in each of `precisions`, and compare bf16 with fp32: there is nothing to compile.
+    """Measure the checkpoint in each of `precisions`, and compare bf16 with fp32.
 
-    Raises BusyError if another build holds the bundle, BundleError for a damaged bundle.
+    Nothing is compiled.
+    Raises BusyError if another build uses the bundle.
+    Raises BundleError if the bundle is damaged.
     """
     return [_build(bundle, precision, options.report) for precision in precisions]
 
@@ -176,28 +171,37 @@ def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[B
 def _build(bundle: Bundle, precision: str, report: Report) -> Built:
     key, began = f"{BACKEND}-{precision}", time.monotonic()
     with bundle.add_engine(key) as stage:
-        starts = all_starts(bundle)
+        profile, starts = bundle.profile, all_starts(bundle)
         engines, psnr = EagerEngines(checkpoint_of(bundle), cores(), precision), None
-        step_ms = median_step_ms(engines, bundle.profile, starts[0])
+        step_ms = round(median_step_ms(engines, profile, starts[0]), 2)
         if precision != "fp32":
             report(f"{key}: comparing with fp32")
-            psnr = mean_psnr_db(EagerEngines(checkpoint_of(bundle), cores(), "fp32"), engines, bundle.profile, starts)
+            reference = EagerEngines(checkpoint_of(bundle), cores(), "fp32")
+            psnr = mean_psnr_db(reference, engines, profile, starts)
         engines.close()
-        built = Built(key, round(step_ms, 2), stage.size, cores(), False, psnr, round(time.monotonic() - began, 1))
-        stage.entry |= {"backend": BACKEND, "precision": precision, "cache_layout": "token_major"} | asdict(built)
+        seconds = round(time.monotonic() - began, 1)
+        built = Built(key, step_ms, stage.size, cores(), False, psnr, seconds)
+        stage.entry |= {"backend": BACKEND, "precision": precision, "cache_layout": "token_major"}
+        stage.entry |= asdict(built)
     return built
 
 
 def open_bundle(bundle: Bundle, precision: str) -> EagerEngines:
-    """The checkpoint inside `bundle`, run by torch."""
+    """Open the checkpoint inside `bundle`."""
     entry = bundle.engines[f"{BACKEND}-{precision}"]
     return EagerEngines(checkpoint_of(bundle), int(entry["threads"]), precision)
 
 
 def checkpoint_of(bundle: Bundle) -> Checkpoint:
-    """The checkpoint inside `bundle`. Raises BundleError when its graphs are not those of the bundle's profile: a hash does not say whose it is."""
+    """Load the checkpoint inside `bundle`. Raises BundleError if its graphs are others.
+
+    The bundle's hashes detect damage, but not a checkpoint of another profile.
+    """
     loaded = checkpoint.load(bundle.checked(bundle.CHECKPOINT))
-    ours, its = (family_of(profile).signatures(profile) for profile in (bundle.profile, loaded.profile))
-    if wrong := sorted(name for name in ours.keys() | its.keys() if ours.get(name) != its.get(name)):
-        raise BundleError(f"bundle {bundle.path}: profile.toml and checkpoint differ in {', '.join(wrong)}", export_again(bundle.path))
+    profiles = (bundle.profile, loaded.profile)
+    ours, its = (family_of(profile).signatures(profile) for profile in profiles)
+    names = sorted(ours.keys() | its.keys())
+    if wrong := [name for name in names if ours.get(name) != its.get(name)]:
+        differ = f"profile.toml and checkpoint differ in {', '.join(wrong)}"
+        raise BundleError(f"bundle {bundle.path}: {differ}", export_again(bundle.path))
     return loaded

@@ -1,4 +1,4 @@
-"""Short trial runs: what a build measures of the engine that it made, and the options that it was given."""
+"""Measure a new engine in short trial runs, and define what a build takes and returns."""
 
 import itertools
 import time
@@ -22,10 +22,10 @@ Report = Callable[[str], None]
 
 
 class Progress(Protocol):
-    """What a build tells while it runs. Called from any thread."""
+    """Receives the progress of a build, from any thread."""
 
     def phase(self, name: str, parent: str | None, steps: int) -> None:
-        """`name` begins, inside `parent`, with `steps` steps to come."""
+        """Start the phase `name` of `steps` steps, inside `parent`."""
         ...
 
     def step(self, name: str, step: int) -> None: ...
@@ -35,35 +35,35 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller of a build may choose beside the precision."""
+    """Options of a build, beside the precision."""
 
     report: Report  # gets one line a step
     attention: str = "auto"  # one of the backend's forms, or the best that is proved
-    progress: Progress | None = None  # gets phases of known length, of a backend that has them
+    progress: Progress | None = None  # gets phases of known length, if the backend has them
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a build measured of one engine."""
+    """The measurements of one new engine."""
 
     key: str  # "<backend>-<precision>"
     step_ms: float  # median of a whole step
     bytes: int  # of the engine's files
     threads: int
     spinning: bool
-    psnr_db: float | None  # frames of the first second against fp32, same seed; None for fp32 itself; tensorrt: against the exported graphs
+    psnr_db: float | None  # first second against fp32 (tensorrt: the exported graphs), same seed
     seconds: float  # build time
 
 
-def left_and_right(engines: Engines, profile: Profile, start: Start, seed: int = 0) -> Iterator[np.ndarray]:
-    """A rollout that turns left and right, so that quality and calibration see motion."""
+def left_and_right(engines: Engines, profile: Profile, start: Start) -> Iterator[np.ndarray]:
+    """Run a rollout that turns left and right, so quality and calibration see motion."""
     controls = family_of(profile).left_and_right
     steer = lambda block: Steering(controls(block), start.text)  # noqa: E731
-    return rollout(engines, profile, start.image, steer, seed)
+    return rollout(engines, profile, start.image, steer, seed=0)
 
 
 def median_step_ms(engines: Engines, profile: Profile, start: Start) -> float:
-    """Median time from one block's frames to the next."""
+    """Return the median time from one block's frames to the next."""
     frames = left_and_right(engines, profile, start)
     next(frames)
     next(frames)  # the first block also encodes the prompt
@@ -76,12 +76,16 @@ def median_step_ms(engines: Engines, profile: Profile, start: Start) -> float:
 
 
 def psnr_db(reference: Engines, engines: Engines, profile: Profile, start: Start) -> float:
-    """PSNR of the first second's frames between two engines, same start and seed."""
-    pairs = zip(left_and_right(reference, profile, start), left_and_right(engines, profile, start), strict=False)
-    errors = [np.square(a.astype(np.float64) - b).mean() for a, b in itertools.islice(pairs, 1, 1 + QUALITY_BLOCKS)]
+    """Return the PSNR between two engines over the first second, same start and seed."""
+    rollouts = (left_and_right(each, profile, start) for each in (reference, engines))
+    pairs = itertools.islice(zip(*rollouts, strict=False), 1, 1 + QUALITY_BLOCKS)
+    errors = [np.square(a.astype(np.float64) - b).mean() for a, b in pairs]
     return metrics.psnr_db(float(np.mean(errors)))
 
 
-def mean_psnr_db(reference: Engines, engines: Engines, profile: Profile, starts: list[Start]) -> float:
-    """`psnr_db` over all `starts`, to two decimals."""
-    return round(float(np.mean([psnr_db(reference, engines, profile, start) for start in starts])), 2)
+def mean_psnr_db(
+    reference: Engines, engines: Engines, profile: Profile, starts: list[Start]
+) -> float:
+    """Return the mean of `psnr_db` over all `starts`, to two decimals."""
+    each = [psnr_db(reference, engines, profile, start) for start in starts]
+    return round(float(np.mean(each)), 2)

@@ -24,7 +24,16 @@ from aapt_deploy.backends.table import BACKENDS, named
 from aapt_deploy.cli import measure
 from aapt_deploy.cli.doctor import doctor
 from aapt_deploy.cli.measure import measured_latency
-from aapt_deploy.cli.options import Backend, BundleArg, Device, Force, Json, Precision, command_named, listed
+from aapt_deploy.cli.options import (
+    Backend,
+    BundleArg,
+    Device,
+    Force,
+    Json,
+    Precision,
+    command_named,
+    listed,
+)
 from aapt_deploy.cli.train import train_app
 from aapt_deploy.errors import AaptError, OutputError, UsageError, VerdictError, needs_extra
 

@@ -1,6 +1,8 @@
-"""A checkpoint is one safetensors file that describes itself: tensors `generator.*` and `vae.*`, the profile in its metadata, and start frames.
+"""Read, write and check checkpoints.
 
-Weights are stored in float16 or float32 and run in float32. Nothing is unpickled, and nothing is loaded before the file's hash is known.
+A checkpoint is one safetensors file that describes itself. It has tensors `generator.*` and
+`vae.*`, the profile in its metadata, and start frames. Weights are stored in float16 or float32 and
+run in float32. Nothing is unpickled, and nothing is loaded before the file's hash is checked.
 """
 
 import hashlib
@@ -28,20 +30,20 @@ from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
 FORMAT = "aapt-checkpoint-1"
 START = "start."  # prefix of start frames among the tensors
 STORED = (torch.float16, torch.bfloat16, torch.float32)  # what a weight may be stored as
-UNMEASURED = 0.5  # a buffer of random networks: what a checkpoint keeps of its training data are deviations, and there is no data
-LISTED = 8  # names shown of each kind of problem; the count is always whole
+UNMEASURED = 0.5  # a buffer of random networks, in place of a deviation of the training data
+LISTED = 8  # names shown of each kind of problem, after their count
 
 
 class StartFrame(NamedTuple):
     """A picture to start a stream from."""
 
     image: Tensor  # uint8 [H, W, 3]
-    prompt: str  # what it shows
+    prompt: str  # describes it
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint on the disk that was found whole. Weights are read one by one, when they are asked for."""
+    """A checkpoint on the disk that has been checked. Weights are read one by one, on demand."""
 
     profile: Profile
     sha256: str
@@ -49,36 +51,48 @@ class Stored:
     start_frames: dict[str, StartFrame]
 
     def tensor(self, name: str) -> Tensor:
-        """One weight, `generator.*` or `vae.*`, in float32. Raises CheckpointError when the file has gone."""
+        """Read one weight in float32. Raises CheckpointError if the file is gone."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 value: Tensor = file.get_tensor(name)
                 return value.float()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"checkpoint {self.path} cannot be read any more: {error}", "leave the file alone while it is in use") from None
+            gone = f"checkpoint {self.path} cannot be read any more: {error}"
+            raise CheckpointError(gone, "leave the file alone while it is in use") from None
 
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):
-    """The networks of one checkpoint, in evaluation mode, and where they came from."""
+    """The networks of one checkpoint, in evaluation mode, and their source."""
 
     generator: Generator
     vae: Vae
 
 
-def save(path: Path, profile: Profile, generator: Generator, vae: Vae, training: dict[str, object], start_frames: dict[str, StartFrame]) -> None:
-    """Write a checkpoint in float16, in place of an older file at `path`. `training` is kept as JSON in the metadata.
+def save(
+    path: Path, profile: Profile, generator: Generator, vae: Vae,
+    training: dict[str, object], start_frames: dict[str, StartFrame],
+) -> None:  # fmt: skip
+    """Write a checkpoint in float16, whole or not at all. `path` is replaced.
 
-    It is there whole or not at all. Raises OutputError, also where `path` is a folder, a pipe or a device.
+    `training` is written as JSON into the metadata.
+    Raises OutputError if it cannot be written or `path` is a folder, a pipe or a device.
     """
-    tensors = {f"generator.{name}": t for name, t in generator.state_dict().items()}
-    tensors |= {f"vae.{name}": t for name, t in vae.state_dict().items()}
-    tensors = {name: t.to(torch.float16).contiguous() for name, t in tensors.items()}
+    networks = _weights(generator, vae).items()
+    tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in networks}
     tensors |= {START + name: frame.image.contiguous() for name, frame in start_frames.items()}
     prompts = json.dumps({name: frame.prompt for name, frame in start_frames.items()})
-    metadata = {"format": FORMAT, "profile": profile.dumps(), "training": json.dumps(training), "start": prompts}
-    with writing(f"checkpoint {path}", "name a file in a folder that exists, with room for it", SafetensorError), whole(path) as temporary:
+    metadata = {"format": FORMAT, "profile": profile.dumps(), "training": json.dumps(training)}
+    metadata["start"] = prompts
+    hint = "name a file in a folder that exists, with room for it"
+    with writing(f"checkpoint {path}", hint, SafetensorError), whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def _weights(generator: Generator, vae: Vae) -> dict[str, Tensor]:
+    """Return all weights by their names in a checkpoint."""
+    parts = {"generator": generator.state_dict(), "vae": vae.state_dict()}
+    return {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
 
 
 def load(path: Path, sha256: str | None = None) -> Checkpoint:
@@ -86,19 +100,23 @@ def load(path: Path, sha256: str | None = None) -> Checkpoint:
     found = stored(path, sha256)
     generator, vae = build(found.profile)
     for part, module in (("generator", generator), ("vae", vae)):
-        module.load_state_dict({name: found.tensor(f"{part}.{name}") for name in module.state_dict()})
+        names = module.state_dict()
+        module.load_state_dict({name: found.tensor(f"{part}.{name}") for name in names})
     return Checkpoint(**vars(found), generator=generator, vae=vae)
 
 
 def stored(path: Path, sha256: str | None = None) -> Stored:
-    """Check a checkpoint, one tensor at a time, and keep no weight; with `sha256`, only if the file has that hash.
+    """Check a checkpoint, one tensor at a time, and keep no weight in memory.
 
-    Raises CheckpointError for a file that is missing, damaged or another format, and for tensors that are missing, surplus, misshapen, mistyped or
-    not finite (all of them in one message), and ProfileError for the profile inside.
+    Raises CheckpointError if the file is missing or damaged, or has another format or hash.
+    Raises CheckpointError if tensors are missing, surplus, misshapen, mistyped or not finite,
+    with all of them in one message.
+    Raises ProfileError if the profile inside is invalid.
     """
     digest = _digest(path)
     if sha256 is not None and digest != sha256:
-        raise CheckpointError(f"checkpoint {path} has sha256 {digest}, expected {sha256}", "the file is damaged or not the one meant; fetch it again")
+        other = f"checkpoint {path} has sha256 {digest}, expected {sha256}"
+        raise CheckpointError(other, "the file is damaged or not the one meant; fetch it again")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -106,18 +124,20 @@ def stored(path: Path, sha256: str | None = None) -> Stored:
             starts = {name: file.get_tensor(name) for name in names if name.startswith(START)}
             if metadata.get("format") != FORMAT or "profile" not in metadata:
                 found = metadata.get("format", "no format entry")
-                raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: {found}", "write it with `aapt train` or `aapt init`")
+                wrong = f"checkpoint {path} is not of format {FORMAT}: {found}"
+                raise CheckpointError(wrong, "write it with `aapt train` or `aapt init`")
             profile = profiles.loads(metadata["profile"], f"inside {path}")
             start_frames = _start_frames(profile, metadata, starts, path)
-            weights = ((name, file.get_tensor(name)) for name in sorted(names - {START + name for name in start_frames}))
-            _refuse_unfit(profile, weights, path)
+            networks = sorted(names - {START + name for name in start_frames})
+            _refuse_unfit(profile, ((name, file.get_tensor(name)) for name in networks), path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} is not a readable safetensors file: {error}", "fetch it again, or convert it") from None
+        unreadable = f"checkpoint {path} is not a readable safetensors file: {error}"
+        raise CheckpointError(unreadable, "fetch it again, or convert it") from None
     return Stored(profile, digest, path, start_frames)
 
 
 def hollow(profile: Profile) -> tuple[Generator, Vae]:
-    """The networks as `build` makes them, but every weight is a single zero seen as its full shape: for tracing, in no memory."""
+    """Build the networks for tracing, with one expanded zero as each weight, in no memory."""
     with torch.device("meta"):
         generator, vae = build(profile)
     for module in (generator, vae):
@@ -139,28 +159,32 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def build(profile: Profile) -> tuple[Generator, Vae]:
-    """Generator and VAE of a profile with fresh weights, in evaluation mode."""
+    """Build generator and VAE of a profile with fresh weights, in evaluation mode."""
     return family_of(profile).networks().build(profile)
 
 
-def draw(generator: Generator, vae: Vae, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Give networks that were built on the meta device random weights of realistic scale, tensor by tensor, on `device` in `dtype`."""
-    rng, networks = torch.Generator(device).manual_seed(seed), family_of(generator.profile).networks()
+def draw(
+    generator: Generator, vae: Vae, seed: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Draw random weights of realistic scale, on `device`, for networks on the meta device."""
+    networks, rng = family_of(generator.profile).networks(), torch.Generator(device)
     computed = networks.computed(generator.profile)
-    for module in (generator, vae):
-        for inside, owner in module.named_modules():
-            for name, parameter in list(owner.named_parameters(recurse=False)):
-                zero = networks.zero_at_first(inside)
-                drawn = torch.zeros(parameter.shape, dtype=dtype, device=device) if zero else _drawn(name, parameter.shape, rng, dtype)
-                owner.register_parameter(name, nn.Parameter(drawn, requires_grad=False))
-            for name, buffer in list(owner.named_buffers(recurse=False)):
-                setattr(owner, name, computed[name].to(device) if name in computed else torch.full(buffer.shape, UNMEASURED, device=device))
+    rng.manual_seed(seed)
+    for inside, owner in (*generator.named_modules(), *vae.named_modules()):
+        zero = networks.zero_at_first(inside)
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            put(owner, name, _drawn(name, parameter.shape, rng, dtype, zero))
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            value = computed.get(name, torch.full(buffer.shape, UNMEASURED, device=device))
+            setattr(owner, name, value.to(device))
 
 
-def _drawn(name: str, shape: torch.Size, rng: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Norm weights stay at one, biases and modulation small, matrices at 1 / sqrt(fan-in)."""
-    if name.startswith("norm"):
-        return torch.ones(shape, dtype=dtype, device=rng.device)
+def _drawn(
+    name: str, shape: torch.Size, rng: torch.Generator, dtype: torch.dtype, zero: bool
+) -> Tensor:
+    """Draw one parameter: norms one, biases and modulation small, matrices 1 / sqrt(fan-in)."""
+    if zero or name.startswith("norm"):
+        return torch.full(shape, float(not zero), dtype=dtype, device=rng.device)
     scale = 0.02 if len(shape) < 2 or name == "modulation" else 1 / math.sqrt(math.prod(shape[1:]))
     return torch.randn(shape, generator=rng, dtype=dtype, device=rng.device) * scale
 
@@ -170,29 +194,39 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}", "give the path of a .safetensors checkpoint") from None
+        unreadable = f"checkpoint {path} cannot be read: {error.strerror}"
+        raise CheckpointError(unreadable, "give the path of a .safetensors checkpoint") from None
 
 
-def _start_frames(profile: Profile, metadata: dict[str, str], tensors: dict[str, Tensor], path: Path) -> dict[str, StartFrame]:
+def _start_frames(
+    profile: Profile, metadata: dict[str, str], tensors: dict[str, Tensor], path: Path
+) -> dict[str, StartFrame]:
     """Take the start frames out of `tensors`."""
     try:
-        frames = {str(name): StartFrame(tensors.pop(START + name), str(prompt)) for name, prompt in json.loads(metadata.get("start", "{}")).items()}
+        frames = {
+            str(name): StartFrame(tensors.pop(START + name), str(prompt))
+            for name, prompt in json.loads(metadata.get("start", "{}")).items()
+        }
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {path} has a damaged list of start frames: {error}", "fetch it again") from None
-    shape = (profile.video.height, profile.video.width, PIXEL_CHANNELS)
+        damaged = f"checkpoint {path} has a damaged list of start frames: {error}"
+        raise CheckpointError(damaged, "fetch it again") from None
+    wanted = [profile.video.height, profile.video.width, PIXEL_CHANNELS]
     for name, frame in frames.items():
-        if not re.fullmatch(r"[a-z0-9-]{1,40}", name) or frame.image.dtype != torch.uint8 or tuple(frame.image.shape) != shape:
-            found = f"{frame.image.dtype} {list(frame.image.shape)}"
-            raise CheckpointError(f"checkpoint {path}: start frame {name!r} is {found}, not uint8 {list(shape)}", "write it again with `aapt train`")
+        dtype, shape = frame.image.dtype, list(frame.image.shape)
+        known = re.fullmatch(r"[a-z0-9-]{1,40}", name)
+        if not known or dtype != torch.uint8 or shape != wanted:
+            found = f"{dtype} {shape}"
+            other = f"checkpoint {path}: start frame {name!r} is {found}, not uint8 {list(wanted)}"
+            raise CheckpointError(other, "write it again with `aapt train`")
     return frames
 
 
 def _refuse_unfit(profile: Profile, weights: Iterable[tuple[str, Tensor]], path: Path) -> None:
-    """Compare the file's weights with what the profile asks for, one after the other."""
+    """Raise CheckpointError if the file's weights are not those of the profile."""
     with torch.device("meta"):
-        generator, vae = build(profile)
-    wanted = {f"{part}.{name}": t.shape for part, module in (("generator", generator), ("vae", vae)) for name, t in module.state_dict().items()}
-    problems: dict[str, list[str]] = {kind: [] for kind in ("missing", "surplus", "misshapen", "mistyped", "not finite")}
+        wanted = {name: tensor.shape for name, tensor in _weights(*build(profile)).items()}
+    kinds = ("missing", "surplus", "misshapen", "mistyped", "not finite")
+    problems: dict[str, list[str]] = {kind: [] for kind in kinds}
     for name, tensor in weights:
         shape = wanted.pop(name, None)
         if shape is None:
@@ -205,6 +239,11 @@ def _refuse_unfit(profile: Profile, weights: Iterable[tuple[str, Tensor]], path:
         elif not torch.isfinite(tensor).all():
             problems["not finite"].append(name)
     problems["missing"] = sorted(wanted)
-    found = [f"{len(names)} {kind}: {', '.join(names[:LISTED])}{', …' if len(names) > LISTED else ''}" for kind, names in problems.items() if names]
+    found = []
+    for kind, names in problems.items():
+        listed = ", ".join(names[:LISTED] + ["…"] * (len(names) > LISTED))
+        if names:
+            found.append(f"{len(names)} {kind}: {listed}")
     if found:
-        raise CheckpointError(f"checkpoint {path} does not fit its profile: {'; '.join(found)}", "export it with the version that trained it")
+        unfit = f"checkpoint {path} does not fit its profile: {'; '.join(found)}"
+        raise CheckpointError(unfit, "export it with the version that trained it")

@@ -1,6 +1,6 @@
-"""The autoregressive loop, what it asks of an engine, and where it starts.
+"""Generate a video block by block with any engine.
 
 loop.py     steering in, frames out, one block at a time
-engine.py   Protocols: what every engine can do
+engine.py   the Protocols that every engine implements
 starts.py   where a rollout starts: an image, a latent, a prompt
 """

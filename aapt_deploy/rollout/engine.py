@@ -1,7 +1,6 @@
-"""What the rollout asks of an engine: Protocols, with the times that a layered backend reports.
+"""Define the Protocols that the rollout needs from an engine. Nothing here runs a graph.
 
-An engine is one compiled graph plus the state that stays on its device. Backends implement them;
-nothing here runs anything.
+An engine is one compiled graph plus the state that stays on its device.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ class Engine(Protocol):
 
         frames = decoder.run(latent=latent)["frames"]      # numpy in, numpy out
 
-    The arrays `run` returns are the engine's own and are overwritten by its next run.
+    `run` returns the engine's own arrays, which its next run overwrites.
     """
 
     def reset(self, **state: np.ndarray) -> None:
@@ -28,7 +27,7 @@ class Engine(Protocol):
         ...
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
-        """Run the graph once. `inputs` are the signature's."""
+        """Run the graph once on the signature's inputs."""
         ...
 
 
@@ -41,11 +40,11 @@ class Generator(Engine, Protocol):
         generator.commit(block)                                               # kept
 
     `run` takes the integer `block` in place of `cache_len`. `reset` with text_k.NN and text_v.NN
-    replaces the cache's text.
+    replaces the text in the cache.
     """
 
     def commit(self, block: int) -> None:
-        """Keep the last pass as block `block`. A pass that is not committed leaves no trace."""
+        """Keep the last pass as block `block`. An uncommitted pass leaves the cache unchanged."""
         ...
 
 
@@ -54,7 +53,7 @@ class Engines(Protocol):
 
     backend: str
     precision: str
-    overlapped: bool  # the decoder has a stream of its own and works beside the generator
+    overlapped: bool  # the decoder has its own stream and runs beside the generator
 
     @property
     def generator(self) -> Generator: ...
@@ -62,22 +61,22 @@ class Engines(Protocol):
     def __getitem__(self, graph: str) -> Engine: ...
 
     def fork(self) -> "Engines":
-        """A fresh state over the same weights. Raises MachineError if the backend has one state only."""
+        """Return a fresh state over the same weights. Raises MachineError if unsupported."""
         ...
 
     def state(self) -> dict[str, State]:
-        """The state of each graph as copies. Raises MachineError if the backend cannot tell."""
+        """Return copies of each graph's state. Raises MachineError if unsupported."""
         ...
 
     def restore(self, state: Mapping[str, State]) -> None:
-        """Set what `state` returned."""
+        """Set the state that `state` returned."""
         ...
 
     def close(self) -> None: ...
 
 
 class OneState:
-    """The part of `Engines` that a backend with one state of its own on a GPU has to refuse."""
+    """Refuse `fork`, `state` and `restore` for a backend with a single state on a GPU."""
 
     backend: str
 
@@ -91,15 +90,16 @@ class OneState:
         raise self._refusal("setting its state")
 
     def _refusal(self, what: str) -> MachineError:
-        return MachineError(f"backend {self.backend} does not support {what}", "open the bundle again, or use --backend onnxruntime")
+        hint = "open the bundle again, or use --backend onnxruntime"
+        return MachineError(f"backend {self.backend} does not support {what}", hint)
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """How long one layer took in a profiled run, which is slower than a real one: shares mean more than sums."""
+    """The time of one layer in a profiled run. Such a run is slower, so compare the shares."""
 
     name: str
-    kind: str  # "" if the inspector does not know a layer of that name
+    kind: str  # "" if the inspector lists no layer of that name
     tactic: str
     ms: float  # median
     share: float  # of the sum over all layers
@@ -107,25 +107,27 @@ class LayerTime:
 
 @runtime_checkable
 class Layered(Protocol):
-    """Engines that can time each layer of a graph."""
+    """Engines that time each layer of a graph."""
 
     def layer_times(self, runs: int) -> dict[str, list[LayerTime]]:
-        """By graph, from `runs` runs of each. Uses up the state: for the end of a measurement."""
+        """Run each graph `runs` times; return its layers by graph. Overwrites the state."""
         ...
 
 
-Tap = Callable[[str, str, Callable[..., Any], dict[str, Any]], Any]  # graph, method, the engine's own method, its arguments -> the answer
+# (graph, method, the engine's own method, its arguments) -> the result
+Tap = Callable[[str, str, Callable[..., Any], dict[str, Any]], Any]
 
 
 class Tapped:
-    """Engines that pass every call through `tap`, which makes it, or something else, and returns the answer.
+    """Engines that pass every call through `tap`, which returns the result.
 
     tap = lambda graph, method, call, arguments: call(**arguments)   # changes nothing
     """
 
     def __init__(self, engines: Engines, tap: Tap) -> None:
         self.engines, self.tap = engines, tap
-        self.backend, self.precision, self.overlapped = engines.backend, engines.precision, engines.overlapped
+        self.backend, self.overlapped = engines.backend, engines.overlapped
+        self.precision = engines.precision
 
     @property
     def generator(self) -> "TappedGenerator":
@@ -148,7 +150,7 @@ class Tapped:
 
 
 class TappedEngine:
-    """One graph of `Tapped`."""
+    """One tapped graph."""
 
     def __init__(self, graph: str, engine: Engine, tap: Tap) -> None:
         self.graph, self.engine, self.tap = graph, engine, tap
@@ -157,12 +159,12 @@ class TappedEngine:
         self.tap(self.graph, "reset", self.engine.reset, state)
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
-        answer: dict[str, np.ndarray] = self.tap(self.graph, "run", self.engine.run, inputs)
-        return answer
+        result: dict[str, np.ndarray] = self.tap(self.graph, "run", self.engine.run, inputs)
+        return result
 
 
 class TappedGenerator(TappedEngine):
-    """The generator of `Tapped`."""
+    """The tapped generator."""
 
     engine: Generator
 

@@ -1,4 +1,4 @@
-"""The autoregressive loop: one block after the other, for ever. NumPy in, frames out; it knows engines and a family."""
+"""Run the autoregressive loop block by block: NumPy in, frames out."""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,28 +13,28 @@ from aapt_deploy.rollout.engine import Engines
 
 
 class Steering(NamedTuple):
-    """What holds during one block."""
+    """The controls and the prompt of one block."""
 
-    controls: Any  # what the family is steered by: AAPT's camera velocity
+    controls: Any  # the family's; for AAPT the camera velocity
     text: np.ndarray | None  # prompt ids or embeddings; None if the generator takes no text
 
 
-Steer = Callable[[int], Steering]  # block -> what holds during it
+Steer = Callable[[int], Steering]  # block -> its steering
 
 
 class Rollout:
-    """One stream: engines of its own, noise, prompt, and what the family carries from block to block.
+    """One stream: its engines, noise, prompt, and the family's state from block to block.
 
         stream = Rollout(engines, profile, image, seed)
-        stream.start()                     # uint8 [1, H, W, 3]: the start image as it decodes
+        stream.start()                          # uint8 [1, H, W, 3]: the start image as it decodes
         stream.step(Steering(controls, text))   # uint8 [T, H, W, 3]: the next block's frames
 
-    A step has two halves, `latent` and `decode`. They may run in two threads, if the decoder has
-    a stream of its own: the next latent is then made while this one is decoded.
+    A step is `latent`, then `decode`. If the decoder has its own stream, they may run in two
+    threads. One generates the next latent while the other decodes this one.
     """
 
     def __init__(self, engines: Engines, profile: Profile, image: np.ndarray, seed: int) -> None:
-        """image uint8 [H, W, 3]. The same arguments and steering give the same frames."""
+        """Encode `image`, uint8 [H, W, 3]. Equal arguments and steering produce equal frames."""
         self.engines, self.profile, self.family = engines, profile, family_of(profile)
         self.block = 0
         self.text: np.ndarray | None = None  # in the cache
@@ -43,10 +43,11 @@ class Rollout:
         self.feed = self.family.feed(profile)
         self.first = engines["encoder"].run(image=image)["latent"].copy()  # [1, C, h, w]
         self.feed.start(self.first)
-        self.noise = Noise(seed, self.first.shape, profile.sampler.temperature, ahead=not self.family.draws)
+        temperature, ahead = profile.sampler.temperature, not self.family.draws
+        self.noise = Noise(seed, self.first.shape, temperature, ahead)
 
     def start(self) -> np.ndarray:
-        """The start image as it decodes, uint8 [1, H, W, 3]. Call it once, before the first step."""
+        """Decode the start image, uint8 [1, H, W, 3]. Call it once, before the first step."""
         return self.decode(self.first)[-1:]
 
     def step(self, steering: Steering) -> np.ndarray:
@@ -61,10 +62,11 @@ class Rollout:
         x = self.noise.next()
 
         def clean(noisy: np.ndarray, t: float) -> np.ndarray:
-            return generator.run(noisy=noisy, time=np.array([t], np.float32), block=block, **fixed)["clean"]
+            time = np.array([t], np.float32)
+            return generator.run(noisy=noisy, time=time, block=block, **fixed)["clean"]
 
         made: np.ndarray = self.family.sample(clean, x, self.profile, self.noise.rng)
-        if self.family.write_time is not None:  # the cache holds what a pass over the clean latent leaves
+        if self.family.write_time is not None:  # fill the cache by a pass over the clean latent
             made = made.copy()
             clean(made, self.family.write_time)
         generator.commit(block)
@@ -73,27 +75,27 @@ class Rollout:
         return made
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
-        """One latent frame -> uint8 [T, H, W, 3]. Latents are decoded in order."""
+        """Decode one latent frame to uint8 [T, H, W, 3]. Decode latents in order."""
         return self.engines["decoder"].run(latent=latent)["frames"].copy()
 
     def _read(self, text: np.ndarray | None) -> None:
-        """Replace the text in the cache if it is another one; the past stays."""
+        """Replace the text in the cache if it has changed, and keep the past blocks."""
         if text is not None and (self.text is None or not np.array_equal(text, self.text)):
             self.text = text
             self.engines.generator.reset(**self.engines["prompt"].run(text=text))
 
     def state(self) -> dict[str, Any]:
-        """Everything a fork needs to continue to the bit: what is carried here, and the engines' own state.
+        """Return all state that a fork needs to continue bit for bit, the engines' included.
 
-        Raises MachineError if the engines cannot hand it out.
+        Raises MachineError if the engines cannot read theirs.
         """
-        return {
-            "block": self.block, "noise": self.noise.state(), "text": None if self.text is None else self.text.copy(),
-            "feed": {name: array.copy() for name, array in self.feed.state().items()}, "engines": self.engines.state(),
-        }  # fmt: skip
+        text = None if self.text is None else self.text.copy()
+        feed = {name: array.copy() for name, array in self.feed.state().items()}
+        state = {"block": self.block, "noise": self.noise.state(), "text": text}
+        return state | {"feed": feed, "engines": self.engines.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken, with engines of the same bundle, precision and threads."""
+        """Resume from `state`. The engines must have its bundle, precision and threads."""
         self.block, self.text = state["block"], state["text"]
         self.noise.restore(state["noise"])
         self.feed.restore(state["feed"])
@@ -101,26 +103,27 @@ class Rollout:
 
 
 class Noise:
-    """Gaussian noise, block by block. The next block's is drawn in a thread while this one runs."""
+    """Gaussian noise, block by block. A thread draws the next block's while this one runs."""
 
     def __init__(self, seed: int, shape: tuple[int, ...], scale: float, ahead: bool) -> None:
-        """`ahead` must be False if somebody else draws from `rng` in between."""
-        self.rng, self.shape, self.scale, self.ahead = np.random.default_rng(seed), shape, np.float32(scale), ahead
-        self.thread = ThreadPoolExecutor(1, "noise")
+        """Draw float32 of `shape`. `ahead` must be False if others draw from `rng` in between."""
+        self.rng, self.shape, self.scale = np.random.default_rng(seed), shape, np.float32(scale)
+        self.ahead, self.thread = ahead, ThreadPoolExecutor(1, "noise")
         self.coming: Future[np.ndarray] | None = None
 
     def next(self) -> np.ndarray:
-        """float32 of the given shape and standard deviation."""
+        """Return the next block's noise, with standard deviation `scale`."""
         made = self._draw() if self.coming is None else self.coming.result()
         self.before = self.rng.bit_generator.state
         self.coming = self.thread.submit(self._draw) if self.ahead else None
         return made
 
     def state(self) -> dict[str, Any]:
-        """The random state from which the noise is drawn that `next` will return."""
+        """Return the random state that `next` continues from."""
         return dict(self.before if self.coming else self.rng.bit_generator.state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
         if self.coming:
             self.coming.result()
         self.coming, self.rng.bit_generator.state = None, state
@@ -129,12 +132,14 @@ class Noise:
         return self.scale * self.rng.standard_normal(self.shape, np.float32)
 
 
-def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int) -> Iterator[np.ndarray]:
-    """Yield uint8 frames [T, H, W, 3]: first the start image as it decodes (T = 1), then each block's, without end.
+def rollout(
+    engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int
+) -> Iterator[np.ndarray]:
+    """Yield uint8 frames [T, H, W, 3]: the decoded start image (T = 1), then each block's.
 
-    image uint8 [H, W, 3]. `steer` is asked once per block, just before the block is generated.
-    With `engines.overlapped` the next block is generated, in a thread, while this one is decoded;
-    it is steered that much earlier.
+    image uint8 [H, W, 3]. `steer` is called once per block, just before the block is generated.
+    With `engines.overlapped`, a thread generates the next block while this one is decoded, so
+    `steer` is called that much earlier.
     """
     stream = Rollout(engines, profile, image, seed)
     yield stream.start()
@@ -144,7 +149,7 @@ def rollout(engines: Engines, profile: Profile, image: np.ndarray, steer: Steer,
 
 
 def one_ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same items, each being made, in a thread, while its predecessor is in use."""
+    """Yield the same items, and make each in a thread while its predecessor is in use."""
     with ThreadPoolExecutor(1, "generator") as thread:
         coming = thread.submit(next, items)
         while True:

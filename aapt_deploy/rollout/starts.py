@@ -1,4 +1,4 @@
-"""Where a rollout starts: a picture and a prompt, from the user or from the start frames that a bundle brings."""
+"""Choose a rollout's picture and prompt, from the user or from the bundle's start frames."""
 
 import os
 from typing import NamedTuple
@@ -13,17 +13,19 @@ from aapt_deploy.video.pictures import read_image
 
 
 class Start(NamedTuple):
-    """A start of a rollout."""
+    """A picture and a prompt to start from."""
 
     image: np.ndarray  # uint8 [H, W, 3]
     prompt: str
-    text: np.ndarray | None  # prompt ids or vectors, as `text_of` makes them; None where the generator takes no text
+    text: np.ndarray | None  # ids or vectors from `text_of`; None if the generator takes no text
 
 
 def start(bundle: Bundle, image: str | None, prompt: str | None) -> Start:
-    """What the user asked for: a picture file or the name of a start frame, and a prompt; by default the start frame that fits the prompt.
+    """Return the start for a picture file or a start frame's name, and a prompt.
 
-    Raises UsageError for an unknown name, a prompt that cannot be used, and one where none is taken; InputError for a picture that cannot be used.
+    The default picture is the start frame that fits the prompt best.
+    Raises UsageError if the name is unknown, or the prompt is unusable or not taken.
+    Raises InputError if the picture is unusable.
     """
     video, frames = bundle.profile.video, start_frame_prompts(bundle)
     spoken = bundle.profile.text.kind == "vocabulary"
@@ -31,46 +33,51 @@ def start(bundle: Bundle, image: str | None, prompt: str | None) -> Start:
         raise UsageError(f"profile {bundle.profile.name} takes no prompt", "leave --prompt out")
     if image is not None and image not in frames:
         if not os.path.exists(image) and frames and "." not in image and "/" not in image:
-            raise UsageError(f"start frame {image!r} does not exist", f"start frames: {', '.join(frames)}; or give a picture file")
+            names = f"start frames: {', '.join(frames)}; or give a picture file"
+            raise UsageError(f"start frame {image!r} does not exist", names)
         return _start(bundle.profile, read_image(image, video.width, video.height), prompt or "")
     if image is None:
         if not frames:
-            raise UsageError(f"bundle {bundle.path} holds no start frame", "give it a picture to start from: --image PICTURE")
-        family, asked = family_of(bundle.profile), prompt or ""
-        image = max(frames, key=lambda name: family.in_common(asked, frames[name])) if spoken else next(iter(frames))
-    own = frames[image] if spoken else ""  # elsewhere it is a description for people, and must not be taken for a file's name
-    return _start(bundle.profile, read_image(bundle.checked(f"start/{image}.png"), video.width, video.height), prompt or own)
+            hint = "give it a picture to start from: --image PICTURE"
+            raise UsageError(f"bundle {bundle.path} holds no start frame", hint)
+        image, in_common = next(iter(frames)), family_of(bundle.profile).in_common
+        if spoken:
+            image = max(frames, key=lambda name: in_common(prompt or "", frames[name]))
+    own = frames[image] if spoken else ""  # for text encoders it is only a caption, never a path
+    file = bundle.checked(f"start/{image}.png")
+    return _start(bundle.profile, read_image(file, video.width, video.height), prompt or own)
 
 
 def all_starts(bundle: Bundle) -> list[Start]:
-    """Every start frame of the bundle. A bundle without any gets a coarse random picture, which is enough to measure time."""
+    """Return every start frame; if there is none, a coarse picture, good enough to time steps."""
     frames = start_frame_prompts(bundle)
-    return [start(bundle, name, None) for name in frames] if frames else [coarse_start(bundle.profile)]
+    return [start(bundle, name, None) for name in frames] or [coarse_start(bundle.profile)]
 
 
 def coarse_start(profile: Profile) -> Start:
-    """A coarse random picture and no prompt."""
+    """Return a random picture in squares of 16 pixels, with an empty prompt."""
     return _start(profile, coarse_picture(profile, np.random.default_rng(0)), "")
 
 
 def coarse_picture(profile: Profile, rng: np.random.Generator) -> np.ndarray:
     """Draw a picture uint8 [H, W, 3] of random colours in squares of 16 pixels."""
     video = profile.video
-    coarse = rng.integers(0, 256, (-(-video.height // 16), -(-video.width // 16), 3), np.uint8)
+    size = (-(-video.height // 16), -(-video.width // 16), 3)
+    coarse = rng.integers(0, 256, size, np.uint8)
     image = coarse.repeat(16, axis=0).repeat(16, axis=1)[: video.height, : video.width]
     return np.ascontiguousarray(image)
 
 
 def start_frame_prompts(bundle: Bundle) -> dict[str, str]:
-    """Names of the bundle's start frames and what they show."""
+    """Return the prompts of the bundle's start frames by name."""
     frames: dict[str, str] = bundle.manifest.get("start_frames", {})
     return frames
 
 
 def _start(profile: Profile, image: np.ndarray, prompt: str) -> Start:
-    return Start(image, prompt, family_of(profile).text_of(profile, prompt))
+    return Start(image, prompt, text_of(profile, prompt))
 
 
 def text_of(profile: Profile, prompt: str) -> np.ndarray | None:
-    """What the prompt graph reads. Raises UsageError for a prompt that cannot be used."""
+    """Return the prompt graph's input. Raises UsageError if the prompt is unusable."""
     return family_of(profile).text_of(profile, prompt)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved is what is loaded, and whatever is wrong with a file ends in one CheckpointError that says so."""
+"""Check that checkpoints load as saved, and that a bad file raises one CheckpointError."""
 
 import json
 import os
@@ -21,7 +21,10 @@ from aapt_deploy.profiles import load as load_profile
 
 TINY = load_profile("tiny-cpu")
 IMAGE = torch.arange(32 * 64 * 3).remainder(251).to(torch.uint8).reshape(32, 64, 3)
-START = {"forest-dusk": StartFrame(IMAGE, "a forest at dusk"), "sea": StartFrame(255 - IMAGE, "islands")}
+START = {
+    "forest-dusk": StartFrame(IMAGE, "a forest at dusk"),
+    "sea": StartFrame(255 - IMAGE, "islands"),
+}
 Tensors = dict[str, Tensor]
 
 
@@ -40,7 +43,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parts(path: Path) -> tuple[Tensors, dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118  not a dict
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata()
 
 
 def refusal(path: Path, sha256: str | None = None) -> str:
@@ -65,12 +69,17 @@ def test_round_trip(good: Path) -> None:
     generator, vae = build(TINY)
     for module, loaded in ((generator, checkpoint.generator), (vae, checkpoint.vae)):
         assert not loaded.training
-        assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in module.named_parameters()]
+        names = [name for name, _ in module.named_parameters()]
+        assert [name for name, _ in loaded.named_parameters()] == names
         for p in loaded.parameters():
             assert p.dtype == torch.float32
-            assert torch.equal(p, torch.randn(p.shape).half().float())  # the draws of the fixture, in its order
-    assert {name: frame.prompt for name, frame in checkpoint.start_frames.items()} == {"forest-dusk": "a forest at dusk", "sea": "islands"}
-    assert all(torch.equal(frame.image, START[name].image) for name, frame in checkpoint.start_frames.items())
+            assert torch.equal(
+                p, torch.randn(p.shape).half().float()
+            )  # the draws of the fixture, in its order
+    frames = checkpoint.start_frames
+    prompts = {"forest-dusk": "a forest at dusk", "sea": "islands"}
+    assert {name: frame.prompt for name, frame in frames.items()} == prompts
+    assert all(torch.equal(frame.image, START[name].image) for name, frame in frames.items())
 
 
 def test_a_second_save_of_a_loaded_checkpoint_holds_the_same(good: Path, tmp_path: Path) -> None:
@@ -80,7 +89,9 @@ def test_a_second_save_of_a_loaded_checkpoint_holds_the_same(good: Path, tmp_pat
     assert metadata == described
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
-    assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]  # nothing temporary is left
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "again.safetensors"
+    ]  # nothing temporary is left
 
 
 def test_training_notes_are_kept(good: Path) -> None:
@@ -98,7 +109,10 @@ def test_a_failed_save_is_told_and_leaves_the_old_file(good: Path, tmp_path: Pat
     path = tmp_path / "x.safetensors"
     path.write_bytes(good.read_bytes())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for target, most in ((path, 100_000), (tmp_path / "no-such-folder" / "x.safetensors", limits[0])):
+    for target, most in (
+        (path, 100_000),
+        (tmp_path / "no-such-folder" / "x.safetensors", limits[0]),
+    ):
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))  # as a disk that fills up
         try:
             with pytest.raises(OutputError, match=f"{target} cannot be written") as caught:
@@ -127,7 +141,8 @@ def test_a_save_replaces_a_file_and_nothing_else(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=f"{name} exists and is not a regular file"):
             save(tmp_path / name, TINY, *build(TINY), {}, {})
     assert sorted(os.listdir(tmp_path)) == before
-    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "to-the-pipe").is_symlink() and os.listdir(tmp_path / "folder") == []
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "to-the-pipe").is_symlink()
+    assert os.listdir(tmp_path / "folder") == []
 
 
 def test_a_link_stays_a_link_and_permissions_follow_the_umask(tmp_path: Path) -> None:
@@ -167,7 +182,7 @@ def test_a_flipped_bit_is_found_by_the_hash(good: Path, tmp_path: Path, where: i
 
 
 def test_no_flipped_bit_ends_in_a_traceback(good: Path, tmp_path: Path) -> None:
-    """Without an expected hash a flip in a weight may pass; in the header it must be told or be harmless."""
+    """Without an expected hash, a flip in a weight may pass; one in the header must not harm."""
     data, path = good.read_bytes(), tmp_path / "x.safetensors"
     header = 8 + struct.unpack("<Q", data[:8])[0]
     refused = 0
@@ -184,7 +199,8 @@ def test_no_flipped_bit_ends_in_a_traceback(good: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 100_000_001])
 def test_a_header_that_claims_to_be_huge(tmp_path: Path, length: int) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", length) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(64))
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path.write_bytes(struct.pack("<Q", length) + header + bytes(64))
     assert "not a readable safetensors file" in refusal(path)
 
 
@@ -194,7 +210,8 @@ def test_a_header_that_claims_to_be_huge(tmp_path: Path, length: int) -> None:
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4000000000]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}',
         b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         b"[" * 4000,
         b'{"__metadata__":{"format":7}}',
         b"\xff\xfe\xfd",
@@ -219,7 +236,9 @@ class Trap:
 
 def test_a_renamed_pickle_is_not_opened(tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
-    for name, write in (("a", lambda path: torch.save(Trap(sprung), path)), ("b", lambda path: path.write_bytes(pickle.dumps(Trap(sprung))))):
+    save = lambda path: torch.save(Trap(sprung), path)
+    dump = lambda path: path.write_bytes(pickle.dumps(Trap(sprung)))
+    for name, write in (("a", save), ("b", dump)):
         path = tmp_path / f"{name}.safetensors"
         write(path)
         assert "not a readable safetensors file" in refusal(path)
@@ -245,7 +264,8 @@ def test_another_format(good: Path, tmp_path: Path) -> None:
 def test_a_profile_with_unknown_keys_inside(good: Path, tmp_path: Path) -> None:
     tensors, metadata = parts(good)
     path = tmp_path / "x.safetensors"
-    save_file(tensors, path, {**metadata, "profile": metadata["profile"].replace("depth = 2", "depth = 2\nexperts = 8")})
+    profile = metadata["profile"].replace("depth = 2", "depth = 2\nexperts = 8")
+    save_file(tensors, path, {**metadata, "profile": profile})
     with pytest.raises(ProfileError, match=r"unknown key 'model\.experts'") as caught:
         load(path)
     assert caught.value.exit_code == 4
@@ -261,7 +281,9 @@ def test_everything_wrong_with_the_tensors_is_listed_at_once(good: Path, tmp_pat
     del tensors["generator.visual_in.weight"], tensors["vae.decoder.inlet.conv.bias"]
     tensors["generator.visual_in.bias"] = torch.zeros(1, 32)
     tensors["generator.time_out.bias"][3] = torch.nan
-    tensors["vae.encoder.linear.conv.bias"] = torch.tensor([torch.inf, 0, 0, 0], dtype=torch.float16)
+    tensors["vae.encoder.linear.conv.bias"] = torch.tensor(
+        [torch.inf, 0, 0, 0], dtype=torch.float16
+    )
     tensors["generator.text_in.bias"] = tensors["generator.text_in.bias"].to(torch.int8)
     tensors["optimizer.step"] = torch.zeros(1)
     save_file(tensors, path, metadata)
@@ -279,7 +301,11 @@ def test_everything_wrong_with_the_tensors_is_listed_at_once(good: Path, tmp_pat
 def test_a_long_list_is_cut_and_counted(good: Path, tmp_path: Path) -> None:
     tensors, metadata = parts(good)
     path = tmp_path / "x.safetensors"
-    save_file({name: t for name, t in tensors.items() if not name.startswith("generator.")}, path, metadata)
+    save_file(
+        {name: t for name, t in tensors.items() if not name.startswith("generator.")},
+        path,
+        metadata,
+    )
     message = refusal(path)
     missing = sum(name.startswith("generator.") for name in tensors)
     assert f"{missing} missing: " in message
@@ -288,7 +314,9 @@ def test_a_long_list_is_cut_and_counted(good: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64])
-def test_weights_of_a_strange_type_are_refused(good: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_weights_of_a_strange_type_are_refused(
+    good: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
     tensors, metadata = parts(good)
     path = tmp_path / "x.safetensors"
     save_file({**tensors, "generator.visual_in.bias": torch.zeros(32, dtype=dtype)}, path, metadata)
@@ -298,7 +326,9 @@ def test_weights_of_a_strange_type_are_refused(good: Path, tmp_path: Path, dtype
 # --- start frames ---
 
 
-@pytest.mark.parametrize("start", ["{", "[1, 2]", '{"sea": "islands", "nowhere": "islands"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "start", ["{", "[1, 2]", '{"sea": "islands", "nowhere": "islands"}', "[" * 100_000]
+)
 def test_a_damaged_list_of_start_frames(good: Path, tmp_path: Path, start: str) -> None:
     tensors, metadata = parts(good)
     path = tmp_path / "x.safetensors"
@@ -318,7 +348,8 @@ def test_a_start_frame_that_is_no_picture_of_this_size(good: Path, tmp_path: Pat
 def test_a_start_frame_with_a_name_that_is_no_word(good: Path, tmp_path: Path, name: str) -> None:
     tensors, metadata = parts(good)
     path = tmp_path / "x.safetensors"
-    save_file({**tensors, f"start.{name}": IMAGE}, path, {**metadata, "start": json.dumps({"sea": "x", "forest-dusk": "y", name: "z"})})
+    starts = json.dumps({"sea": "x", "forest-dusk": "y", name: "z"})
+    save_file({**tensors, f"start.{name}": IMAGE}, path, {**metadata, "start": starts})
     assert "start frame" in refusal(path)
 
 

@@ -33,17 +33,25 @@ def test_the_generators_operations_by_hand(planned: cost.Cost) -> None:
     """Per token and layer 12 dim^2 weights at two operations each; attention two products with each of S cached keys and the block's own."""
     tokens, dim, depth = 46 * 26, 3072, 36
     generator = stage(planned, "generator")
-    assert generator.products_gflop == pytest.approx(2 * 12 * dim**2 * depth * tokens / 1e9, rel=0.01)
+    assert generator.products_gflop == pytest.approx(
+        2 * 12 * dim**2 * depth * tokens / 1e9, rel=0.01
+    )
     keys = 256 + 31 * tokens + tokens
-    assert generator.attention_gflop == pytest.approx(4 * tokens * keys * dim * depth / 1e9, rel=1e-6)
-    assert generator.floor_ms == pytest.approx((generator.products_gflop + generator.attention_gflop) / 1979, rel=1e-3)
+    assert generator.attention_gflop == pytest.approx(
+        4 * tokens * keys * dim * depth / 1e9, rel=1e-6
+    )
+    assert generator.floor_ms == pytest.approx(
+        (generator.products_gflop + generator.attention_gflop) / 1979, rel=1e-3
+    )
     assert generator.bound == "compute"
 
 
 def test_weights_and_cache_by_hand(planned: cost.Cost) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Generator(H100).parameters())
-    assert stage(planned, "generator").weights_gb + stage(planned, "prompt").weights_gb == pytest.approx(parameters / 1e9, abs=0.002)
+    assert stage(planned, "generator").weights_gb + stage(
+        planned, "prompt"
+    ).weights_gb == pytest.approx(parameters / 1e9, abs=0.002)
     tiles = -(-(256 + 31 * 1196) // 64)
     assert planned.cache_gb == pytest.approx(2 * 36 * tiles * 64 * 3072 / 1e9, abs=0.001)
     assert planned.total_gb == pytest.approx(sum(planned.memory_gb.values()), abs=0.01)
@@ -52,7 +60,9 @@ def test_weights_and_cache_by_hand(planned: cost.Cost) -> None:
 
 def test_a_prompt_is_bound_by_reading_its_weights(planned: cost.Cost) -> None:
     prompt = stage(planned, "prompt")
-    assert prompt.bound == "memory" and prompt.floor_ms == pytest.approx(prompt.weights_gb / 3350 * 1000, rel=1e-2)
+    assert prompt.bound == "memory" and prompt.floor_ms == pytest.approx(
+        prompt.weights_gb / 3350 * 1000, rel=1e-2
+    )
 
 
 def test_a_cache_of_wider_numbers_needs_more(planned: cost.Cost) -> None:
@@ -89,11 +99,15 @@ def test_activations_are_those_of_a_real_run() -> None:
     demo = load("demo-cpu")
     signature = decoder(demo)
     module = graph_modules(demo, Generator(demo), Vae(demo))["decoder"]
-    inputs = random_inputs([(s.name, s.shape, s.dtype) for s in (*signature.inputs, *signature.state)], 0, 0)
+    inputs = random_inputs(
+        [(s.name, s.shape, s.dtype) for s in (*signature.inputs, *signature.state)], 0, 0
+    )
     with torch.no_grad(), LiveBytes([*inputs, *module.state_dict().values()]) as live:
         module(*inputs)
     assert live.most > 10e6
-    assert stage(cost.cost_of(demo), "decoder").activations_gb == pytest.approx(live.most / 1e9, abs=0.0006)
+    assert stage(cost.cost_of(demo), "decoder").activations_gb == pytest.approx(
+        live.most / 1e9, abs=0.0006
+    )
 
 
 def test_the_command_prints_a_plan_on_any_machine(aapt: Callable[..., Ran]) -> None:
@@ -126,7 +140,9 @@ def small_picture() -> Profile:
     return H100.replace(video=dataclasses.replace(H100.video, width=128, height=64))
 
 
-def test_a_generator_that_memory_bounds_reads_its_weights_and_its_cache(small_picture: Profile) -> None:
+def test_a_generator_that_memory_bounds_reads_its_weights_and_its_cache(
+    small_picture: Profile,
+) -> None:
     planned = cost.plan(small_picture)
     generator = stage(planned, "generator")
     bandwidth = cost.GPUS["H100"].bandwidth / 1e12  # GB a millisecond
@@ -138,7 +154,9 @@ def test_a_generator_that_memory_bounds_reads_its_weights_and_its_cache(small_pi
     assert generator.floor_ms - without > 0.01 * without
 
 
-def test_the_decoder_reads_its_weights_alone_in_the_compute_precision(small_picture: Profile) -> None:
+def test_the_decoder_reads_its_weights_alone_in_the_compute_precision(
+    small_picture: Profile,
+) -> None:
     decoder = stage(cost.plan(small_picture), "decoder")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Vae(small_picture).decoder.parameters())
@@ -156,14 +174,20 @@ def test_the_floor_of_a_step_is_all_passes_and_one_decoding() -> None:
     assert generator is not None and decoder is not None
     assert planned.passes == 3
     assert planned.floor_ms == pytest.approx(3 * generator + decoder, abs=0.006)
-    assert planned.floors_ms == {"step": planned.floor_ms, "generator": round(3 * generator, 3), "decoder": decoder}
+    assert planned.floors_ms == {
+        "step": planned.floor_ms,
+        "generator": round(3 * generator, 3),
+        "decoder": decoder,
+    }
 
 
 def test_what_is_resident_by_hand(planned: cost.Plan) -> None:
     by_name = {s.name: s for s in planned.stages}
     memory = planned.memory_gb
     state = sum(math.prod(spec.shape) for spec in signatures(H100)["decoder"].state)
-    assert memory["decoder memory"] == pytest.approx(2 * 2 * state / 1e9, abs=0.0006)  # bf16, before and after
+    assert memory["decoder memory"] == pytest.approx(
+        2 * 2 * state / 1e9, abs=0.0006
+    )  # bf16, before and after
     working = by_name["generator"].activations_gb + by_name["decoder"].activations_gb
     assert memory["activations"] == pytest.approx(working, abs=0.001)
     assert memory["weights"] == pytest.approx(sum(s.weights_gb for s in planned.stages), abs=0.001)

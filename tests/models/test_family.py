@@ -1,4 +1,4 @@
-"""The family seam: nobody outside models/ spells a family's name, and a family chooses what the rollout does."""
+"""Check that only models/ names a family, and that a family controls the rollout."""
 
 import re
 from dataclasses import astuple
@@ -27,7 +27,8 @@ def test_every_preset_has_a_family_with_its_graphs(preset: str) -> None:
     graphs = family.signatures(profile)
     assert {"generator", "decoder"} <= graphs.keys()
     assert family.generator(profile) == graphs["generator"]
-    assert family.generator(profile, 7 * profile.frame_tokens).state[0].shape[1] == 7 * profile.frame_tokens
+    tokens = 7 * profile.frame_tokens
+    assert family.generator(profile, tokens).state[0].shape[1] == tokens
 
 
 def test_no_module_outside_models_asks_a_family_s_name() -> None:
@@ -38,14 +39,15 @@ def test_no_module_outside_models_asks_a_family_s_name() -> None:
         if room in ("models", "train", "ops"):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if "profile.family" in line or re.search(r"""\.family\s*(==|!=|in)\b""", line) or re.search(r"\(text\|visual\)|text\|visual", line):
+            if re.search(r"profile\.family|\.family\s*(==|!=|in)\b|text\|visual", line):
                 wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert wrong == []
 
 
 def test_controls_of_a_trial_and_of_a_calibration_are_within_the_limits() -> None:
     limits = np.array(astuple(FAMILY.limits))
-    for controls in (FAMILY.cruise, *FAMILY.flights, *(FAMILY.left_and_right(block) for block in range(8))):
+    turns = [FAMILY.left_and_right(block) for block in range(8)]
+    for controls in (FAMILY.cruise, *FAMILY.flights, *turns):
         assert (np.abs(astuple(controls)) <= limits).all()
     turns = [FAMILY.left_and_right(block).yaw for block in range(8)]
     assert turns == [0.2] * 4 + [-0.2] * 4
@@ -56,7 +58,8 @@ def test_prompts_are_drawn_read_and_compared(tiny: Profile) -> None:
     rng = np.random.default_rng(0)
     drawn = {FAMILY.random_text(tiny, rng).tobytes() for _ in range(20)}  # type: ignore[union-attr]
     assert len(drawn) > 10
-    assert np.array_equal(FAMILY.text_of(tiny, "forest at dusk"), token_ids(parse("forest at dusk")))  # type: ignore[arg-type]
+    ids = token_ids(parse("forest at dusk"))
+    assert np.array_equal(FAMILY.text_of(tiny, "forest at dusk"), ids)  # type: ignore[arg-type]
     assert FAMILY.in_common("forest at dusk", "a forest in autumn, at dusk") == 2
     assert FAMILY.in_common("", "forest") == 0
     mute = tiny.replace(text=profiles.Text("vocabulary", 0, 8))
@@ -65,7 +68,8 @@ def test_prompts_are_drawn_read_and_compared(tiny: Profile) -> None:
 
 def test_a_feed_comes_back_from_its_state(tiny: Profile) -> None:
     one, other = CameraFeed(tiny), CameraFeed(tiny)
-    latent = np.random.default_rng(0).standard_normal((1, 4, tiny.latent_height, tiny.latent_width)).astype(np.float32)
+    shape = (1, 4, tiny.latent_height, tiny.latent_width)
+    latent = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     one.start(latent)
     one.inputs(0, FAMILY.flights[2])
     other.start(np.zeros_like(latent))
@@ -84,7 +88,9 @@ class Writes:
         return getattr(FAMILY, name)
 
 
-def test_a_write_pass_is_one_more_run_before_the_commit(tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_pass_is_one_more_run_before_the_commit(
+    tiny: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("aapt_deploy.rollout.loop.family_of", lambda profile: Writes())
     fake = FakeEngines(tiny)
     stream = Rollout(fake, tiny, np.zeros((tiny.video.height, tiny.video.width, 3), np.uint8), 0)
@@ -93,4 +99,5 @@ def test_a_write_pass_is_one_more_run_before_the_commit(tiny: Profile, monkeypat
     passes = len(tiny.sampler.timesteps)
     assert [method for method, _ in calls] == ["reset", "reset", *["run"] * (passes + 1), "commit"]
     last = calls[-2][1]
-    assert last["time"] == [0.0] and np.array_equal(last["noisy"], stream.feed.state()["previous"])  # type: ignore[comparison-overlap]
+    assert last["time"] == [0.0]  # type: ignore[comparison-overlap]
+    assert np.array_equal(last["noisy"], stream.feed.state()["previous"])

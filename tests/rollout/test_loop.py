@@ -1,8 +1,9 @@
-"""The loop: what it asks of its engines, in which order, and the sampler's arithmetic against a closed form."""
+"""Check the loop's calls of its engines, and the sampler against a closed form."""
 
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +19,19 @@ LEFT = Velocity(forward=10.0, yaw=-0.2)
 DAY, NIGHT = np.array([[0, 5, 10, 15]]), np.array([[1, 5, 10, 15]])
 
 
+def straight(block: int) -> Steering:
+    return Steering(CRUISE, DAY)
+
+
 def run(
-    profile: Profile, blocks: int, steer: Callable[[int], Steering] = lambda block: Steering(CRUISE, DAY), seed: int = 0
+    profile: Profile, blocks: int, steer: Callable[[int], Steering] = straight, seed: int = 0
 ) -> tuple[FakeEngines, list[np.ndarray]]:
     fake = FakeEngines(profile)
     image = np.zeros((profile.video.height, profile.video.width, 3), np.uint8)
     return fake, list(itertools.islice(rollout(fake, profile, image, steer, seed), 1 + blocks))
 
 
-def inputs(fake: FakeEngines, graph: str) -> list[dict[str, object]]:
+def inputs(fake: FakeEngines, graph: str) -> list[dict[str, Any]]:
     return [arguments for name, call, arguments in fake.calls if (name, call) == (graph, "run")]
 
 
@@ -45,54 +50,68 @@ def test_the_order_of_calls(tiny: Profile) -> None:
 
 
 @pytest.mark.parametrize("timesteps", [(1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25)])
-def test_every_pass_has_its_time_and_its_block_and_every_block_is_committed_once(tiny: Profile, timesteps: tuple[float, ...]) -> None:
+def test_every_pass_has_its_time_and_block_and_every_block_is_committed_once(
+    tiny: Profile, timesteps: tuple[float, ...]
+) -> None:
     fake, _ = run(with_steps(tiny, *timesteps), 5)
     passes = inputs(fake, "generator")
-    assert [int(p["block"]) for p in passes] == [block for block in range(5) for _ in timesteps]  # type: ignore[call-overload]
-    assert [np.asarray(p["time"]).tolist() for p in passes] == [[t] for _ in range(5) for t in timesteps]
-    assert [arguments["block"] for _, call, arguments in fake.calls if call == "commit"] == list(range(5))
+    assert [p["block"] for p in passes] == [block for block in range(5) for _ in timesteps]
+    assert [p["time"].tolist() for p in passes] == [[t] for _ in range(5) for t in timesteps]
+    committed = [arguments["block"] for _, call, arguments in fake.calls if call == "commit"]
+    assert committed == list(range(5))
     for p in passes:
-        assert np.array_equal(np.asarray(p["rope_time"]), temporal_rope(tiny, int(p["block"]))[None])  # type: ignore[call-overload]
+        assert np.array_equal(p["rope_time"], temporal_rope(tiny, p["block"])[None])
 
 
 @pytest.mark.parametrize("timesteps", [(1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25)])
 def test_noise_falls_along_a_straight_path(tiny: Profile, timesteps: tuple[float, ...]) -> None:
-    """With a constant answer c the path is known: at time t the input is c + (noise - c) t; a block ends on c itself."""
+    """With a constant result c, the input at time t is c + (noise - c) t. A block ends on c."""
     fake, _ = run(with_steps(tiny, *timesteps), 3, seed=7)
     passes = inputs(fake, "generator")
     shape = np.shape(passes[0]["noisy"])
     rng = np.random.default_rng(7)
     for block in range(3):
         noise = rng.standard_normal(shape, np.float32)
-        for p, t in zip(passes[block * len(timesteps) : (block + 1) * len(timesteps)], timesteps, strict=True):
-            np.testing.assert_allclose(np.asarray(p["noisy"]), CLEAN + (noise - CLEAN) * t, rtol=0, atol=1e-6)
+        own = passes[block * len(timesteps) : (block + 1) * len(timesteps)]
+        for p, t in zip(own, timesteps, strict=True):
+            wanted = CLEAN + (noise - CLEAN) * t
+            np.testing.assert_allclose(p["noisy"], wanted, rtol=0, atol=1e-6)
     for shown in inputs(fake, "decoder")[1:]:
         np.testing.assert_allclose(np.asarray(shown["latent"]), CLEAN, rtol=0, atol=1e-6)
 
 
 def gaussian_error(timesteps: Iterable[float]) -> float:
-    """How far `denoise` ends from the flow's own end where that is known: data of deviation s, so x at t is x at 1 times sqrt((1-t)^2 s^2 + t^2)."""
-    s2 = 0.3**2
-    return abs(denoise(lambda x, t: x * (1 - t) * s2 / ((1 - t) ** 2 * s2 + t * t), 1.0, list(timesteps)) - 0.3)
+    """Return the error of `denoise` for Gaussian data of deviation s = 0.3.
+
+    The flow is known: x at t is x at 1 times sqrt((1-t)^2 s^2 + t^2).
+    """
+    return abs(denoise(gaussian_clean, 1.0, list(timesteps)) - 0.3)
+
+
+def gaussian_clean(x: float, t: float) -> float:
+    return x * (1 - t) * 0.3**2 / ((1 - t) ** 2 * 0.3**2 + t * t)
 
 
 def test_half_the_step_has_a_quarter_of_the_error() -> None:
-    coarse, fine, finest = (gaussian_error(np.linspace(1, 0, n, endpoint=False)) for n in (32, 64, 128))
-    assert coarse / fine == pytest.approx(4, rel=0.2) and fine / finest == pytest.approx(4, rel=0.1)
+    grids = (np.linspace(1, 0, n, endpoint=False) for n in (32, 64, 128))
+    coarse, fine, finest = map(gaussian_error, grids)
+    assert coarse / fine == pytest.approx(4, rel=0.2)
+    assert fine / finest == pytest.approx(4, rel=0.1)
 
 
 def test_the_demos_five_passes_are_as_good_as_eleven_straight_ones() -> None:
     x, euler = 1.0, np.array([*np.linspace(1, 0.1, 10), 0.05, 0.0])
     for t, t_next in itertools.pairwise(euler):
-        clean = x * (1 - t) * 0.3**2 / ((1 - t) ** 2 * 0.3**2 + t * t)
+        clean = gaussian_clean(x, t)
         x = clean + (x - clean) * t_next / t
     assert gaussian_error([1.0, 0.75, 0.5, 0.25, 0.1]) < abs(x - 0.3)
 
 
 def test_two_passes_by_hand() -> None:
-    """From 1 at t = 1 with answers 0.2 and 0.1: straight to 0.6 at t = 0.5; there the speed is 1.0, before it was 0.8."""
-    answers = iter([0.2, 0.1])
-    assert denoise(lambda x, t: next(answers), 1.0, (1.0, 0.5)) == pytest.approx(0.6 - 0.5 * (1.0 + (1.0 - 0.8) / 2))
+    """From 1 with results 0.2 and 0.1: straight to 0.6 at t = 0.5, with speeds 0.8 and 1.0."""
+    results = iter([0.2, 0.1])
+    x = denoise(lambda x, t: next(results), 1.0, (1.0, 0.5))
+    assert x == pytest.approx(0.6 - 0.5 * (1.0 + (1.0 - 0.8) / 2))
 
 
 def test_a_single_pass_ends_on_its_answer() -> None:
@@ -101,7 +120,7 @@ def test_a_single_pass_ends_on_its_answer() -> None:
 
 
 def test_a_block_starts_from_the_one_before(tiny: Profile) -> None:
-    """The start image's latent first, then each block's own result: with `clean` of 0.25 all alike, so the fake counts its answers here."""
+    """The start image's latent first, then each block's result. The fake counts its results."""
 
     class Counting(FakeEngines):
         def __getitem__(self, graph: str) -> "Counting":
@@ -113,9 +132,11 @@ def test_a_block_starts_from_the_one_before(tiny: Profile) -> None:
 
     fake = Counting(with_steps(tiny, 1.0))
     image = np.zeros((tiny.video.height, tiny.video.width, 3), np.uint8)
-    list(itertools.islice(rollout(fake, fake.profile, image, lambda block: Steering(CRUISE, None), 0), 4))
-    assert [float(np.ravel(p["previous"])[0]) for p in inputs(fake, "generator")] == [CLEAN, CLEAN + 1, CLEAN + 2]
-    assert [float(np.ravel(p["latent"])[0]) for p in inputs(fake, "decoder")] == [CLEAN, CLEAN + 1, CLEAN + 2, CLEAN + 3]
+    mute = lambda block: Steering(CRUISE, None)
+    list(itertools.islice(rollout(fake, fake.profile, image, mute, 0), 4))
+    results = [CLEAN, CLEAN + 1, CLEAN + 2, CLEAN + 3]
+    assert [np.ravel(p["previous"])[0] for p in inputs(fake, "generator")] == results[:3]
+    assert [np.ravel(p["latent"])[0] for p in inputs(fake, "decoder")] == results
 
 
 def test_first_one_frame_then_four_and_each_yield_is_its_own_memory(tiny: Profile) -> None:
@@ -127,7 +148,8 @@ def test_first_one_frame_then_four_and_each_yield_is_its_own_memory(tiny: Profil
 
 def test_the_prompt_is_encoded_when_it_changes_and_only_then(tiny: Profile) -> None:
     fake, _ = run(tiny, 6, lambda block: Steering(CRUISE, (NIGHT if block >= 3 else DAY).copy()))
-    assert [np.asarray(p["text"]).tolist() for p in inputs(fake, "prompt")] == [DAY.tolist(), NIGHT.tolist()]
+    texts = [p["text"].tolist() for p in inputs(fake, "prompt")]
+    assert texts == [DAY.tolist(), NIGHT.tolist()]
     generator_calls = [call for graph, call, _ in fake.calls if graph == "generator"]
     assert generator_calls.count("reset") == 3
     second = [i for i, call in enumerate(generator_calls) if call == "reset"][2]
@@ -158,7 +180,13 @@ def test_the_camera_moves_by_what_steer_says_once_per_block(tiny: Profile) -> No
 
 def test_steer_is_asked_just_before_its_block_and_not_earlier(tiny: Profile) -> None:
     asked: list[int] = []
-    frames = rollout(FakeEngines(tiny), tiny, np.zeros((32, 64, 3), np.uint8), lambda block: asked.append(block) or Steering(CRUISE, DAY), 0)  # type: ignore[func-returns-value]
+
+    def steer(block: int) -> Steering:
+        asked.append(block)
+        return straight(block)
+
+    image = np.zeros((32, 64, 3), np.uint8)
+    frames = rollout(FakeEngines(tiny), tiny, image, steer, 0)
     next(frames)
     assert asked == []
     next(frames)
@@ -166,7 +194,8 @@ def test_steer_is_asked_just_before_its_block_and_not_earlier(tiny: Profile) -> 
 
 
 def test_the_seed_is_all_there_is_to_chance(tiny: Profile) -> None:
-    noises = [[np.asarray(p["noisy"]) for p in inputs(run(tiny, 3, seed=seed)[0], "generator")] for seed in (1, 1, 2)]
+    fakes = [run(tiny, 3, seed=seed)[0] for seed in (1, 1, 2)]
+    noises = [[p["noisy"] for p in inputs(fake, "generator")] for fake in fakes]
     assert all(np.array_equal(a, b) for a, b in zip(noises[0], noises[1], strict=True))
     assert not np.array_equal(noises[0][0], noises[2][0])
     assert not np.array_equal(noises[0][0], noises[0][2])  # and every block has noise of its own
@@ -175,7 +204,7 @@ def test_the_seed_is_all_there_is_to_chance(tiny: Profile) -> None:
 # --- one block ahead ---
 
 
-def test_a_backend_with_a_stream_of_its_own_for_the_decoder_gives_the_same_frames_one_block_ahead(tiny: Profile) -> None:
+def test_overlapped_engines_make_the_same_frames_one_block_ahead(tiny: Profile) -> None:
     class Beside(FakeEngines):
         overlapped = True
 
@@ -250,7 +279,9 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_item_is_asked_for() -
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
-def test_a_block_starts_from_noise_of_the_profile_s_temperature(tiny: Profile, temperature: float) -> None:
+def test_a_block_starts_from_noise_of_the_profile_s_temperature(
+    tiny: Profile, temperature: float
+) -> None:
     fake, _ = run(tiny.replace(sampler=Sampler((1.0, 0.5), temperature)), 2, seed=7)
     rng = np.random.default_rng(7)
     for first in inputs(fake, "generator")[::2]:
@@ -258,8 +289,12 @@ def test_a_block_starts_from_noise_of_the_profile_s_temperature(tiny: Profile, t
         assert np.array_equal(np.asarray(first["noisy"]), np.float32(temperature) * noise)
 
 
-@pytest.mark.parametrize("timesteps", [(1.0, 0.75, 0.6), (1.0, 0.9, 0.4, 0.3), (1.0, 0.75, 0.5, 0.25)])
-def test_a_path_that_bends_evenly_is_followed_exactly_whatever_the_steps(timesteps: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    "timesteps", [(1.0, 0.75, 0.6), (1.0, 0.9, 0.4, 0.3), (1.0, 0.75, 0.5, 0.25)]
+)
+def test_a_path_that_bends_evenly_is_followed_exactly_whatever_the_steps(
+    timesteps: tuple[float, ...],
+) -> None:
     """Along x' = a + b t the first step is straight, and every later one exact: a parabola's own."""
     a, b, x = 0.3, 2.0, 1.0
     speed = lambda t: a + b * t

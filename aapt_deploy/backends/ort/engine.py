@@ -1,8 +1,9 @@
-"""ONNX Runtime on a CPU: the engine of laptops. It imports neither torch nor onnx.
+"""Run a bundle with ONNX Runtime on a CPU. Imports neither torch nor onnx.
 
-The generator's caches are one buffer each, bound as input and as output of the same run: the graph writes its block in place and nothing else
-moves. So `commit` has no work left: the ring has one place more than the window, a pass writes only its own block's place, and a block that is
-run again overwrites itself. Decoder memory alternates between two sets of buffers.
+Each cache of the generator is one buffer, bound as input and output of the same run. The graph
+writes its block in place, so `commit` does nothing. The ring has one slot more than the window. A
+pass writes only its own block's slot, and a second pass over a block overwrites the first. Decoder
+memory alternates between two sets of buffers.
 """
 
 from collections.abc import Mapping
@@ -21,28 +22,35 @@ from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import NEXT, SLOT, VALID, Ring
 from aapt_deploy.profiles import Profile
 
+Graphs = dict[str, Path]  # files by the name of their graph
 BACKEND = "onnxruntime"
-EXPORT = "export the checkpoint again"  # hint where a graph was lowered a moment ago, so that the exported one is to blame
+EXPORT = "export the checkpoint again"  # hint if a new engine fails: the exported graph is wrong
 
 
 @dataclass(frozen=True)
 class Threads:
-    """How a session uses the cores. Two sessions that both spin on two cores double each other's time (docs/log.md)."""
+    """Threads of a session. Two sessions that spin on the same two cores take twice as long."""
 
     count: int
     spinning: bool
 
 
-def open_session(path: Path, threads: Threads, profiling: Path | None = None, fuse: bool = True, hint: str = EXPORT) -> onnxruntime.InferenceSession:
-    """A session on the CPU. Without `fuse`, Q/DQ pairs stay where they are: FP8 has no fused operators here.
+def open_session(
+    path: Path,
+    threads: Threads,
+    profiling: Path | None = None,
+    fuse: bool = True,
+    hint: str = EXPORT,
+) -> onnxruntime.InferenceSession:
+    """Open a session on the CPU. `fuse` joins Q/DQ pairs with operators, which FP8 lacks.
 
-    Raises BundleError, with `hint`, when ONNX Runtime refuses the graph.
+    Raises BundleError, with `hint`, if ONNX Runtime refuses the graph.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads.count
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.spinning else "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spinning)))
     if not fuse:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profiling is not None:
@@ -50,15 +58,23 @@ def open_session(path: Path, threads: Threads, profiling: Path | None = None, fu
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception types are private
-        raise BundleError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}", hint) from None
+        first_line = str(error).splitlines()[0]
+        raise BundleError(f"ONNX Runtime cannot load {path}: {first_line}", hint) from None
 
 
-def refuse_other(session: onnxruntime.InferenceSession, signature: GraphSignature, path: Path, hint: str) -> None:
-    """Raise BundleError, with `hint`, unless the graph at `path` takes and gives what `signature` says: a hash does not say whose graph it is."""
-    inputs, outputs = (
-        {node.name: (node.type.removeprefix("tensor(").removesuffix(")").replace("float", "float32"), node.shape) for node in nodes}
-        for nodes in (session.get_inputs(), session.get_outputs())
-    )
+def refuse_other(
+    session: onnxruntime.InferenceSession, signature: GraphSignature, path: Path, hint: str
+) -> None:
+    """Raise BundleError, with `hint`, if the graph at `path` does not have this signature.
+
+    The bundle's hashes detect damage, but not a graph of another profile.
+    """
+
+    def found(nodes: Any) -> dict[str, tuple[str, list[int | str]]]:
+        kinds = [(node, node.type.removeprefix("tensor(").removesuffix(")")) for node in nodes]
+        return {node.name: (kind.replace("float", "float32"), node.shape) for node, kind in kinds}
+
+    inputs, outputs = found(session.get_inputs()), found(session.get_outputs())
     if wrong := signature.misfit(inputs, outputs, state_leaves=True):
         raise BundleError(f"graph {path} is not the {signature.name} of its bundle: {wrong}", hint)
 
@@ -67,21 +83,24 @@ def _value(array: np.ndarray) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)  # shares the array's memory
 
 
+def _zeros(specs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
+    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+
+
 class OrtEngine:
-    """One graph without blocks: encoder, prompt or decoder. Inputs, outputs and state live in fixed buffers that are bound once."""
+    """The encoder, prompt or decoder graph. Inputs, outputs and state are buffers, bound once."""
 
     def __init__(self, session: onnxruntime.InferenceSession, signature: GraphSignature) -> None:
         self.session = session
-        self.inputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.inputs}
-        self.outputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.outputs}
-        # State is read from one set and written to the other; with no state both bindings are the same.
-        self.state = [{spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.state} for _ in range(2)]
+        self.inputs, self.outputs = _zeros(signature.inputs), _zeros(signature.outputs)
+        # A run reads one set of state and writes the other. Without state both bindings are equal.
+        self.state = [_zeros(signature.state), _zeros(signature.state)]
         self.bindings = [self._bind(self.state[i], self.state[1 - i]) for i in range(2)]
         self.turn = 0
 
     @property
     def memory(self) -> dict[str, np.ndarray]:
-        """The state that the next run will read, by name."""
+        """The state that the next run reads, by name."""
         return self.state[self.turn]
 
     def _bind(self, read: dict[str, np.ndarray], write: dict[str, np.ndarray]) -> Any:
@@ -95,9 +114,8 @@ class OrtEngine:
         return binding
 
     def reset(self, **state: np.ndarray) -> None:
-        for held in self.state:
-            for array in held.values():
-                array.fill(0)
+        for array in (*self.state[0].values(), *self.state[1].values()):
+            array.fill(0)
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         for name, value in inputs.items():
@@ -106,16 +124,17 @@ class OrtEngine:
         self.turn = 1 - self.turn
         return self.outputs
 
-    def held(self) -> dict[str, np.ndarray]:
-        """What the next run depends on."""
-        return self.memory
-
 
 def in_place(profile: Profile) -> GraphSignature:
-    """The generator's, as `lower_in_place` leaves it: caches of the ring that is written where it lies, a slot and a count for their length."""
+    """Return the signature of a generator that `lower_in_place` lowered.
+
+    Its caches have the size of the in-place ring; a slot and a count replace `cache_len`.
+    """
     portable = family_of(profile).generator(profile, Ring.of(profile, in_place=True).tokens)
-    inputs = (*(spec for spec in portable.inputs if spec.name != "cache_len"), *(TensorSpec(name, (1,), "int64") for name in (SLOT, VALID)))
-    return GraphSignature(portable.name, inputs, (portable.spec("clean"),), portable.state)
+    inputs = [spec for spec in portable.inputs if spec.name != "cache_len"]
+    inputs += [TensorSpec(name, (1,), "int64") for name in (SLOT, VALID)]
+    outputs = (portable.spec("clean"),)
+    return GraphSignature(portable.name, tuple(inputs), outputs, portable.state)
 
 
 class OrtGenerator:
@@ -124,9 +143,9 @@ class OrtGenerator:
     def __init__(self, session: onnxruntime.InferenceSession, profile: Profile) -> None:
         self.session, self.profile = session, profile
         self.ring, signature = Ring.of(profile, in_place=True), in_place(profile)
-        self.inputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.inputs}
-        self.outputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.outputs}
-        self.caches = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.state}
+        self.inputs, self.outputs = _zeros(signature.inputs), _zeros(signature.outputs)
+        self.caches = _zeros(signature.state)
+        self.memory = self.caches  # the state that the next run reads, by name
         self.binding = session.io_binding()
         for name, array in self.inputs.items():
             self.binding.bind_ortvalue_input(name, _value(array))
@@ -138,8 +157,8 @@ class OrtGenerator:
 
     def reset(self, **state: np.ndarray) -> None:
         if not state:
-            for held in self.caches.values():
-                held.fill(0)
+            for array in self.caches.values():
+                array.fill(0)
         for cache, text in text_pairs(self.profile, state):
             self.caches[cache][:, : self.profile.text.tokens] = text
 
@@ -151,49 +170,54 @@ class OrtGenerator:
         return self.outputs
 
     def commit(self, block: int) -> None:
-        """Nothing to move: the last pass over `block` already lies in its slot."""
-
-    def held(self) -> dict[str, np.ndarray]:
-        """What the next run depends on."""
-        return self.caches
+        """Do nothing: the last pass wrote `block` into its slot."""
 
 
 class OrtEngines:
-    """All graphs of a bundle, as `build` prepared them for one precision."""
+    """All graphs of a bundle, as they were built for one precision."""
 
     backend = BACKEND
     overlapped = False
 
-    def __init__(self, profile: Profile, graphs: dict[str, Path], threads: Threads, precision: str, hint: str = EXPORT) -> None:
-        """Raises BundleError, with `hint`, for a graph that ONNX Runtime refuses or that is not what the profile says."""
+    def __init__(
+        self, profile: Profile, graphs: Graphs, threads: Threads, precision: str, hint: str = EXPORT
+    ) -> None:
+        """Raises BundleError, with `hint`, if ONNX Runtime or the profile refuses a graph."""
         self.precision, self.profile = precision, profile
+        self.signatures = family_of(profile).signatures(profile)
+        self.signatures["generator"] = in_place(profile)
         self.sessions = {}
-        for name, signature in family_of(profile).signatures(profile).items():
+        for name, signature in self.signatures.items():
             session = open_session(graphs[name], threads, fuse=precision != "fp8", hint=hint)
-            refuse_other(session, in_place(profile) if name == "generator" else signature, graphs[name], hint)
+            refuse_other(session, signature, graphs[name], hint)
             self.sessions[name] = session
         self._allocate()
 
     def _allocate(self) -> None:
-        """State of one stream: caches, memory, and the buffers that runs are bound to."""
-        signatures = family_of(self.profile).signatures(self.profile)
-        self.engines: dict[str, OrtEngine | OrtGenerator] = {
-            name: OrtGenerator(session, self.profile) if name == "generator" else OrtEngine(session, signatures[name])
-            for name, session in self.sessions.items()
-        }
+        """Make the state of one stream: caches, memory, and the buffers of every run."""
+        self.engines: dict[str, OrtEngine | OrtGenerator] = {}
+        for name, session in self.sessions.items():
+            self.engines[name] = (
+                OrtGenerator(session, self.profile)
+                if name == "generator"
+                else OrtEngine(session, self.signatures[name])
+            )
 
     def fork(self) -> "OrtEngines":
-        """A fresh state over the same sessions, which hold the weights."""
+        """Return a fresh state over the same sessions, which own the weights."""
         fork = copy(self)
         fork._allocate()
         return fork
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:
-        return {graph: {name: array.copy() for name, array in engine.held().items()} for graph, engine in self.engines.items()}
+        return {
+            graph: {name: array.copy() for name, array in engine.memory.items()}
+            for graph, engine in self.engines.items()
+        }
 
     def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         for graph, arrays in state.items():
-            for name, array in self.engines[graph].held().items():
+            for name, array in self.engines[graph].memory.items():
                 array[...] = arrays[name]
 
     @property
@@ -211,16 +235,19 @@ class OrtEngines:
 
 
 def open_bundle(bundle: Bundle, precision: str) -> OrtEngines:
-    """The engines of `bundle` in `precision`, with the threads that the build found best. Raises BundleError when they are damaged or another's."""
-    entry, hint = bundle.engines[f"{BACKEND}-{precision}"], build_again(bundle.path, BACKEND, precision)
-    files = entry.get("graphs")
-    if (
-        not isinstance(files, dict)
-        or files.keys() != family_of(bundle.profile).signatures(bundle.profile).keys()
-        or not all(isinstance(file, str) for file in files.values())
-    ):
-        raise BundleError(f"bundle {bundle.path}: its {BACKEND} engine in {precision} lacks graphs", hint)
+    """Open the engines of `bundle` in `precision`, with the threads that the build chose.
+
+    Raises BundleError if a file is missing, damaged or of another profile.
+    """
+    entry, profile = bundle.engines[f"{BACKEND}-{precision}"], bundle.profile
+    hint = build_again(bundle.path, BACKEND, precision)
+    files: Any = entry.get("graphs")
+    sound = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())
+    if not sound or files.keys() != family_of(profile).signatures(profile).keys():
+        lacking = f"bundle {bundle.path}: its {BACKEND} engine in {precision} lacks graphs"
+        raise BundleError(lacking, hint)
     graphs = {name: bundle.checked(file) for name, file in files.items()}
     for weights in {f"{file}.data" for file in files.values()} & bundle.manifest["files"].keys():
         bundle.checked(weights)
-    return OrtEngines(bundle.profile, graphs, Threads(int(entry["threads"]), bool(entry["spinning"])), precision, hint)
+    threads = Threads(int(entry["threads"]), bool(entry["spinning"]))
+    return OrtEngines(profile, graphs, threads, precision, hint)

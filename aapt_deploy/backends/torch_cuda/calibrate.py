@@ -37,7 +37,9 @@ class WatchedCache:
 
     def __init__(self, kernels: Kernels, depth: int) -> None:
         self.kernels = kernels
-        self.seen: list[list[Tensor]] = [[] for _ in range(depth)]  # by layer: q [H], k [H], v [H, D]
+        self.seen: list[list[Tensor]] = [
+            [] for _ in range(depth)
+        ]  # by layer: q [H], k [H], v [H, D]
 
     def commit(self, layer: int, slot: Tensor) -> None:
         pass
@@ -47,8 +49,16 @@ class WatchedCache:
         return self.kernels.attend_tokens(q, k, v, k[:, :1], v[:, :1], torch.zeros_like(cache_len))
 
     def note(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        now = [q.abs().amax((0, 1, 3)).float(), k.abs().amax((0, 1, 3)).float(), v.abs().amax((0, 1)).float()]
-        self.seen[layer] = [torch.maximum(a, b) for a, b in zip(self.seen[layer], now, strict=True)] if self.seen[layer] else now
+        now = [
+            q.abs().amax((0, 1, 3)).float(),
+            k.abs().amax((0, 1, 3)).float(),
+            v.abs().amax((0, 1)).float(),
+        ]
+        self.seen[layer] = (
+            [torch.maximum(a, b) for a, b in zip(self.seen[layer], now, strict=True)]
+            if self.seen[layer]
+            else now
+        )
 
     def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.note(layer, k, k, v)
@@ -62,7 +72,11 @@ def calibrate(generator: Generator, wide: list[Layer], kernels: Kernels, dtype: 
     """Scales from `blocks` blocks of noise and the `text` of one prompt, if there is any."""
     profile, watched, cache = generator.profile, [], WatchedCache(kernels, len(wide))
     for layer in wide:
-        linears: dict[str, Linear] = {name: Watched(linear) for name, linear in layer.linears.items() if isinstance(linear, Wide)}
+        linears: dict[str, Linear] = {
+            name: Watched(linear)
+            for name, linear in layer.linears.items()
+            if isinstance(linear, Wide)
+        }
         watched.append(Layer(linears, layer.norm_q, layer.norm_k))
     step, device = Step(generator, watched, cache, kernels, dtype), generator.step_spread.device
     if text:
@@ -76,10 +90,14 @@ def calibrate(generator: Generator, wide: list[Layer], kernels: Kernels, dtype: 
             seen = watched[i].linears[name]
             assert isinstance(seen, Watched)
             weights = seen.layer.weight.abs().amax(1).float()
-            linear[f"{generator.STEP}.{i}.{name}"] = LinearScales(_scale(seen.largest[None]), _scale(weights))
+            linear[f"{generator.STEP}.{i}.{name}"] = LinearScales(
+                _scale(seen.largest[None]), _scale(weights)
+            )
     attention = []
     for q, k, v in cache.seen:
-        attention.append(hopper_fp8.Scales(_scale(q), _scale(k), np.zeros(tuple(v.shape), np.float32), _scale(v)))
+        attention.append(
+            hopper_fp8.Scales(_scale(q), _scale(k), np.zeros(tuple(v.shape), np.float32), _scale(v))
+        )
     return Scales(linear, attention)
 
 
@@ -91,7 +109,15 @@ def _scale(largest: Tensor) -> np.ndarray:
 def noise_inputs(profile: Profile, block: int, device: torch.device) -> dict[str, Tensor]:
     """What `Step` takes, of unit noise, for the first timestep of `block`; nothing cached, nothing kept."""
     rng = torch.Generator(device).manual_seed(block)
-    made = {spec.name: torch.randn(spec.shape, generator=rng, device=device) for spec in generator_signature(profile).inputs[:3]}
+    made = {
+        spec.name: torch.randn(spec.shape, generator=rng, device=device)
+        for spec in generator_signature(profile).inputs[:3]
+    }
     nothing = torch.zeros(1, dtype=torch.int32, device=device)
     rope = torch.from_numpy(temporal_rope(profile, block)[None]).to(device)
-    return made | {"time": torch.ones(1, device=device), "rope_time": rope, "cache_len": nothing, "slot": nothing + NOWHERE}
+    return made | {
+        "time": torch.ones(1, device=device),
+        "rope_time": rope,
+        "cache_len": nothing,
+        "slot": nothing + NOWHERE,
+    }

@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aapt_deploy.models.aapt.vae import CausalConv, Decoder, Rescale, channels_to_space_time, to_pixels
+from aapt_deploy.models.aapt.vae import (
+    CausalConv,
+    Decoder,
+    Rescale,
+    channels_to_space_time,
+    to_pixels,
+)
 
 Timer = Callable[[Callable[[], object]], float]  # seconds of a call
 
@@ -25,7 +31,14 @@ Timer = Callable[[Callable[[], object]], float]  # seconds of a call
 class Conv:
     """One causal convolution with its memory."""
 
-    def __init__(self, conv: CausalConv, height: int, width: int, dtype: torch.dtype, order: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        conv: CausalConv,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+    ) -> None:
         """`order`: new order of the output channels."""
         weight, bias = conv.conv.weight.detach().to(dtype), conv.conv.bias
         assert bias is not None
@@ -33,12 +46,18 @@ class Conv:
         if order is not None:
             weight, bias = weight[order], bias[order]
         self.frames, self.inputs, self.bias = conv.frames, conv.inputs, bias
-        self.flat = weight.to(memory_format=torch.channels_last)  # [outputs, frames * C, size, size]
+        self.flat = weight.to(
+            memory_format=torch.channels_last
+        )  # [outputs, frames * C, size, size]
         self.padding = weight.shape[-1] // 2
-        volume = weight.unflatten(1, (conv.frames, conv.inputs)).transpose(1, 2)  # [outputs, C, frames, size, size]
+        volume = weight.unflatten(1, (conv.frames, conv.inputs)).transpose(
+            1, 2
+        )  # [outputs, C, frames, size, size]
         self.volume = volume.contiguous(memory_format=torch.channels_last_3d)
         self.shape = (height, width)
-        self.memory = torch.zeros((conv.frames - 1, conv.inputs, height, width), dtype=dtype, device=weight.device)
+        self.memory = torch.zeros(
+            (conv.frames - 1, conv.inputs, height, width), dtype=dtype, device=weight.device
+        )
         self.memory = self.memory.to(memory_format=torch.channels_last)
         self.as_volume = False
 
@@ -52,21 +71,33 @@ class Conv:
 
     def over_stack(self, seen: Tensor) -> Tensor:
         count = len(seen) - self.frames + 1
-        stacked = torch.cat([seen[i : i + count] for i in range(self.frames)], dim=1)  # [T, frames * C, H, W]
+        stacked = torch.cat(
+            [seen[i : i + count] for i in range(self.frames)], dim=1
+        )  # [T, frames * C, H, W]
         return F.conv2d(stacked, self.flat, self.bias, padding=self.padding)
 
     def over_volume(self, seen: Tensor) -> Tensor:
-        video = seen.transpose(0, 1)[None]  # [1, C, frames - 1 + T, H, W], channels innermost as it lies
-        made = F.conv3d(video, self.volume, self.bias, padding=(0, self.padding, self.padding))  # [1, outputs, T, H, W]
+        video = seen.transpose(0, 1)[
+            None
+        ]  # [1, C, frames - 1 + T, H, W], channels innermost as it lies
+        made = F.conv3d(
+            video, self.volume, self.bias, padding=(0, self.padding, self.padding)
+        )  # [1, outputs, T, H, W]
         return made[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
     def choose(self, frames: int, timer: Timer) -> None:
         """Take the faster form for `frames` new frames; the weights of both stay."""
         if self.frames > 1:
             height, width = self.shape
-            seen = torch.randn((self.frames - 1 + frames, self.inputs, height, width), dtype=self.flat.dtype, device=self.flat.device)
+            seen = torch.randn(
+                (self.frames - 1 + frames, self.inputs, height, width),
+                dtype=self.flat.dtype,
+                device=self.flat.device,
+            )
             seen = seen.to(memory_format=torch.channels_last)
-            self.as_volume = timer(lambda: self.over_volume(seen)) < timer(lambda: self.over_stack(seen))
+            self.as_volume = timer(lambda: self.over_volume(seen)) < timer(
+                lambda: self.over_stack(seen)
+            )
 
 
 def sorted_outputs(rescale: Rescale) -> Tensor:
@@ -81,7 +112,11 @@ def unfold(y: Tensor, time: int, space: int) -> Tensor:
     t, folded, height, width = y.shape
     c = folded // (time * space * space)
     y = y.permute(0, 2, 3, 1).reshape(t, height, width, time, space, space, c)
-    return y.permute(0, 3, 1, 4, 2, 5, 6).reshape(t * time, height * space, width * space, c).permute(0, 3, 1, 2)
+    return (
+        y.permute(0, 3, 1, 4, 2, 5, 6)
+        .reshape(t * time, height * space, width * space, c)
+        .permute(0, 3, 1, 2)
+    )
 
 
 class StreamDecoder:
@@ -90,18 +125,37 @@ class StreamDecoder:
     def __init__(self, decoder: Decoder, height: int, width: int, dtype: torch.dtype) -> None:
         """`decoder`, on its device, for latents of height x width."""
         self.decoder, self.dtype = decoder, dtype
-        self.linear, self.inlet = Conv(decoder.linear, height, width, dtype), Conv(decoder.inlet, height, width, dtype)
+        self.linear, self.inlet = (
+            Conv(decoder.linear, height, width, dtype),
+            Conv(decoder.inlet, height, width, dtype),
+        )
         self.scales: list[list[tuple[Conv, Conv]]] = []
         self.ups: list[Conv] = []
-        self.rates: list[tuple[Conv, int]] = [(self.linear, 1), (self.inlet, 1)]  # with the new frames of a call
+        self.rates: list[tuple[Conv, int]] = [
+            (self.linear, 1),
+            (self.inlet, 1),
+        ]  # with the new frames of a call
         frames = 1
         for blocks, rescale in zip(decoder.blocks, decoder.rescale, strict=True):
-            pairs = [(Conv(block.mix, height, width, dtype), Conv(block.out, height, width, dtype)) for block in blocks]
-            up = Conv(rescale.conv, height, width, dtype, sorted_outputs(rescale).to(decoder.linear.conv.weight.device))
+            pairs = [
+                (Conv(block.mix, height, width, dtype), Conv(block.out, height, width, dtype))
+                for block in blocks
+            ]
+            up = Conv(
+                rescale.conv,
+                height,
+                width,
+                dtype,
+                sorted_outputs(rescale).to(decoder.linear.conv.weight.device),
+            )
             self.rates += [(conv, frames) for pair in pairs for conv in pair] + [(up, frames)]
             self.scales.append(pairs)
             self.ups.append(up)
-            height, width, frames = height * rescale.space, width * rescale.space, frames * rescale.time
+            height, width, frames = (
+                height * rescale.space,
+                width * rescale.space,
+                frames * rescale.time,
+            )
 
     def choose(self, timer: Timer) -> None:
         """Fit every convolution to this device."""
@@ -114,7 +168,9 @@ class StreamDecoder:
 
     def __call__(self, latent: Tensor) -> Tensor:
         z = latent.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        flat = channels_to_space_time(self.linear(z)[None], self.decoder.time, self.decoder.space)[0]  # [4, 3, H, W]
+        flat = channels_to_space_time(self.linear(z)[None], self.decoder.time, self.decoder.space)[
+            0
+        ]  # [4, 3, H, W]
         x = self.inlet(z)
         for pairs, up, rescale in zip(self.scales, self.ups, self.decoder.rescale, strict=True):
             for mix, out in pairs:

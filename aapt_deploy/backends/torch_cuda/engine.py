@@ -23,7 +23,16 @@ from aapt_deploy.backends.torch_cuda.calibrate import calibrate
 from aapt_deploy.backends.torch_cuda.decoder import StreamDecoder
 from aapt_deploy.backends.torch_cuda.kernels import Kernels, on_gpu, plain
 from aapt_deploy.backends.torch_cuda.lane import Lane, Packed
-from aapt_deploy.backends.torch_cuda.step import LINEARS, NOWHERE, Cache, Step, Tiles, Tokens, fp8_layers, wide_layers
+from aapt_deploy.backends.torch_cuda.step import (
+    LINEARS,
+    NOWHERE,
+    Cache,
+    Step,
+    Tiles,
+    Tokens,
+    fp8_layers,
+    wide_layers,
+)
 from aapt_deploy.backends.torch_eager import checkpoint_of
 from aapt_deploy.bundle import scales as scale_files
 from aapt_deploy.bundle.bundle import Bundle
@@ -40,7 +49,11 @@ from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import OneState
 
 BACKEND = "torch-cuda"
-PRECISIONS = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}  # -> type of the activations
+PRECISIONS = {
+    "fp8": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}  # -> type of the activations
 PULL = -0.8  # of random networks, in units of a step's deviation
 
 
@@ -49,7 +62,10 @@ class GpuGenerator:
 
     def __init__(self, step: Step, profile: Profile, lane: Lane) -> None:
         self.profile, self.ring, self.lane, self.cache = profile, Ring.of(profile), lane, step.cache
-        self.inputs = Packed([*signatures(profile)["generator"].inputs, TensorSpec("slot", (1,), "int32")], lane.device)
+        self.inputs = Packed(
+            [*signatures(profile)["generator"].inputs, TensorSpec("slot", (1,), "int32")],
+            lane.device,
+        )
         self.clean = torch.zeros(self.inputs.tensors["noisy"].shape, device=lane.device)
         self.shown = torch.zeros(self.clean.shape, pin_memory=lane.stream is not None)
         self.names = [layer_names(f"text_{kind}", profile) for kind in ("k", "v")]
@@ -72,8 +88,14 @@ class GpuGenerator:
             self.lane.wait()
 
     def _text(self, values: np.ndarray) -> Tensor:
-        kind = PRECISIONS["bf16"] if self.lane.stream or values.dtype == np.uint16 else torch.float32
-        tensor = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if values.dtype == np.uint16 else torch.from_numpy(values)
+        kind = (
+            PRECISIONS["bf16"] if self.lane.stream or values.dtype == np.uint16 else torch.float32
+        )
+        tensor = (
+            torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+            if values.dtype == np.uint16
+            else torch.from_numpy(values)
+        )
         return tensor.to(self.lane.device, kind)
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
@@ -104,9 +126,21 @@ class GpuPrompt:
         text = torch.from_numpy(np.asarray(inputs["text"])).to(self.lane.device)
         with self.lane.mine():
             self.lane.settle()
-            kept = [torch.stack(group).cpu() for group in self.generator.prompt(text.to(self.dtype) if text.is_floating_point() else text)]
-        arrays = [x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy() for x in kept]
-        return {name: array for names, group in zip(self.names, arrays, strict=True) for name, array in zip(names, group, strict=True)}
+            kept = [
+                torch.stack(group).cpu()
+                for group in self.generator.prompt(
+                    text.to(self.dtype) if text.is_floating_point() else text
+                )
+            ]
+        arrays = [
+            x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+            for x in kept
+        ]
+        return {
+            name: array
+            for names, group in zip(self.names, arrays, strict=True)
+            for name, array in zip(names, group, strict=True)
+        }
 
 
 class GpuEncoder:
@@ -189,7 +223,11 @@ class GpuEngines(OneState):
         `fp8` needs `scales`. Without `decoder` there are no frames, and nothing waits until the
         forms of its convolutions are timed.
         """
-        profile, device, dtype = generator.profile, generator.step_spread.device, PRECISIONS[options.precision]
+        profile, device, dtype = (
+            generator.profile,
+            generator.step_spread.device,
+            PRECISIONS[options.precision],
+        )
         assert (options.precision == "fp8") == (scales is not None), f"{options.precision=}"
         self.precision = options.precision
         if device.type == "cuda":
@@ -202,7 +240,10 @@ class GpuEngines(OneState):
         main, beside = Lane(device, priority=-1), Lane(device)
         cache: Cache
         if scales is None:
-            layers, cache = wide_layers(generator, dtype), Tokens(profile, options.kernels, dtype, device)
+            layers, cache = (
+                wide_layers(generator, dtype),
+                Tokens(profile, options.kernels, dtype, device),
+            )
         else:
             layers = fp8_layers(generator, scales, options.kernels, dtype, device, options.by_row)
             cache = Tiles(profile, options.kernels, scales.attention, device)
@@ -213,7 +254,9 @@ class GpuEngines(OneState):
         self.engines: dict[str, GpuEngine] = {
             "encoder": GpuEncoder(vae, main),
             "prompt": GpuPrompt(generator, dtype, main),
-            "generator": GpuGenerator(Step(generator, layers, cache, options.kernels, dtype), profile, main),
+            "generator": GpuGenerator(
+                Step(generator, layers, cache, options.kernels, dtype), profile, main
+            ),
         }
         if decoder:
             streaming = StreamDecoder(vae.decoder, *latent, dtype)
@@ -239,7 +282,12 @@ class GpuEngines(OneState):
 def settle(generator: Generator, dtype: torch.dtype) -> None:
     """Give every weight but the visual stream's products the type it runs in: the text `dtype`; embeddings, modulation and head float32."""
     blocks, text = range(len(generator.step_blocks)), generator.prompt_parameters()
-    products = {f"{generator.STEP}.{i}.{name}.{kind}" for i in blocks for name in LINEARS for kind in ("weight", "bias")}
+    products = {
+        f"{generator.STEP}.{i}.{name}.{kind}"
+        for i in blocks
+        for name in LINEARS
+        for kind in ("weight", "bias")
+    }
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(False)
         if name not in products:
@@ -253,12 +301,24 @@ def open_bundle(bundle: Bundle, precision: str) -> GpuEngines:
     """The checkpoint inside `bundle` on the GPU. Raises MachineError without one or where its memory is too small, UsageError for a precision that
     does not exist or that the bundle has no scales for."""
     if precision == "fp8" and bundle.manifest.get("precision") != "fp8":
-        raise UsageError(f"bundle {bundle.path} has no FP8 scales", "export it with: aapt export CKPT -o BUNDLE --precision fp8")
+        raise UsageError(
+            f"bundle {bundle.path} has no FP8 scales",
+            "export it with: aapt export CKPT -o BUNDLE --precision fp8",
+        )
     device = the_gpu(bundle.profile, precision)
-    scales = scale_files.load(bundle.checked(scale_files.FILE), bundle.profile) if precision == "fp8" else None
+    scales = (
+        scale_files.load(bundle.checked(scale_files.FILE), bundle.profile)
+        if precision == "fp8"
+        else None
+    )
     loaded = checkpoint_of(bundle)
     with memory_for(bundle.profile):
-        return GpuEngines(loaded.generator.to(device), loaded.vae.to(device), scales, Options.of(precision, device))
+        return GpuEngines(
+            loaded.generator.to(device),
+            loaded.vae.to(device),
+            scales,
+            Options.of(precision, device),
+        )
 
 
 def open_random(profile: Profile, precision: str | None) -> GpuEngines:
@@ -273,7 +333,10 @@ def the_gpu(profile: Profile, precision: str) -> torch.device:
     """Raises UsageError for a precision or a profile, and MachineError for a machine, that this engine is not for."""
     refuse_unknown("torch-cuda", precision)  # fp32 is for tests
     if not torch.cuda.is_available():
-        raise MachineError("PyTorch finds no CUDA GPU", "aapt doctor tells what is missing; --device cpu runs a bundle on the CPU")
+        raise MachineError(
+            "PyTorch finds no CUDA GPU",
+            "aapt doctor tells what is missing; --device cpu runs a bundle on the CPU",
+        )
     if precision == "fp8":
         check_fp8(profile, torch.cuda.get_device_capability())
     return torch.device("cuda")
@@ -296,10 +359,16 @@ def check_fp8(profile: Profile, capability: tuple[int, int]) -> None:
     """Raises MachineError for a GPU, and UsageError for a shape, that the FP8 kernels are not for."""
     if capability != (9, 0):
         found = ".".join(map(str, capability))
-        raise MachineError(f"the FP8 kernels are for Hopper GPUs (9.0: H100, H200), this one has compute capability {found}", "take --precision bf16")
+        raise MachineError(
+            f"the FP8 kernels are for Hopper GPUs (9.0: H100, H200), this one has compute capability {found}",
+            "take --precision bf16",
+        )
     if profile.head_dim not in hopper_fp8.HEAD_DIMS:
         dims = " or ".join(map(str, hopper_fp8.HEAD_DIMS))
-        raise UsageError(f"profile {profile.name} has heads of {profile.head_dim}; the FP8 kernels want {dims}", "take --precision bf16")
+        raise UsageError(
+            f"profile {profile.name} has heads of {profile.head_dim}; the FP8 kernels want {dims}",
+            "take --precision bf16",
+        )
 
 
 def random_engines(
@@ -317,14 +386,18 @@ def random_engines(
     return GpuEngines(generator, vae, scales, options, decoder)
 
 
-def random_networks(profile: Profile, dtype: torch.dtype, seed: int, device: torch.device) -> tuple[Generator, Vae]:
+def random_networks(
+    profile: Profile, dtype: torch.dtype, seed: int, device: torch.device
+) -> tuple[Generator, Vae]:
     """Networks with random weights of `dtype` on `device`."""
     with torch.device("meta"):
         generator, vae = checkpoint.build(profile)
     checkpoint.draw(generator, vae, seed, device, dtype)
     channels, patch = profile.video.latent_channels, profile.model.patch
     size, halo, skip = generator.skip.kernel_size[0], profile.model.halo, generator.skip.weight.data
-    for channel in range(channels):  # a pull of the latent before towards zero, or a stream of noise would wander off
+    for channel in range(
+        channels
+    ):  # a pull of the latent before towards zero, or a stream of noise would wander off
         for pixel in range(patch * patch):
             at = (halo + pixel // patch) * size + halo + pixel % patch
             skip[channel * patch * patch + pixel, channels + channel].view(-1)[at] = PULL
@@ -336,7 +409,11 @@ def random_text(profile: Profile, seed: int) -> np.ndarray | None:
     if not profile.text.tokens:
         return None
     rng, spec = np.random.default_rng(seed), signatures(profile)["prompt"].inputs[0]
-    return rng.standard_normal(spec.shape, np.float32) if spec.dtype == "float32" else rng.integers(0, 4, spec.shape)
+    return (
+        rng.standard_normal(spec.shape, np.float32)
+        if spec.dtype == "float32"
+        else rng.integers(0, 4, spec.shape)
+    )
 
 
 def noise_scales(generator: Generator, options: Options, seed: int) -> Scales:

@@ -27,16 +27,31 @@ class AttentionScales:
     @classmethod
     def of(cls, scales: hopper_fp8.Scales, device: torch.device) -> "AttentionScales":
         arrays = (scales.q_scale, scales.k_scale, scales.k_mean, scales.v_scale)
-        return cls(*(torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device) for array in arrays))
+        return cls(
+            *(
+                torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device)
+                for array in arrays
+            )
+        )
 
     def numpy(self) -> hopper_fp8.Scales:
-        return hopper_fp8.Scales(*(tensor.cpu().numpy() for tensor in (self.q, self.k, self.k_mean, self.v)))
+        return hopper_fp8.Scales(
+            *(tensor.cpu().numpy() for tensor in (self.q, self.k, self.k_mean, self.v))
+        )
 
 
-Pack = Callable[[Tensor, Tensor, AttentionScales, Tensor, Tensor], None]  # k, v [1, T, H, D], scales -> k_block, v_block
-AttendTiles = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionScales], Tensor]  # q, k_block, v_block, caches, cache_len, scales
-CommitTiles = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]  # k_block, v_block, slot, caches, tokens; no slot below 0
-AttendTokens = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, caches, cache_len
+Pack = Callable[
+    [Tensor, Tensor, AttentionScales, Tensor, Tensor], None
+]  # k, v [1, T, H, D], scales -> k_block, v_block
+AttendTiles = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionScales], Tensor
+]  # q, k_block, v_block, caches, cache_len, scales
+CommitTiles = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, int], None
+]  # k_block, v_block, slot, caches, tokens; no slot below 0
+AttendTokens = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
+]  # q, k, v, caches, cache_len
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,9 @@ class Kernels:
     """One of each. The first six are those of ops/fused.py."""
 
     modulated: Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-    gated: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
+    gated: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]
+    ]
     heads: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
     activated: Callable[[Tensor, Tensor | None], Tensor]
     quantised: Callable[[Tensor, Tensor], Tensor]
@@ -71,7 +88,15 @@ def on_gpu() -> Kernels:
     def pack(k: Tensor, v: Tensor, s: AttentionScales, k_block: Tensor, v_block: Tensor) -> None:
         cuda_op.pack_into(k, v, s.k, s.k_mean, s.v, k_block, v_block)
 
-    def attend(q: Tensor, k_block: Tensor, v_block: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, s: AttentionScales) -> Tensor:
+    def attend(
+        q: Tensor,
+        k_block: Tensor,
+        v_block: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_len: Tensor,
+        s: AttentionScales,
+    ) -> Tensor:
         out = torch.empty_like(q)
         cuda_op.attend_into(q, k_block, v_block, k_cache, v_cache, cache_len, s.q, s.k, s.v, out)
         return out
@@ -88,22 +113,48 @@ def _pack(k: Tensor, v: Tensor, s: AttentionScales, k_block: Tensor, v_block: Te
         block.copy_(torch.from_numpy(image))
 
 
-def _attend_tiles(q: Tensor, k_block: Tensor, v_block: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, s: AttentionScales) -> Tensor:
-    block_k, block_v, cached_k, cached_v = (image.cpu().numpy() for image in (k_block, v_block, k_cache, v_cache))
-    out = emulator.attend(_array(q[0]), block_k, block_v, q.shape[1], cached_k, cached_v, int(cache_len), s.numpy(), emulator.EXACT)
+def _attend_tiles(
+    q: Tensor,
+    k_block: Tensor,
+    v_block: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_len: Tensor,
+    s: AttentionScales,
+) -> Tensor:
+    block_k, block_v, cached_k, cached_v = (
+        image.cpu().numpy() for image in (k_block, v_block, k_cache, v_cache)
+    )
+    out = emulator.attend(
+        _array(q[0]),
+        block_k,
+        block_v,
+        q.shape[1],
+        cached_k,
+        cached_v,
+        int(cache_len),
+        s.numpy(),
+        emulator.EXACT,
+    )
     return torch.from_numpy(np.ascontiguousarray(out))[None].to(q)
 
 
-def _commit_tiles(k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
+def _commit_tiles(
+    k_block: Tensor, v_block: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int
+) -> None:
     if int(slot) < 0:
         return
     caches = [cache.cpu().numpy().copy() for cache in (k_cache, v_cache)]
-    hopper_fp8.commit(k_block.cpu().numpy(), v_block.cpu().numpy(), tokens, int(slot), caches[0], caches[1])
+    hopper_fp8.commit(
+        k_block.cpu().numpy(), v_block.cpu().numpy(), tokens, int(slot), caches[0], caches[1]
+    )
     for target, made in zip((k_cache, v_cache), caches, strict=True):
         target.copy_(torch.from_numpy(made))
 
 
-def _attend_tokens(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor) -> Tensor:
+def _attend_tokens(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor
+) -> Tensor:
     n = int(cache_len)
     return torch_op.attend_to(q, k, v, k_cache[:, :n], v_cache[:, :n]).contiguous()
 

@@ -24,7 +24,10 @@ class Lane:
     @contextlib.contextmanager
     def mine(self) -> Iterator[None]:
         """Whatever is called inside goes to this lane, from whichever thread."""
-        with torch.no_grad(), torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+        with (
+            torch.no_grad(),
+            torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext(),
+        ):
             yield
 
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:

@@ -57,20 +57,37 @@ class Wide:
 class Narrow:
     """A linear layer in FP8: static scales, one for the input, and for the weights one for each row or one for all."""
 
-    def __init__(self, layer: nn.Linear, input_scale: Tensor, weight_scale: Tensor, rows: int, kernels: Kernels, dtype: torch.dtype, by_row: bool):
+    def __init__(
+        self,
+        layer: nn.Linear,
+        input_scale: Tensor,
+        weight_scale: Tensor,
+        rows: int,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        by_row: bool,
+    ):
         """input_scale [1], weight_scale [out]; `rows` tokens at every call."""
         self.kernels, self.dtype = kernels, dtype
         self.step: Tensor | None = input_scale
         if not by_row:
             weight_scale = weight_scale.max().expand(len(weight_scale))
-        self.weight = quantised(layer.weight.detach(), weight_scale[:, None])  # [out, in]: the product reads it as a column-major [in, out]
-        self.x_scale = input_scale.expand(rows, 1).contiguous() if by_row else input_scale  # PyTorch wants one for each row of both or of none
-        self.weight_scale = weight_scale[None].contiguous() if by_row else weight_scale[:1].contiguous()
+        self.weight = quantised(
+            layer.weight.detach(), weight_scale[:, None]
+        )  # [out, in]: the product reads it as a column-major [in, out]
+        self.x_scale = (
+            input_scale.expand(rows, 1).contiguous() if by_row else input_scale
+        )  # PyTorch wants one for each row of both or of none
+        self.weight_scale = (
+            weight_scale[None].contiguous() if by_row else weight_scale[:1].contiguous()
+        )
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         assert x.dtype == FP8, f"{x.dtype=}"
-        return self.kernels.product(x, self.weight, self.x_scale, self.weight_scale, self.bias, self.dtype)
+        return self.kernels.product(
+            x, self.weight, self.x_scale, self.weight_scale, self.bias, self.dtype
+        )
 
 
 class Cache(Protocol):
@@ -94,12 +111,22 @@ class Cache(Protocol):
 class Tokens:
     """Caches [1, S, H, D] in the activations' type, with room behind for a block that is not kept."""
 
-    def __init__(self, profile: Profile, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, profile: Profile, kernels: Kernels, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.kernels = kernels
-        self.nowhere = torch.tensor([profile.cache_tokens], dtype=torch.int32, device=device)  # a number of the host cannot be captured
-        shape, room = (profile.model.heads, profile.head_dim), profile.cache_tokens + profile.frame_tokens
+        self.nowhere = torch.tensor(
+            [profile.cache_tokens], dtype=torch.int32, device=device
+        )  # a number of the host cannot be captured
+        shape, room = (
+            (profile.model.heads, profile.head_dim),
+            profile.cache_tokens + profile.frame_tokens,
+        )
         self.caches, self.blocks = (
-            [torch.zeros((2, 1, tokens, *shape), dtype=dtype, device=device) for _ in range(profile.model.depth)]
+            [
+                torch.zeros((2, 1, tokens, *shape), dtype=dtype, device=device)
+                for _ in range(profile.model.depth)
+            ]
             for tokens in (room, profile.frame_tokens)
         )
         self.rows = torch.arange(profile.frame_tokens, device=device)
@@ -126,11 +153,20 @@ class Tokens:
 class Tiles:
     """Caches of e4m3 tiles (hopper_fp8)."""
 
-    def __init__(self, profile: Profile, kernels: Kernels, scales: Sequence[hopper_fp8.Scales], device: torch.device) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        kernels: Kernels,
+        scales: Sequence[hopper_fp8.Scales],
+        device: torch.device,
+    ) -> None:
         self.kernels, self.tokens, self.device = kernels, profile.frame_tokens, device
         self.scales = [AttentionScales.of(layer, device) for layer in scales]
         self.heads = profile.model.heads, profile.head_dim
-        self.caches, self.blocks = ([self._image(tokens) for _ in scales] for tokens in (Ring.of(profile).tokens, profile.frame_tokens))
+        self.caches, self.blocks = (
+            [self._image(tokens) for _ in scales]
+            for tokens in (Ring.of(profile).tokens, profile.frame_tokens)
+        )
         self.front = torch.zeros(1, dtype=torch.int32, device=device)
 
     def commit(self, layer: int, slot: Tensor) -> None:
@@ -138,14 +174,20 @@ class Tiles:
         self.kernels.commit_tiles(k_block, v_block, slot, k_cache, v_cache, self.tokens)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache_len: Tensor) -> Tensor:
-        (k_block, v_block), (k_cache, v_cache), scales = self.blocks[layer], self.caches[layer], self.scales[layer]
+        (k_block, v_block), (k_cache, v_cache), scales = (
+            self.blocks[layer],
+            self.caches[layer],
+            self.scales[layer],
+        )
         self.kernels.pack(k, v, scales, k_block, v_block)
         return self.kernels.attend_tiles(q, k_block, v_block, k_cache, v_cache, cache_len, scales)
 
     def _image(self, tokens: int) -> Tensor:
         """Tiles of keys and of values for `tokens` tokens."""
         count, dim = self.heads
-        return torch.zeros((2, *hopper_fp8.image_shape(count, tokens, dim)), dtype=torch.uint8, device=self.device)
+        return torch.zeros(
+            (2, *hopper_fp8.image_shape(count, tokens, dim)), dtype=torch.uint8, device=self.device
+        )
 
     def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
         (k_image, v_image), (k_cache, v_cache) = self._image(k.shape[1]), self.caches[layer]
@@ -169,31 +211,58 @@ class Layer:
 class Step:
     """One pass: calls with the generator's inputs as device tensors (`signature.generator`, and slot int32 [1]), answers with `clean`."""
 
-    def __init__(self, generator: Generator, layers: Sequence[Layer], cache: Cache, kernels: Kernels, dtype: torch.dtype) -> None:
-        self.generator, self.layers, self.cache, self.kernels, self.dtype = generator, layers, cache, kernels, dtype
-        self.tables = torch.stack([layer.modulation.detach().float() for layer in generator.step_blocks])  # [depth, 6, dim]
+    def __init__(
+        self,
+        generator: Generator,
+        layers: Sequence[Layer],
+        cache: Cache,
+        kernels: Kernels,
+        dtype: torch.dtype,
+    ) -> None:
+        self.generator, self.layers, self.cache, self.kernels, self.dtype = (
+            generator,
+            layers,
+            cache,
+            kernels,
+            dtype,
+        )
+        self.tables = torch.stack(
+            [layer.modulation.detach().float() for layer in generator.step_blocks]
+        )  # [depth, 6, dim]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         g, kernels = self.generator, self.kernels
         time, previous = inputs["time"], inputs["previous"]
-        innovation, base, spread = posterior(inputs["noisy"], previous, time[:, None, None, None], g.step_spread)
-        tokens, direct = g.embed(torch.cat([innovation, previous, inputs["condition"]], dim=1))  # [1, F, dim], [1, C, h, w]
+        innovation, base, spread = posterior(
+            inputs["noisy"], previous, time[:, None, None, None], g.step_spread
+        )
+        tokens, direct = g.embed(
+            torch.cat([innovation, previous, inputs["condition"]], dim=1)
+        )  # [1, F, dim], [1, C, h, w]
         shared, head = (torch.cat(group) for group in g.times(time))  # [6, dim], [2, dim]
         tables = self.tables + shared  # [depth, 6, dim]
         rope = join_rope(inputs["rope_time"], g.spatial_rope)[0].contiguous()  # [2, F, P]
         x = tokens[0].to(self.dtype).contiguous()  # [F, dim]
-        y = kernels.modulated(x, tables[0, 0], tables[0, 1], EPS, self.layers[0].linears["qkv"].step)
+        y = kernels.modulated(
+            x, tables[0, 0], tables[0, 1], EPS, self.layers[0].linears["qkv"].step
+        )
         for i, layer in enumerate(self.layers):
             qkv, out, w1, w2 = (layer.linears[name] for name in LINEARS)
             self.cache.commit(i, inputs["slot"])
             q, k, v = kernels.heads(qkv(y), layer.norm_q, layer.norm_k, rope, EPS)  # [1, F, H, D]
-            attended = self.cache.attend(i, q, k, v, inputs["cache_len"]).view(len(x), -1)  # [F, dim]
+            attended = self.cache.attend(i, q, k, v, inputs["cache_len"]).view(
+                len(x), -1
+            )  # [F, dim]
             attended = attended if out.step is None else kernels.quantised(attended, out.step)
             _, _, gate, shift, scale, gate_mlp = tables[i]
             x, y = kernels.gated(x, out(attended), gate, shift, scale, EPS, w1.step)
             mlp = w2(kernels.activated(w1(y), w2.step))
             last = i + 1 == len(self.layers)
-            shift, scale, step = (*head, None) if last else (*tables[i + 1, :2], self.layers[i + 1].linears["qkv"].step)
+            shift, scale, step = (
+                (*head, None)
+                if last
+                else (*tables[i + 1, :2], self.layers[i + 1].linears["qkv"].step)
+            )
             x, y = kernels.gated(x, mlp, gate_mlp, shift, scale, EPS, step)
         clean: Tensor = base + spread * (g.latent(y.float()[None]) + direct)
         return clean
@@ -201,10 +270,20 @@ class Step:
 
 def wide_layers(generator: Generator, dtype: torch.dtype) -> list[Layer]:
     """The visual stream in `dtype`."""
-    return [_layer(stream, {name: Wide(getattr(stream, name), dtype) for name in LINEARS}) for stream in generator.step_blocks]
+    return [
+        _layer(stream, {name: Wide(getattr(stream, name), dtype) for name in LINEARS})
+        for stream in generator.step_blocks
+    ]
 
 
-def fp8_layers(generator: Generator, scales: Scales, kernels: Kernels, dtype: torch.dtype, device: torch.device, by_row: bool) -> list[Layer]:
+def fp8_layers(
+    generator: Generator,
+    scales: Scales,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+    by_row: bool,
+) -> list[Layer]:
     """The visual stream with every linear layer that has scales in FP8, the others in `dtype`."""
     tokens, layers = generator.profile.frame_tokens, []
     for i, stream in enumerate(generator.step_blocks):
@@ -214,7 +293,9 @@ def fp8_layers(generator: Generator, scales: Scales, kernels: Kernels, dtype: to
             if found is None:
                 linears[name] = Wide(layer, dtype)
                 continue
-            input_scale, weight_scale = (torch.from_numpy(s).to(device) for s in (found.input_scale, found.weight_scale))
+            input_scale, weight_scale = (
+                torch.from_numpy(s).to(device) for s in (found.input_scale, found.weight_scale)
+            )
             linears[name] = Narrow(layer, input_scale, weight_scale, tokens, kernels, dtype, by_row)
         layers.append(_layer(stream, linears))
     return layers

@@ -1,7 +1,7 @@
-"""The AAPT family: an MMDiT with a text and a visual stream, and a causal VAE.
+"""Define the AAPT family: an MMDiT with a text and a visual stream, and a causal VAE.
 
 family.py          the family's choices: inputs, sampler, controls, prompts (NumPy only)
-networks.py        the family's networks: built, drawn, cut into graphs
+networks.py        the torch half of the family: build networks, cut them into graphs
 sampler.py         from noise to a clean latent, pass by pass
 signature.py       names, shapes and state of the graphs (NumPy only)
 camera.py          velocities in, rays out (NumPy only)

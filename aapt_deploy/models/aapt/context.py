@@ -1,10 +1,13 @@
-"""Context parallelism over heads: processes share a batch, each with a part of every frame's tokens (as DeepSpeed Ulysses, arXiv 2309.14509).
+"""Share a batch among processes, each with a part of every frame's tokens.
 
-All but attention works token by token. Around attention, tokens are exchanged for heads: a process then has all tokens of its heads, and the KV cache
-holds no others. What comes before the blocks and after them is done by every process alike, on all tokens.
+This is context parallelism over heads, as in DeepSpeed Ulysses (arXiv 2309.14509). All but
+attention works token by token. For attention, tokens are exchanged for heads. A process then has
+all tokens of its heads, and a KV cache of those heads only. Every process computes what comes
+before and after the blocks on all tokens.
 
-Gradients are meant to be averaged over the processes. That is right for weights that saw all tokens in every process. For those of which each process
-saw its own part alone the sum would be; so, between `whole` and `part`, gradients are R times what they are outside.
+Gradients are averaged over the processes, which is right for weights that saw all tokens in every
+process. Weights that saw one part in each process need the sum. So, between `part` and `whole`,
+gradients are R times those outside.
 
 Letters: R processes, B batch, n blocks, F tokens per frame, H heads, D head_dim.
 """
@@ -21,7 +24,7 @@ from aapt_deploy.errors import UsageError
 
 @dataclass(frozen=True)
 class Context:
-    """This process among those that share its batch."""
+    """The group of processes that share a batch with this one."""
 
     group: dist.ProcessGroup
 
@@ -30,41 +33,48 @@ class Context:
         return self.group.size()
 
     def check(self, heads: int, frame_tokens: int) -> None:
-        """Raises UsageError where heads or tokens do not divide."""
+        """Raise UsageError if heads or tokens do not divide among the processes."""
         if heads % self.size or frame_tokens % self.size:
-            raise UsageError(
-                f"{self.size} processes cannot share {heads} heads and {frame_tokens} tokens a frame", "choose a --context that divides both"
-            )
+            share = f"{heads} heads and {frame_tokens} tokens a frame"
+            hint = "choose a --context that divides both"
+            raise UsageError(f"{self.size} processes cannot share {share}", hint)
 
     def part(self, x: Tensor, frame_tokens: int, dim: int = 1) -> Tensor:
-        """This process's tokens of every frame: n*F -> n*F/R along `dim`. A single entry stands for all tokens and stays."""
+        """Return this process's tokens of every frame: n*F -> n*F/R along `dim`.
+
+        A single entry, which is for all tokens, is returned as it is.
+        """
         if x.shape[dim] == 1:
             return x
-        parts = x.unflatten(dim, (-1, self.size, frame_tokens // self.size)).movedim(dim + 1, 0)  # [R, ..., n, F/R, ...]
+        parts = x.unflatten(dim, (-1, self.size, frame_tokens // self.size))
+        parts = parts.movedim(dim + 1, 0)  # [R, ..., n, F/R, ...]
         mine: Tensor = _Part.apply(parts, self.group)  # type: ignore[no-untyped-call]
         return torch.flatten(mine, dim, dim + 1)
 
     def heads(self, x: Tensor) -> Tensor:
-        """This process's heads of tokens that every process has: [B, N, H, D] -> [B, N, H/R, D]."""
+        """Return this process's heads of all tokens: [B, N, H, D] -> [B, N, H/R, D]."""
         mine: Tensor = x.chunk(self.size, dim=2)[self.group.rank()]
         return mine
 
     def to_heads(self, x: Tensor, frame_tokens: int) -> Tensor:
-        """All tokens of this process's heads: [B, n*F/R, H, D] -> [B, n*F, H/R, D]."""
-        x = x.unflatten(2, (self.size, -1)).unflatten(1, (-1, frame_tokens // self.size))  # [B, n, F/R, R, H/R, D]
-        x = _exchanged(x.permute(3, 0, 1, 2, 4, 5), self.group)  # [R, B, n, F/R, H/R, D], by whose tokens
+        """Exchange for all tokens of this process's heads: [B, n*F/R, H, D] -> [B, n*F, H/R, D]."""
+        x = x.unflatten(2, (self.size, -1)).unflatten(1, (-1, frame_tokens // self.size))
+        x = x.permute(3, 0, 1, 2, 4, 5)  # [R, B, n, F/R, H/R, D], by the owner of the heads
+        x = _exchanged(x, self.group)  # by the owner of the tokens
         return x.permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
 
     def to_tokens(self, x: Tensor, frame_tokens: int) -> Tensor:
-        """All heads of this process's tokens: [B, n*F, H/R, D] -> [B, n*F/R, H, D]."""
-        x = x.unflatten(1, (-1, self.size, frame_tokens // self.size))  # [B, n, R, F/R, H/R, D]
-        x = _exchanged(x.permute(2, 0, 1, 3, 4, 5), self.group)  # [R, B, n, F/R, H/R, D], by whose heads
+        """Exchange for all heads of this process's tokens: [B, n*F, H/R, D] -> [B, n*F/R, H, D]."""
+        x = x.unflatten(1, (-1, self.size, frame_tokens // self.size))
+        x = x.permute(2, 0, 1, 3, 4, 5)  # [R, B, n, F/R, H/R, D], by the owner of the tokens
+        x = _exchanged(x, self.group)  # by the owner of the heads
         return x.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
 
     def whole(self, x: Tensor, frame_tokens: int) -> Tensor:
-        """All tokens: [B, n*F/R, dim] -> [B, n*F, dim]."""
-        parts: Tensor = _Gather.apply(x, self.group)  # type: ignore[no-untyped-call]  # [R, B, n*F/R, dim]
-        return torch.flatten(parts.unflatten(2, (-1, frame_tokens // self.size)).permute(1, 2, 0, 3, 4), 1, 3)
+        """Gather all tokens: [B, n*F/R, dim] -> [B, n*F, dim]."""
+        parts: Tensor = _Gather.apply(x, self.group)  # type: ignore[no-untyped-call]
+        parts = parts.unflatten(2, (-1, frame_tokens // self.size))  # [R, B, n, F/R, dim]
+        return torch.flatten(parts.permute(1, 2, 0, 3, 4), 1, 3)
 
 
 def _exchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -73,7 +83,7 @@ def _exchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """x [R, ...]: part r goes to process r, and what process r sent comes in its place."""
+    """Send part r of x [R, ...] to process r, and put what process r sent in its place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -89,7 +99,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Part(torch.autograd.Function):
-    """This process's part of what all have: [R, ...] -> [...]. Backward, the parts of all come together again."""
+    """Take this process's part, [R, ...] -> [...]. Backward gathers the parts of all."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -102,7 +112,7 @@ class _Part(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The parts of all: [...] -> [R, ...]. All go on alike and get the same gradient, of which each takes its part."""
+    """Gather the parts of all, [...] -> [R, ...]. Backward takes one part of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

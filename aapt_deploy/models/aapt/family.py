@@ -1,4 +1,4 @@
-"""AAPT as a family: camera rays and the latent before as inputs, a bent sampler, prompts of words or vectors."""
+"""Define AAPT as a family: camera rays, recycled latents, its sampler, its prompts."""
 
 import importlib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from aapt_deploy.profiles import Profile
 
 
 class CameraFeed:
-    """The latent before, the camera's rays and the block's temporal angles."""
+    """The previous latent, the camera's rays and the block's temporal angles."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile, self.pose = profile, Pose()
@@ -45,7 +45,7 @@ class CameraFeed:
 
 
 class Aapt:
-    """See models/family.py for what each member means."""
+    """The AAPT family. models/family.py documents the members."""
 
     stacks = ("text", "visual")
     write_time = None
@@ -75,10 +75,11 @@ class Aapt:
         return Velocity(CRUISE.forward, yaw=0.2 * (1 - 2 * (block // 4 % 2)))
 
     def text_of(self, profile: Profile, prompt: str) -> np.ndarray | None:
-        """int64 [1, L] ids of words, or the float32 [1, L, dim] vectors of the .npy file `prompt`."""
+        """Return int64 [1, L] ids of words, or float32 [1, L, dim] of the .npy file `prompt`."""
         if not profile.text.tokens:
             return None
-        return token_ids(parse(prompt)) if profile.text.kind == "vocabulary" else vectors(profile, prompt)
+        spoken = profile.text.kind == "vocabulary"
+        return token_ids(parse(prompt)) if spoken else vectors(profile, prompt)
 
     def in_common(self, prompt: str, other: str) -> int:
         words = set(vars(parse(prompt)).values()) - {None}
@@ -89,7 +90,8 @@ class Aapt:
         if not text.tokens:
             return None
         if text.kind == "vocabulary":
-            return token_ids(Look(**{name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()}))
+            drawn = {name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()}
+            return token_ids(Look(**drawn))
         return rng.standard_normal((1, text.tokens, text.dim), np.float32)
 
     def networks(self) -> Any:

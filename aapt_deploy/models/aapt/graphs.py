@@ -1,6 +1,6 @@
-"""The networks as the graphs of a bundle: flat tensors in and out, in the order and under the names of `signature`.
+"""Wrap the networks as the graphs of a bundle, with flat tensors as in `signature`.
 
-Export traces these modules and the torch engine runs them, so both speak the same signature.
+Export traces these modules and the torch engine runs them, so both have the same signature.
 """
 
 import torch
@@ -17,7 +17,7 @@ class EncoderGraph(nn.Module):
         self.vae = vae
 
     def forward(self, image: Tensor) -> Tensor:
-        """uint8 [H, W, 3] -> latent 0 [1, C, h, w]."""
+        """Encode uint8 [H, W, 3] to latent 0 [1, C, h, w]."""
         return self.vae.encode(from_pixels(image)[None, None])[:, 0]
 
 
@@ -27,7 +27,7 @@ class PromptGraph(nn.Module):
         self.generator = generator
 
     def forward(self, text: Tensor) -> tuple[Tensor, ...]:
-        """Prompt tokens -> every layer's keys, then every layer's values, each [1, L, H, D]."""
+        """Return every layer's text keys, then every layer's values, each [1, L, H, D]."""
         keys, values = self.generator.prompt(text)
         return (*keys, *values)
 
@@ -37,11 +37,15 @@ class GeneratorGraph(nn.Module):
         super().__init__()
         self.generator = generator
 
-    def forward(self, noisy: Tensor, previous: Tensor, condition: Tensor, time: Tensor, rope_time: Tensor, cache_len: Tensor,
-                *caches: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
-        """One pass over one block; caches are every layer's keys, then every layer's values. See `Generator.step`."""
+    def forward(
+        self, noisy: Tensor, previous: Tensor, condition: Tensor, time: Tensor, rope_time: Tensor,
+        cache_len: Tensor, *caches: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Run `Generator.step`. caches: every layer's keys, then every layer's values."""
         depth = len(caches) // 2
-        clean, keys, values = self.generator.step(noisy, previous, condition, time, rope_time, list(caches[:depth]), list(caches[depth:]), cache_len)
+        k, v = list(caches[:depth]), list(caches[depth:])
+        inputs = (noisy, previous, condition, time, rope_time)
+        clean, keys, values = self.generator.step(*inputs, k, v, cache_len)
         return (clean, *keys, *values)
 
 
@@ -51,21 +55,24 @@ class DecoderGraph(nn.Module):
         self.vae = vae
 
     def forward(self, latent: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-        """One latent frame -> uint8 frames [4, H, W, 3] and the new memory."""
+        """Decode one latent frame to uint8 frames [4, H, W, 3]; return the new memory as well."""
         frames, kept = self.vae.decode_step(latent, list(memory))
         return (to_pixels(frames[0]), *kept)
 
 
 def graph_modules(profile: Profile, generator: Generator, vae: Vae) -> dict[str, nn.Module]:
-    """The graphs that `signature.signatures` lists, as modules."""
-    graphs = {"encoder": EncoderGraph(vae), "prompt": PromptGraph(generator), "generator": GeneratorGraph(generator), "decoder": DecoderGraph(vae)}
-    if not profile.text.tokens:
-        del graphs["prompt"]
+    """Return the graphs that `signature.signatures` lists, as modules."""
+    graphs: dict[str, nn.Module] = {"encoder": EncoderGraph(vae)}
+    if profile.text.tokens:
+        graphs["prompt"] = PromptGraph(generator)
+    graphs |= {"generator": GeneratorGraph(generator), "decoder": DecoderGraph(vae)}
     return {name: module.eval() for name, module in graphs.items()}
 
 
-def random_inputs(shapes: list[tuple[str, tuple[int, ...], str]], seed: int, cache_len: int) -> list[Tensor]:
-    """Inputs of realistic scale for (name, shape, dtype) triples: for tracing and for parity."""
+def random_inputs(
+    shapes: list[tuple[str, tuple[int, ...], str]], seed: int, cache_len: int
+) -> list[Tensor]:
+    """Draw inputs of realistic scale for (name, shape, dtype) triples, to trace or compare."""
     rng = torch.Generator().manual_seed(seed)
     values = []
     for name, shape, dtype in shapes:

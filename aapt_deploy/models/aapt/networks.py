@@ -1,4 +1,4 @@
-"""AAPT's networks as models/family.py asks for them: built, drawn, cut into graphs."""
+"""Implement the torch half of the family: build the networks, cut them into graphs."""
 
 from typing import Any
 
@@ -12,23 +12,23 @@ from aapt_deploy.profiles import Profile
 
 
 def build(profile: Profile) -> tuple[Generator, Vae]:
-    """Generator and VAE of a profile with fresh weights, in evaluation mode."""
+    """Build generator and VAE with fresh weights, in evaluation mode."""
     return Generator(profile).eval(), Vae(profile).eval()
 
 
 def computed(profile: Profile) -> dict[str, Tensor]:
-    """The spatial half of RoPE."""
+    """Compute the spatial half of RoPE."""
     return {"spatial_rope": spatial_rope(profile)}
 
 
 def zero_at_first(module: str) -> bool:
-    """The linear predictor feeds a latent back into itself: random, it would double it block by block."""
+    """Return True for the linear predictor, which would double the latent block by block."""
     return module == "skip"
 
 
 def parameters(graph: str, module: Any) -> list[nn.Parameter]:
-    """Generator and prompt share a network, encoder and decoder another."""
+    """Return one graph's parameters of the network that it shares with another graph."""
     if graph in ("encoder", "decoder"):
         return list(getattr(module.vae, graph).parameters())
-    text = module.generator.prompt_parameters()
-    return [p for name, p in module.generator.named_parameters() if (name in text) == (graph == "prompt")]
+    text, named = module.generator.prompt_parameters(), module.generator.named_parameters()
+    return [p for name, p in named if (name in text) == (graph == "prompt")]

@@ -1,12 +1,14 @@
-"""Prompts of the demo world: a few words that choose its look.
+"""Parse prompts of the demo world: a few words that choose its look.
 
-A prompt is plain English over a small vocabulary: "a forest in autumn at dusk, foggy". Each attribute takes one token; an attribute that
-is not named takes its "any" token. This is the whole text encoder of a profile with text.kind = "vocabulary".
+A prompt is plain English over a small vocabulary: "a forest in autumn at dusk, foggy". Each
+attribute takes one token, which is its "any" token if the prompt does not name it. A profile with
+text.kind = "vocabulary" has no other text encoder.
 """
 
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,19 +22,24 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "weather": ("clear", "cloudy", "foggy"),
 }
 SYNONYMS = {
-    "mountain": "mountains", "dunes": "desert", "island": "islands", "sea": "islands", "ocean": "islands", "coast": "islands",
-    "woods": "forest", "trees": "forest", "fall": "autumn", "snow": "winter", "snowy": "winter", "sunrise": "dawn", "morning": "dawn",
-    "day": "noon", "midday": "noon", "sunset": "dusk", "evening": "dusk", "midnight": "night", "sunny": "clear", "clouds": "cloudy",
-    "overcast": "cloudy", "fog": "foggy", "mist": "foggy", "misty": "foggy",
+    "mountain": "mountains", "dunes": "desert", "island": "islands", "sea": "islands",
+    "ocean": "islands", "coast": "islands", "woods": "forest", "trees": "forest", "fall": "autumn",
+    "snow": "winter", "snowy": "winter", "sunrise": "dawn", "morning": "dawn", "day": "noon",
+    "midday": "noon", "sunset": "dusk", "evening": "dusk", "midnight": "night", "sunny": "clear",
+    "clouds": "cloudy", "overcast": "cloudy", "fog": "foggy", "mist": "foggy", "misty": "foggy",
 }  # fmt: skip
-FILLERS = frozenset(["a", "an", "and", "at", "by", "during", "in", "of", "on", "over", "sky", "skies", "the", "under", "weather", "with"])
-VOCABULARY_SIZE = sum(len(words) + 1 for words in ATTRIBUTES.values())  # each attribute has an "any" token of its own
+FILLERS = frozenset((
+    "a", "an", "and", "at", "by", "during", "in", "of", "on", "over", "sky", "skies", "the",
+    "under", "weather", "with",
+))  # fmt: skip
+# Each attribute has an "any" token of its own.
+VOCABULARY_SIZE = sum(len(words) + 1 for words in ATTRIBUTES.values())
 PROMPT_TOKENS = len(ATTRIBUTES)
 
 
 @dataclass(frozen=True)
 class Look:
-    """The attributes of a prompt; None where it leaves one open."""
+    """The attributes of a prompt; None if it does not name one."""
 
     place: str | None = None
     season: str | None = None
@@ -40,11 +47,14 @@ class Look:
     weather: str | None = None
 
     def __str__(self) -> str:
-        return ", ".join(word for word in (self.place, self.season, self.time, self.weather) if word) or "any"
+        return ", ".join(word for word in vars(self).values() if word) or "any"
 
 
 def parse(prompt: str) -> Look:
-    """Read a prompt. Raises UsageError for a word outside the vocabulary and for two values of one attribute."""
+    """Parse a prompt.
+
+    Raises UsageError if a word is not in the vocabulary, or two words set one attribute.
+    """
     found: dict[str, str] = {}
     for word in re.findall(r"[^\s,.;:!?]+", prompt.lower()):
         value = SYNONYMS.get(word, word)
@@ -55,14 +65,17 @@ def parse(prompt: str) -> Look:
             known = [w for words in ATTRIBUTES.values() for w in words]
             near = difflib.get_close_matches(word, [*known, *SYNONYMS], n=1)
             meant = f"did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"prompt word {word!r} is outside the vocabulary", f"{meant}known words: {', '.join(known)}")
+            hint = f"{meant}known words: {', '.join(known)}"
+            raise UsageError(f"prompt word {word!r} is outside the vocabulary", hint)
         if found.setdefault(attribute, value) != value:
-            raise UsageError(f"prompt names two values of {attribute}: {found[attribute]!r} and {value!r}", "name one of them")
+            first = found[attribute]
+            wrong = f"prompt names two values of {attribute}: {first!r} and {value!r}"
+            raise UsageError(wrong, "name one of them")
     return Look(**found)
 
 
 def token_ids(look: Look) -> np.ndarray:
-    """int64 [1, PROMPT_TOKENS]: one id per attribute, in the order of ATTRIBUTES."""
+    """Return int64 [1, PROMPT_TOKENS]: one id per attribute, in the order of ATTRIBUTES."""
     ids, first = [], 0
     for name, words in ATTRIBUTES.items():
         value = getattr(look, name)
@@ -72,19 +85,25 @@ def token_ids(look: Look) -> np.ndarray:
 
 
 def vectors(profile: Profile, prompt: str) -> np.ndarray:
-    """float32 [1, L, dim]: what the .npy file `prompt` of an external text encoder holds; zeros for "".
+    """Read float32 [1, L, dim] from the .npy file `prompt` of a text encoder; zeros for "".
 
-    Raises UsageError for a file that cannot be used.
+    Raises UsageError if the file is unusable.
     """
     text = profile.text
     made = np.zeros((1, text.tokens, text.dim), np.float32)
     if not prompt:
         return made
-    hint = f"profile {profile.name} takes vectors of a text encoder: name a .npy file of float32 [{text.tokens}, {text.dim}]"
+    hint = (
+        f"profile {profile.name} takes vectors of a text encoder: "
+        f"name a .npy file of float32 [{text.tokens}, {text.dim}]"
+    )
     try:
-        found = np.load(prompt, mmap_mode="r", allow_pickle=False)  # of the header alone, until the shape is known
-        if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.shape not in (made.shape, made.shape[1:]):
-            raise ValueError(f"it holds {getattr(found, 'dtype', 'no array')} {list(getattr(found, 'shape', []))}")
+        # Maps the file: only its header is read before the check of the shape.
+        found: Any = np.load(prompt, mmap_mode="r", allow_pickle=False)
+        dtype, shape = getattr(found, "dtype", "no array"), getattr(found, "shape", ())
+        array = isinstance(found, np.ndarray) and found.dtype.kind == "f"
+        if not array or shape not in (made.shape, made.shape[1:]):
+            raise ValueError(f"it holds {dtype} {list(shape)}")
         made[0] = found
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"prompt {prompt!r} cannot be read: {error}", hint) from None

@@ -1,12 +1,12 @@
-"""The tensors of AAPT's graphs: names, shapes, dtypes and state, computed from a Profile. The only place that spells them.
+"""Compute names, shapes, dtypes and state of AAPT's graphs from a Profile.
 
-Exporter, builder, engines, rollout and tests read it, so a renamed tensor is renamed once.
+No other place lists them. Exporter, builder, engines, rollout and tests read them here.
 
-    encoder     image [H, W, 3] uint8                       -> latent
-    prompt      text                                        -> text_k.NN, text_v.NN per layer
+    encoder     image [H, W, 3] uint8                      -> latent
+    prompt      text                                       -> text_k.NN, text_v.NN per layer
     generator   noisy, previous, condition, time, rope_time,
-                k_cache.NN, v_cache.NN, cache_len           -> clean, k_block.NN, v_block.NN
-    decoder     latent, memory.NN                           -> frames [4, H, W, 3] uint8, memory.NN.next
+                k_cache.NN, v_cache.NN, cache_len          -> clean, k_block.NN, v_block.NN
+    decoder     latent, memory.NN             -> frames [4, H, W, 3] uint8, memory.NN.next
 """
 
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, layer_names
@@ -16,8 +16,11 @@ from aapt_deploy.profiles import CONDITION_CHANNELS, PIXEL_CHANNELS, Profile
 GRAPHS = ("encoder", "prompt", "generator", "decoder")
 
 
-def _per_layer(prefixes: tuple[str, str], profile: Profile, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, shape) for prefix in prefixes for name in layer_names(prefix, profile))
+def _per_layer(prefixes: tuple[str, str], profile: Profile, tokens: int) -> tuple[TensorSpec, ...]:
+    """Keys and values [1, tokens, H, D] of every layer."""
+    shape = (1, tokens, profile.model.heads, profile.head_dim)
+    names = (name for prefix in prefixes for name in layer_names(prefix, profile))
+    return tuple(TensorSpec(name, shape) for name in names)
 
 
 def latent_shape(profile: Profile) -> tuple[int, int, int, int]:
@@ -25,39 +28,39 @@ def latent_shape(profile: Profile) -> tuple[int, int, int, int]:
 
 
 def encoder(profile: Profile) -> GraphSignature:
-    """First image -> latent 0."""
-    image = TensorSpec("image", (profile.video.height, profile.video.width, PIXEL_CHANNELS), "uint8")
-    return GraphSignature("encoder", (image,), (TensorSpec("latent", latent_shape(profile)),))
+    """Return the graph that turns the first image into latent 0."""
+    size = (profile.video.height, profile.video.width, PIXEL_CHANNELS)
+    latent = TensorSpec("latent", latent_shape(profile))
+    return GraphSignature("encoder", (TensorSpec("image", size, "uint8"),), (latent,))
 
 
 def prompt(profile: Profile) -> GraphSignature:
-    """Prompt tokens -> the text's keys and values, one pair per layer [1, L, H, D]."""
+    """Return the graph that turns a prompt into each layer's keys and values [1, L, H, D]."""
     text = profile.text
-    ids = TensorSpec("text", (1, text.tokens), "int64") if text.kind == "vocabulary" else TensorSpec("text", (1, text.tokens, text.dim))
-    shape = (1, text.tokens, profile.model.heads, profile.head_dim)
-    return GraphSignature("prompt", (ids,), _per_layer(("text_k", "text_v"), profile, shape))
+    ids = TensorSpec("text", (1, text.tokens), "int64")
+    vectors = TensorSpec("text", (1, text.tokens, text.dim))
+    read = ids if text.kind == "vocabulary" else vectors
+    return GraphSignature("prompt", (read,), _per_layer(("text_k", "text_v"), profile, text.tokens))
 
 
 def generator(profile: Profile, cache_tokens: int | None = None) -> GraphSignature:
-    """One pass over one block. `cache_tokens` is the cache length where an engine's ring differs from the op's own."""
-    latent, heads = latent_shape(profile), (profile.model.heads, profile.head_dim)
-    return GraphSignature(
-        "generator",
-        inputs=(
-            TensorSpec("noisy", latent),
-            TensorSpec("previous", latent),
-            TensorSpec("condition", (1, CONDITION_CHANNELS, *latent[2:])),
-            TensorSpec("time", (1,)),
-            TensorSpec("rope_time", (1, 2, rope_pairs(profile)[0])),
-            TensorSpec("cache_len", (1,), "int32"),
-        ),
-        outputs=(TensorSpec("clean", latent), *_per_layer(("k_block", "v_block"), profile, (1, profile.frame_tokens, *heads))),
-        state=_per_layer(("k_cache", "v_cache"), profile, (1, cache_tokens or profile.cache_tokens, *heads)),
+    """Return the graph of one pass over one block; `cache_tokens` if not the op's own length."""
+    latent = latent_shape(profile)
+    inputs = (
+        TensorSpec("noisy", latent),
+        TensorSpec("previous", latent),
+        TensorSpec("condition", (1, CONDITION_CHANNELS, *latent[2:])),
+        TensorSpec("time", (1,)),
+        TensorSpec("rope_time", (1, 2, rope_pairs(profile)[0])),
+        TensorSpec("cache_len", (1,), "int32"),
     )
+    blocks = _per_layer(("k_block", "v_block"), profile, profile.frame_tokens)
+    caches = _per_layer(("k_cache", "v_cache"), profile, cache_tokens or profile.cache_tokens)
+    return GraphSignature("generator", inputs, (TensorSpec("clean", latent), *blocks), caches)
 
 
 def decoder(profile: Profile) -> GraphSignature:
-    """One latent frame -> four frames, with the memory of the causal convolutions."""
+    """Return the graph from a latent to four frames, with the causal convolutions' memory."""
     v, vae = profile.video, profile.vae
     height, width = profile.latent_height, profile.latent_width
     shapes = [(1, v.latent_channels, height, width)]  # of the linear path
@@ -69,13 +72,13 @@ def decoder(profile: Profile) -> GraphSignature:
             convolutions = 2 * vae.blocks + (not last) if vae.look_back == "all" else vae.blocks
             shapes += [(past, channels, height * stride, width * stride)] * convolutions
     state = tuple(TensorSpec(f"memory.{i:02d}", (1, *shape)) for i, shape in enumerate(shapes))
+    latent = TensorSpec("latent", latent_shape(profile))
     frames = TensorSpec("frames", (v.temporal_stride, v.height, v.width, PIXEL_CHANNELS), "uint8")
-    return GraphSignature("decoder", (TensorSpec("latent", latent_shape(profile)),), (frames,), state)
+    return GraphSignature("decoder", (latent,), (frames,), state)
 
 
 def signatures(profile: Profile) -> dict[str, GraphSignature]:
-    """All graphs of a bundle by name. A generator without text has no prompt graph."""
-    graphs = {"encoder": encoder(profile), "prompt": prompt(profile), "generator": generator(profile), "decoder": decoder(profile)}
-    if not profile.text.tokens:
-        del graphs["prompt"]
-    return graphs
+    """Return all graphs of a bundle by name. A generator without text has no prompt graph."""
+    graphs = (encoder(profile), prompt(profile), generator(profile), decoder(profile))
+    spoken = bool(profile.text.tokens)
+    return {graph.name: graph for graph in graphs if spoken or graph.name != "prompt"}

@@ -1,15 +1,19 @@
-"""The causal VAE: 4 frames and 8x8 pixels per latent pixel; the first frame alone is latent 0.
+"""Encode and decode video causally: 4 frames and 8x8 pixels per latent pixel.
 
-Time is causal, so a video can be decoded while it is generated. Every convolution over time takes and returns its memory (the last
-`temporal_kernel - 1` frames it saw), and that is the only schedule there is: a parallel call passes many frames and starts from empty
-memory, a streaming call passes one latent frame and carries the memory on. Both run the same code, so their outputs are the same.
+The first frame alone is latent 0. Time is causal, so a video can be decoded while it is generated.
+Every convolution over time takes and returns its memory, the last `temporal_kernel - 1` frames. A
+parallel call passes many frames and starts from empty memory. A streaming call passes one latent
+frame and the memory of the call before. Both run the same code, so their outputs are the same.
 
-The first frame is repeated to fill its group of four; on the way back the first three frames are dropped. That keeps every shape static.
+The first frame is repeated to fill its group of four, and decoding drops the first three frames.
+That keeps every shape static.
 
-Both halves are a linear patch path plus a convolutional branch whose last layer starts at zero. The linear paths have closed-form starts
-(PCA for the encoder, ridge regression for the decoder: `train/losses/vae_fit.py`), so training begins from a picture and not from noise.
+Both halves are a linear patch path plus a convolutional branch whose last layer starts at zero. The
+linear paths have closed-form starts: PCA for the encoder, ridge regression for the decoder
+(`train/losses/vae_fit.py`). So training starts from a picture instead of noise.
 
-Letters: B batch, T frames at the layer's own rate, C channels, H x W pixels, h x w latent pixels, n latent frames.
+Letters: B batch, T frames at the layer's own rate, C channels, H x W pixels, h x w latent pixels,
+n latent frames.
 """
 
 import math
@@ -26,14 +30,15 @@ LINEAR_REACH = 2  # latent frames that the decoder's linear path looks at
 
 
 def space_time_to_channels(x: Tensor, time: int, space: int) -> Tensor:
-    """[B, T*time, C, H*space, W*space] -> [B, T, time*C*space*space, H, W]."""
-    b, t, c, hh, ww = x.shape
-    x = x.reshape(b, t // time, time * c, hh // space, space, ww // space, space)
-    return x.permute(0, 1, 2, 4, 6, 3, 5).reshape(b, t // time, time * c * space * space, hh // space, ww // space)
+    """Fold [B, T*time, C, H*space, W*space] to [B, T, time*C*space*space, H, W]."""
+    b, t, c, h, w = x.shape
+    t, h, w = t // time, h // space, w // space
+    x = x.reshape(b, t, time * c, h, space, w, space).permute(0, 1, 2, 4, 6, 3, 5)
+    return x.reshape(b, t, time * c * space * space, h, w)
 
 
 def channels_to_space_time(x: Tensor, time: int, space: int) -> Tensor:
-    """[B, T, time*C*space*space, H, W] -> [B, T*time, C, H*space, W*space]; the inverse of `space_time_to_channels`."""
+    """Invert `space_time_to_channels`: the result is [B, T*time, C, H*space, W*space]."""
     b, t, c, h, w = x.shape
     c //= time * space * space
     x = x.reshape(b, t, time * c, space, space, h, w)
@@ -41,7 +46,10 @@ def channels_to_space_time(x: Tensor, time: int, space: int) -> Tensor:
 
 
 class CausalConv(nn.Module):
-    """A causal 3-D convolution, run as a 2-D one over the channels of `frames` neighbouring frames (fast and quantisable on CPUs)."""
+    """Causal 3-D convolution as a 2-D one over the channels of `frames` neighbouring frames.
+
+    CPUs run and quantise a 2-D convolution faster.
+    """
 
     def __init__(self, inputs: int, outputs: int, frames: int = 1, size: int = 3) -> None:
         super().__init__()
@@ -49,13 +57,17 @@ class CausalConv(nn.Module):
         self.conv = nn.Conv2d(inputs * frames, outputs, size, padding=size // 2)
 
     def forward(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, C, H, W], memory [B, frames - 1, C, H, W] -> y [B, T, outputs, H, W], new memory. A 1-frame kernel has no memory."""
+        """Convolve x [B, T, C, H, W]; return [B, T, outputs, H, W] and the new memory.
+
+        memory [B, frames - 1, C, H, W]; None for a kernel of one frame.
+        """
         b, t = x.shape[:2]
         if self.frames > 1:
             assert memory is not None and memory.shape[1] == self.frames - 1, f"{x.shape=}"
             seen = torch.cat([memory, x], dim=1)  # [B, frames - 1 + T, C, H, W]
             memory = seen[:, -(self.frames - 1) :]
-            x = torch.cat([seen[:, i : i + t] for i in range(self.frames)], dim=2)  # [B, T, frames*C, H, W]
+            # [B, T, frames*C, H, W]
+            x = torch.cat([seen[:, i : i + t] for i in range(self.frames)], dim=2)
         y = self.conv(x.flatten(0, 1))  # [B*T, outputs, H, W]
         return y.unflatten(0, (b, t)), memory
 
@@ -66,24 +78,29 @@ class ResidualBlock(nn.Module):
         self.mix = CausalConv(channels, channels, frames)
         self.out = CausalConv(channels, channels, out_frames)
 
-    def forward(self, x: Tensor, memory: Tensor | None, out_memory: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x [B, T, C, H, W] and the memories of both convolutions -> the same."""
+    def forward(
+        self, x: Tensor, memory: Tensor | None, out_memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Update x [B, T, C, H, W] and the memories of both convolutions."""
         y, memory = self.mix(F.relu(x), memory)
         y, out_memory = self.out(F.relu(y), out_memory)
         return x + y, memory, out_memory
 
 
 class Rescale(nn.Module):
-    """Change the resolution: a convolution at the coarse side, and a shuffle between channels and space-time."""
+    """Change the resolution by a coarse convolution and a shuffle of channels and space-time."""
 
-    def __init__(self, inputs: int, outputs: int, time: int, space: int, up: bool, frames: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, time: int, space: int, up: bool, frames: int = 1
+    ) -> None:
         super().__init__()
         self.time, self.space, self.up = time, space, up
         fold = time * space * space
-        self.conv = CausalConv(inputs, outputs * fold, frames) if up else CausalConv(inputs * fold, outputs)
+        shape = (inputs, outputs * fold, frames) if up else (inputs * fold, outputs, 1)
+        self.conv = CausalConv(*shape)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, C, H, W] and the convolution's memory -> the same at another resolution, new memory."""
+        """Rescale x [B, T, C, H, W] with the convolution's memory; return the new memory too."""
         if self.up:
             y, memory = self.conv(F.relu(x), memory)
             return channels_to_space_time(y, self.time, self.space), memory
@@ -91,17 +108,30 @@ class Rescale(nn.Module):
         return y, None
 
 
-def _residual_blocks(channels: tuple[int, ...], profile: Profile, out_frames: int = 1) -> Sequence[Sequence[ResidualBlock]]:
-    """The blocks of each scale, as a ModuleList of ModuleLists."""
-    count, kernel = profile.vae.blocks, profile.vae.temporal_kernel
-    scales = nn.ModuleList(nn.ModuleList(ResidualBlock(width, kernel, out_frames) for _ in range(count)) for width in channels)
-    return cast("Sequence[Sequence[ResidualBlock]]", scales)
+def _residual_blocks(
+    channels: tuple[int, ...], profile: Profile, out_frames: int = 1
+) -> Sequence[Sequence[ResidualBlock]]:
+    """Build the blocks of each scale, as a ModuleList of ModuleLists."""
+
+    def scale(width: int) -> nn.ModuleList:
+        shape = (width, profile.vae.temporal_kernel, out_frames)
+        return nn.ModuleList(ResidualBlock(*shape) for _ in range(profile.vae.blocks))
+
+    return cast("Sequence[Sequence[ResidualBlock]]", nn.ModuleList(map(scale, channels)))
 
 
-def _rescales(widths: tuple[int, ...], strides: list[tuple[int, int]], up: bool, frames: int = 1) -> Sequence[Rescale]:
-    """The steps between neighbouring `widths`, as a ModuleList. The last one up makes pixels and looks at no past."""
+def _rescales(
+    widths: tuple[int, ...], strides: list[tuple[int, int]], up: bool, frames: int = 1
+) -> Sequence[Rescale]:
+    """Build the steps between neighbouring `widths`, as a ModuleList.
+
+    The last step up makes pixels and reads no past frames.
+    """
     last = len(strides) - 1
-    steps = nn.ModuleList(Rescale(widths[i], widths[i + 1], *stride, up=up, frames=1 if i == last else frames) for i, stride in enumerate(strides))
+    steps = nn.ModuleList(
+        Rescale(widths[i], widths[i + 1], *stride, up, 1 if i == last else frames)
+        for i, stride in enumerate(strides)
+    )
     return cast("Sequence[Rescale]", steps)
 
 
@@ -111,36 +141,42 @@ def _start_at_zero(layer: CausalConv) -> None:
 
 
 def _scales(channels: tuple[int, ...], spatial_stride: int) -> list[tuple[int, int]]:
-    """(time, space) strides between the scales, from the latent outwards, and the last one to pixels. Time doubles twice, nearest the latent."""
+    """Return (time, space) strides between the scales, from the latent to the pixels.
+
+    Time doubles twice, nearest the latent.
+    """
     doublings = int(math.log2(spatial_stride))
-    return [(2 if i < TIME_DOUBLINGS else 1, 2 if i < doublings else 1) for i in range(len(channels))]
+    scales = range(len(channels))
+    return [(2 if i < TIME_DOUBLINGS else 1, 2 if i < doublings else 1) for i in scales]
 
 
 class Decoder(nn.Module):
-    """Latent frames -> pixel frames in [-1, 1], four per latent frame."""
+    """Turns latent frames into pixel frames in [-1, 1], four per latent frame."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         v, vae = profile.video, profile.vae
         self.time, self.space = v.temporal_stride, v.spatial_stride
-        self.linear = CausalConv(v.latent_channels, PIXEL_CHANNELS * self.time * self.space**2, LINEAR_REACH)
+        patch = PIXEL_CHANNELS * self.time * self.space**2
+        self.linear = CausalConv(v.latent_channels, patch, LINEAR_REACH)
         widths = (*vae.decoder_channels, PIXEL_CHANNELS)
         self.inlet = CausalConv(v.latent_channels, widths[0], vae.temporal_kernel)
         everywhere = vae.temporal_kernel if vae.look_back == "all" else 1
         self.blocks = _residual_blocks(vae.decoder_channels, profile, everywhere)
-        self.rescale = _rescales(widths, _scales(vae.decoder_channels, v.spatial_stride), up=True, frames=everywhere)
+        strides = _scales(vae.decoder_channels, v.spatial_stride)
+        self.rescale = _rescales(widths, strides, up=True, frames=everywhere)
         _start_at_zero(self.rescale[-1].conv)
 
     def memory_shapes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
-        """Shapes (frames, C, H, W) of the memories for latents of height x width, in the order `forward` takes them."""
-        shapes = []
-        for conv, stride in self.convolutions():
-            if conv.frames > 1:
-                shapes.append((conv.frames - 1, conv.inputs, height * stride, width * stride))
-        return shapes
+        """Return the memories' shapes (frames, C, H, W) in `forward`'s order, by latent size."""
+        return [
+            (conv.frames - 1, conv.inputs, height * stride, width * stride)
+            for conv, stride in self.convolutions()
+            if conv.frames > 1
+        ]
 
     def convolutions(self) -> Iterator[tuple[CausalConv, int]]:
-        """All of them in the order they run, each with its resolution over the latent's."""
+        """Yield all convolutions in running order, each with its resolution over the latent's."""
         yield self.linear, 1
         yield self.inlet, 1
         stride = 1
@@ -155,7 +191,7 @@ class Decoder(nn.Module):
         return [z.new_zeros(z.shape[0], *shape) for shape in self.memory_shapes(*z.shape[-2:])]
 
     def forward(self, z: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """z [B, n, C, h, w] -> frames [B, 4n, 3, H, W], new memory."""
+        """Decode z [B, n, C, h, w] to frames [B, 4n, 3, H, W]; return the new memory too."""
         left = iter(memory)
         kept: list[Tensor | None] = []
 
@@ -177,22 +213,24 @@ class Decoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixel frames in [-1, 1] -> latent frames of about unit variance, one per four frames."""
+    """Turns pixel frames in [-1, 1] into latent frames of about unit variance, one per four."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         v, vae = profile.video, profile.vae
         self.time, self.space = v.temporal_stride, v.spatial_stride
-        self.linear = CausalConv(PIXEL_CHANNELS * self.time * self.space**2, v.latent_channels, size=1)
+        patch = PIXEL_CHANNELS * self.time * self.space**2
+        self.linear = CausalConv(patch, v.latent_channels, size=1)
         widths = (PIXEL_CHANNELS, *vae.encoder_channels)
-        self.rescale = _rescales(widths, _scales(vae.encoder_channels, v.spatial_stride)[::-1], up=False)
+        strides = _scales(vae.encoder_channels, v.spatial_stride)[::-1]
+        self.rescale = _rescales(widths, strides, up=False)
         self.blocks = _residual_blocks(vae.encoder_channels, profile)
         if vae.encoder_channels:
             self.outlet = CausalConv(widths[-1], v.latent_channels)
             _start_at_zero(self.outlet)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """frames [B, 4n, 3, H, W] -> z [B, n, C, h, w]."""
+        """Encode frames [B, 4n, 3, H, W] to z [B, n, C, h, w]."""
         z: Tensor = self.linear(space_time_to_channels(frames, self.time, self.space), None)[0]
         if not self.rescale:
             return z
@@ -200,40 +238,44 @@ class Encoder(nn.Module):
         for rescale, scale in zip(self.rescale, self.blocks, strict=True):
             x, _ = rescale(x)
             for block in scale:
-                x, *_ = block(x, x.new_zeros(x.shape[0], block.mix.frames - 1, *x.shape[2:]) if block.mix.frames > 1 else None)
+                past = block.mix.frames - 1
+                x, *_ = block(x, x.new_zeros(x.shape[0], past, *x.shape[2:]) if past else None)
         correction: Tensor = self.outlet(F.relu(x), None)[0]
         return z + correction
 
 
 class Vae(nn.Module):
-    """Encoder and decoder. `encode`/`decode` take whole clips, `decode_step` one latent frame of a stream."""
+    """Encoder and decoder of whole clips, and `decode_step` for one latent frame of a stream."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self.encoder, self.decoder = Encoder(profile), Decoder(profile)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """frames [B, 1 + 4n, 3, H, W] in [-1, 1] -> z [B, 1 + n, C, h, w]."""
-        lead = self.encoder.time - 1
-        z: Tensor = self.encoder(torch.cat([frames[:, :1].expand(-1, lead, -1, -1, -1), frames], dim=1))
+        """Encode frames [B, 1 + 4n, 3, H, W] in [-1, 1] to z [B, 1 + n, C, h, w]."""
+        lead = frames[:, :1].expand(-1, self.encoder.time - 1, -1, -1, -1)
+        z: Tensor = self.encoder(torch.cat([lead, frames], dim=1))
         return z
 
     def decode(self, z: Tensor) -> Tensor:
-        """z [B, 1 + n, C, h, w] -> frames [B, 1 + 4n, 3, H, W]."""
+        """Decode z [B, 1 + n, C, h, w] to frames [B, 1 + 4n, 3, H, W]."""
         frames: Tensor = self.decoder(z, self.decoder.empty_memory(z))[0]
         return frames[:, self.decoder.time - 1 :]
 
     def decode_step(self, z: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """z [B, C, h, w] of one latent frame -> frames [B, 4, 3, H, W], new memory. Of latent 0 only the last frame is meant to be shown."""
+        """Decode one latent frame z [B, C, h, w] to frames [B, 4, 3, H, W] and new memory.
+
+        Of latent 0 only the last frame is to be shown.
+        """
         step: tuple[Tensor, list[Tensor]] = self.decoder(z[:, None], memory)
         return step
 
 
 def to_pixels(frames: Tensor) -> Tensor:
-    """[..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]."""
+    """Convert [..., 3, H, W] in [-1, 1] to uint8 [..., H, W, 3]."""
     return ((frames.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(-3, -1)
 
 
 def from_pixels(frames: Tensor) -> Tensor:
-    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
+    """Convert uint8 [..., H, W, 3] to float32 [..., 3, H, W] in [-1, 1]."""
     return frames.movedim(-1, -3).to(torch.float32) / 127.5 - 1

@@ -27,7 +27,7 @@ WIDTH, HEIGHT = DEMO.video.width, DEMO.video.height
 
 
 def moved(velocity: Velocity, start: Pose | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Origin [3, h, w] in world units and direction change [3, h, w] of one block at `velocity`."""
+    """Return origin [3, h, w] in world units and direction change [3, h, w] of one block."""
     before = start or Pose()
     rays = condition_map(DEMO, before, before.moved(velocity, BLOCK_S))[0]
     return rays[:3] * ORIGIN_SCALE, rays[3:] * DIRECTION_SCALE
@@ -40,7 +40,7 @@ def centre(rays: np.ndarray) -> np.ndarray:
 
 
 def rest_directions() -> np.ndarray:
-    """Unit rays [3, h, w] (right, down, forward) of the camera at rest, from the pinhole model."""
+    """Return unit rays [3, h, w] (right, down, forward) at rest, from the pinhole model."""
     x = ((np.arange(DEMO.latent_width) + 0.5) * 8 - WIDTH / 2) / focal_length(WIDTH)
     y = ((np.arange(DEMO.latent_height) + 0.5) * 8 - HEIGHT / 2) / focal_length(WIDTH)
     rays = np.stack([*np.broadcast_arrays(x[None], y[:, None]), np.ones((len(y), len(x)))])
@@ -71,7 +71,8 @@ def test_forward_and_strafe_move_the_origin_alone() -> None:
 
 
 def test_climbing_moves_the_origin_up() -> None:
-    assert centre(condition_map(DEMO, Pose(z=3.0), Pose(z=4.0))[0, :3]) * ORIGIN_SCALE == pytest.approx([0, -1.0, 0], abs=1e-6)
+    origin = centre(condition_map(DEMO, Pose(z=3.0), Pose(z=4.0))[0, :3]) * ORIGIN_SCALE
+    assert origin == pytest.approx([0, -1.0, 0], abs=1e-6)
 
 
 def test_yaw_turns_the_rays_right_by_the_angle() -> None:
@@ -82,7 +83,7 @@ def test_yaw_turns_the_rays_right_by_the_angle() -> None:
     assert abs(centre(turn)[1]) < 1e-6
     new, old = rest_directions() + turn, rest_directions()
     azimuth = np.arctan2(new[0], new[2]) - np.arctan2(old[0], old[2])
-    assert azimuth == pytest.approx(np.full_like(azimuth, angle), abs=1e-6)  # every pixel, by the whole angle
+    assert azimuth == pytest.approx(np.full_like(azimuth, angle), abs=1e-6)  # every pixel
     assert np.linalg.norm(new, axis=0) == pytest.approx(np.ones(new.shape[1:]), abs=1e-6)
     assert moved(Velocity(yaw=-0.24))[1][0].mean() < 0
 
@@ -91,18 +92,23 @@ def test_pitch_lifts_the_rays() -> None:
     angle = 0.16 * BLOCK_S
     origin, turn = moved(Velocity(pitch=0.16))
     assert not origin.any()
-    assert centre(turn)[1] == pytest.approx(-math.tan(angle), rel=0.01)  # up is negative: the axis points down
+    assert centre(turn)[1] == pytest.approx(-math.tan(angle), rel=0.01)  # the axis points down
     new = rest_directions() + turn
     old = rest_directions()
-    assert new[1] / new[2] - old[1] / old[2] == pytest.approx(np.full(new.shape[1:], -math.tan(angle)), abs=1e-6)  # a lens shift: the same for all
+    shift = new[1] / new[2] - old[1] / old[2]  # of the lens: the same for all pixels
+    assert shift == pytest.approx(np.full_like(shift, -math.tan(angle)), abs=1e-6)
     assert new[0] / new[2] == pytest.approx(old[0] / old[2], abs=1e-6)
 
 
-@pytest.mark.parametrize("velocity", [CRUISE, Velocity(20.0, -9.0, 0.25, 0.1), Velocity(-8.0, 14.0, -0.3, -0.16)])
+BENDS = [Velocity(20.0, -9.0, 0.25, 0.1), Velocity(-8.0, 14.0, -0.3, -0.16)]
+
+
+@pytest.mark.parametrize("velocity", [CRUISE, *BENDS])
 def test_the_map_depends_on_relative_motion_alone(velocity: Velocity) -> None:
     here = condition_map(DEMO, Pose(), Pose().moved(velocity, BLOCK_S))
     for start in (Pose(x=500.0, y=-80.0, z=54.0), Pose(heading=2.5), Pose(1e5, 2e5, 30.0, -400.0)):
-        assert condition_map(DEMO, start, start.moved(velocity, BLOCK_S)) == pytest.approx(here, abs=1e-5)
+        there = condition_map(DEMO, start, start.moved(velocity, BLOCK_S))
+        assert there == pytest.approx(here, abs=1e-5)
 
 
 def test_a_reversed_motion_brings_the_camera_back() -> None:
@@ -127,13 +133,14 @@ def test_pitch_stops_at_its_range(sign: int) -> None:
     assert stopped.pitch == sign * PITCH_RANGE
     again = stopped.moved(Velocity(pitch=sign * 0.16), 1.0)
     assert again.pitch == sign * PITCH_RANGE
-    assert not condition_map(DEMO, stopped, again).any()  # the generator sees that nothing moves any more
+    assert not condition_map(DEMO, stopped, again).any()  # the generator sees no motion
 
 
 def test_maps_within_the_limits_are_of_unit_scale() -> None:
     fastest = condition_map(DEMO, Pose(), Pose().moved(LIMITS, BLOCK_S))
     assert 1 < np.abs(fastest).max() < 4
-    assert 0.3 < np.sqrt((condition_map(DEMO, Pose(), Pose().moved(CRUISE, BLOCK_S)) ** 2).mean() * 6) < 3
+    rays = condition_map(DEMO, Pose(), Pose().moved(CRUISE, BLOCK_S))
+    assert 0.3 < np.sqrt((rays**2).mean() * 6) < 3
 
 
 def test_focal_length_spans_the_field_of_view() -> None:
@@ -149,35 +156,44 @@ def world() -> World:
 
 
 def shift_of(before: np.ndarray, after: np.ndarray, axis: int) -> int:
-    """Pixels by which the middle of the picture moved along `axis`, by the best normalised cross-correlation."""
+    """Return by how many pixels the middle of the picture moved along `axis`.
+
+    The shift has the best normalised cross-correlation.
+    """
     reach = 20
 
     def middle(picture: np.ndarray, shift: int) -> np.ndarray:
         h, w = picture.shape[:2]
         y, x = (shift, 0) if axis == 0 else (0, shift)
-        cut = picture[h // 2 - 24 + y : h // 2 + 24 + y, w // 2 - 20 + x : w // 2 + 20 + x].astype(np.float64)
+        y, x = h // 2 + y, w // 2 + x
+        cut = picture[y - 24 : y + 24, x - 20 : x + 20].astype(np.float64)
         cut = cut - cut.mean(axis=(0, 1))
         return cut / np.linalg.norm(cut)
 
-    return max(range(-reach, reach + 1), key=lambda shift: float((middle(before, 0) * middle(after, shift)).sum()))
+    here = middle(before, 0)
+    return max(range(-reach, reach + 1), key=lambda shift: (here * middle(after, shift)).sum())
 
 
 @pytest.mark.parametrize("angle", [-0.09, -0.04, 0.04, 0.09])
 def test_yaw_moves_the_picture_by_the_predicted_pixels(world: World, angle: float) -> None:
     before = Pose(200.0, 120.0, 75.0, 0.7)
     after = before.moved(Velocity(yaw=angle), 1.0)
-    predicted = -centre(condition_map(DEMO, before, after)[0, 3:])[0] * DIRECTION_SCALE * focal_length(WIDTH)  # looking right moves things left
+    turn = centre(condition_map(DEMO, before, after)[0, 3:])[0] * DIRECTION_SCALE
+    predicted = -turn * focal_length(WIDTH)  # looking right moves things left
     assert np.sign(predicted) == -np.sign(angle)
-    assert shift_of(world.render(before), world.render(after), axis=1) == pytest.approx(predicted, abs=1.0)
+    found = shift_of(world.render(before), world.render(after), axis=1)
+    assert found == pytest.approx(predicted, abs=1.0)
 
 
 @pytest.mark.parametrize("angle", [-0.1, 0.06])
 def test_pitch_moves_the_picture_by_the_predicted_pixels(world: World, angle: float) -> None:
     before = Pose(200.0, 120.0, 75.0, 0.7)
     after = before.moved(Velocity(pitch=angle), 1.0)
-    predicted = -centre(condition_map(DEMO, before, after)[0, 3:])[1] * DIRECTION_SCALE * focal_length(WIDTH)  # looking up moves things down
+    turn = centre(condition_map(DEMO, before, after)[0, 3:])[1] * DIRECTION_SCALE
+    predicted = -turn * focal_length(WIDTH)  # looking up moves things down
     assert np.sign(predicted) == np.sign(angle)
-    assert shift_of(world.render(before), world.render(after), axis=0) == pytest.approx(predicted, abs=1.0)
+    found = shift_of(world.render(before), world.render(after), axis=0)
+    assert found == pytest.approx(predicted, abs=1.0)
 
 
 def test_the_map_says_where_each_pixel_was_before_the_turn(world: World) -> None:
@@ -195,7 +211,8 @@ def test_the_map_says_where_each_pixel_was_before_the_turn(world: World) -> None
         i, j = np.floor(y).astype(int), np.floor(x).astype(int)
         return (picture[i, j] + picture[i + 1, j] + picture[i, j + 1] + picture[i + 1, j + 1]) / 4
 
-    y, x = np.meshgrid(np.arange(DEMO.latent_height) * 8 + 3, np.arange(DEMO.latent_width) * 8 + 3, indexing="ij")
+    rows, columns = np.arange(DEMO.latent_height), np.arange(DEMO.latent_width)
+    y, x = np.meshgrid(rows * 8 + 3, columns * 8 + 3, indexing="ij")
     seen = sampled(after, y[inside], x[inside])
     followed = np.abs(sampled(before, row[inside], column[inside]) - seen).mean()
     ignored = np.abs(sampled(before, y[inside], x[inside]) - seen).mean()
@@ -203,7 +220,9 @@ def test_the_map_says_where_each_pixel_was_before_the_turn(world: World) -> None
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.16, 0.22), (-0.22, -0.1), (0.2, -0.2)])
-def test_pitching_from_a_pitched_pose_moves_the_rays_by_the_difference_of_tangents(before: float, after: float) -> None:
+def test_pitching_from_a_pitched_pose_moves_the_rays_by_the_difference_of_tangents(
+    before: float, after: float
+) -> None:
     """Pitch is a lens shift: 5 % more than the tangent of the difference near the limit."""
     found = condition_map(DEMO, Pose(pitch=before), Pose(pitch=after))[0, 3:] * DIRECTION_SCALE
     rest = rest_directions()

@@ -1,4 +1,4 @@
-"""Prompts: every look can be said and read back, and a word that cannot be read is answered with the nearest one that can."""
+"""Check that every look parses from its own text, and that errors name the nearest word."""
 
 import dataclasses
 import itertools
@@ -11,24 +11,17 @@ import pytest
 
 from aapt_deploy.backends.torch_eager import EagerEngines
 from aapt_deploy.errors import UsageError
+from aapt_deploy.models.aapt import prompts
 from aapt_deploy.models.aapt.camera import CRUISE
-from aapt_deploy.models.aapt.prompts import (
-    ATTRIBUTES,
-    FILLERS,
-    PROMPT_TOKENS,
-    SYNONYMS,
-    VOCABULARY_SIZE,
-    Look,
-    parse,
-    token_ids,
-)
+from aapt_deploy.models.aapt.prompts import ATTRIBUTES, SYNONYMS, Look, parse, token_ids
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.loop import Steering, rollout
 from aapt_deploy.rollout.starts import all_starts, start, text_of
 from aapt_deploy.video.pictures import write_image
 from tests.support.tiny import make_checkpoint
 
-LOOKS = [Look(*values) for values in itertools.product(*((None, *words) for words in ATTRIBUTES.values()))]
+CHOICES = [(None, *words) for words in ATTRIBUTES.values()]
+LOOKS = [Look(*values) for values in itertools.product(*CHOICES)]
 WORDS = [word for words in ATTRIBUTES.values() for word in words]
 
 
@@ -40,18 +33,23 @@ def test_every_look_round_trips() -> None:
 def test_the_tokens_of_every_look_are_its_own() -> None:
     ids = np.concatenate([token_ids(look) for look in LOOKS])
     assert ids.dtype == np.int64
-    assert ids.shape == (len(LOOKS), PROMPT_TOKENS)
+    assert ids.shape == (len(LOOKS), prompts.PROMPT_TOKENS)
     assert len({tuple(row) for row in ids.tolist()}) == len(LOOKS)
     columns = [set(column) for column in ids.T.tolist()]
-    assert set.union(*columns) == set(range(VOCABULARY_SIZE))  # no id is wasted, none outside the table
-    assert sum(map(len, columns)) == VOCABULARY_SIZE  # and none means two things
+    assert set.union(*columns) == set(
+        range(prompts.VOCABULARY_SIZE)
+    )  # no id is wasted, none outside the table
+    assert sum(map(len, columns)) == prompts.VOCABULARY_SIZE  # and none means two things
 
 
 @pytest.mark.parametrize(
     ("prompt", "look"),
     [
         ("a forest in autumn at dusk, foggy", Look("forest", "autumn", "dusk", "foggy")),
-        ("Snowy MOUNTAINS under a clear sky; midnight!", Look("mountains", "winter", "night", "clear")),
+        (
+            "Snowy MOUNTAINS under a clear sky; midnight!",
+            Look("mountains", "winter", "night", "clear"),
+        ),
         ("fog over the sea", Look("islands", weather="foggy")),
         ("foggy, misty fog", Look(weather="foggy")),
         ("", Look()),
@@ -70,13 +68,17 @@ def test_a_synonym_means_what_it_stands_for(word: str) -> None:
 
 
 def test_words_have_one_meaning() -> None:
-    every = [*WORDS, *SYNONYMS, *FILLERS]
+    every = [*WORDS, *SYNONYMS, *prompts.FILLERS]
     assert len(set(every)) == len(every)
 
 
-@pytest.mark.parametrize(
-    ("word", "nearest"), [("autum", "autumn"), ("dessert", "desert"), ("fogy", "foggy"), ("sunrize", "sunrise"), ("ilands", "islands")]
-)
+MISSPELT = [
+    ("autum", "autumn"), ("dessert", "desert"), ("fogy", "foggy"), ("sunrize", "sunrise"),
+    ("ilands", "islands"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("word", "nearest"), MISSPELT)
 def test_a_misspelt_word_is_answered_with_the_nearest(word: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=f"'{word}' is outside the vocabulary") as caught:
         parse(f"a forest, {word}")
@@ -91,9 +93,13 @@ def test_a_strange_word_is_answered_with_the_vocabulary() -> None:
     assert all(word in caught.value.hint for word in WORDS)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "attribute"), [("forest desert", "place"), ("snow in summer", "season"), ("noon at night", "time"), ("clear and misty", "weather")]
-)
+TWICE = [
+    ("forest desert", "place"), ("snow in summer", "season"), ("noon at night", "time"),
+    ("clear and misty", "weather"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "attribute"), TWICE)
 def test_two_values_of_one_attribute_are_refused(prompt: str, attribute: str) -> None:
     with pytest.raises(UsageError, match=f"two values of {attribute}") as caught:
         parse(prompt)
@@ -113,12 +119,20 @@ def test_vectors_come_from_a_file_or_are_zeros(embedded: Profile, tmp_path: Path
     for array in (given, given[None].astype(np.float16)):
         np.save(file, array)
         found = text_of(embedded, str(file))
-        assert found is not None and found.dtype == np.float32 and np.array_equal(found, array.astype(np.float32).reshape(1, 4, 16))
+        assert found is not None and found.dtype == np.float32
+        assert np.array_equal(found, array.astype(np.float32).reshape(1, 4, 16))
     assert not np.any(text_of(embedded, "")) and np.shape(text_of(embedded, "")) == (1, 4, 16)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"text", np.zeros((4, 15), np.float32), np.zeros((4, 16), np.int64), np.full((4, 16), np.nan)])
-def test_a_file_without_such_vectors_is_refused(embedded: Profile, tmp_path: Path, content: object) -> None:
+NARROW, INTEGERS = np.zeros((4, 15), np.float32), np.zeros((4, 16), np.int64)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"text", NARROW, INTEGERS, np.full((4, 16), np.nan)]
+)
+def test_a_file_without_such_vectors_is_refused(
+    embedded: Profile, tmp_path: Path, content: object
+) -> None:
     file = tmp_path / "prompt.npy"
     if isinstance(content, np.ndarray):
         np.save(file, content)
@@ -135,17 +149,23 @@ def test_a_pickle_is_not_read(embedded: Profile, tmp_path: Path) -> None:
         text_of(embedded, str(tmp_path / "prompt.npy"))
 
 
-def test_a_generator_with_vectors_runs_from_its_start_frames(embedded: Profile, tmp_path: Path) -> None:
+def test_a_generator_with_vectors_runs_from_its_start_frames(
+    embedded: Profile, tmp_path: Path
+) -> None:
     """A frame's description is no file's name, and no word of it has to be known."""
     loaded = make_checkpoint(tmp_path / "c.safetensors", embedded)
     frames = tmp_path / "start"
     frames.mkdir()
     write_image(frames / "hall.png", loaded.start_frames["dunes"].image.numpy())
     bundle: Any = SimpleNamespace(
-        profile=embedded, manifest={"start_frames": {"hall": "/etc/passwd"}}, path=tmp_path, checked=lambda name: tmp_path / name
+        profile=embedded,
+        manifest={"start_frames": {"hall": "/etc/passwd"}},
+        path=tmp_path,
+        checked=lambda name: tmp_path / name,
     )
     begins = [start(bundle, None, None), *all_starts(bundle)]
     assert [np.shape(begin.text) for begin in begins] == [(1, 4, 16)] * 2
     engines = EagerEngines(loaded, 1, "fp32")
-    blocks = rollout(engines, embedded, begins[0].image, lambda block: Steering(CRUISE, begins[0].text), 0)
+    steer = lambda block: Steering(CRUISE, begins[0].text)
+    blocks = rollout(engines, embedded, begins[0].image, steer, 0)
     assert [len(frames) for frames in itertools.islice(blocks, 3)] == [1, 4, 4]

@@ -36,11 +36,12 @@ def modules(profile: Profile) -> dict[str, nn.Module]:
 
 def feed(graph: GraphSignature, profile: Profile) -> list[Tensor]:
     specs = (*graph.inputs, *graph.state)
-    return random_inputs([(spec.name, spec.shape, spec.dtype) for spec in specs], 0, Ring.of(profile).tokens)
+    shapes = [(spec.name, spec.shape, spec.dtype) for spec in specs]
+    return random_inputs(shapes, 0, Ring.of(profile).tokens)
 
 
 def leaving(graph: GraphSignature) -> list[TensorSpec]:
-    """Outputs as a module returns them: the decoder's memory follows its frames; a generator's caches are committed outside."""
+    """Return a module's outputs: the decoder's memory follows its frames, caches do not leave."""
     return [*graph.outputs, *(graph.state if graph.name == "decoder" else ())]
 
 
@@ -51,12 +52,13 @@ def test_a_module_takes_and_gives_what_its_signature_says(name: str, graph: str)
     with torch.no_grad():
         given = modules(profile)[graph](*feed(declared, profile))
     given = given if isinstance(given, tuple) else (given,)
-    assert [(tuple(t.shape), str(t.dtype)) for t in given] == [(spec.shape, f"torch.{spec.dtype}") for spec in leaving(declared)]
+    wanted = [(spec.shape, f"torch.{spec.dtype}") for spec in leaving(declared)]
+    assert [(tuple(t.shape), str(t.dtype)) for t in given] == wanted
 
 
 @pytest.mark.parametrize(("name", "graph"), CASES)
 def test_every_input_matters(name: str, graph: str) -> None:
-    """A tensor that is declared but unused, or used under another's name, would pass a check of shapes."""
+    """A check of shapes would pass an unused tensor, or one under another's name."""
     profile = PROFILES[name]
     declared, module = signatures(profile)[graph], modules(profile)[graph]
     with torch.no_grad():
@@ -71,9 +73,11 @@ def test_every_input_matters(name: str, graph: str) -> None:
             elif spec.dtype in ("uint8", "int64"):
                 other[i] = (values[i] + 1) % 4
             else:
-                other[i] = values[i] + torch.randn(values[i].shape, generator=torch.Generator().manual_seed(2))
+                rng = torch.Generator().manual_seed(2)
+                other[i] = values[i] + torch.randn(values[i].shape, generator=rng)
             after = module(*other)
-            pairs = zip(before, after, strict=True) if isinstance(before, tuple) else [(before, after)]
+            several = isinstance(before, tuple)
+            pairs = zip(before, after, strict=True) if several else [(before, after)]
             assert any(not torch.equal(a, b) for a, b in pairs), f"{spec.name} changes nothing"
 
 
@@ -81,26 +85,27 @@ def test_every_input_matters(name: str, graph: str) -> None:
 def test_a_module_calls_its_inputs_by_their_names(name: str) -> None:
     for graph, declared in signatures(PROFILES[name]).items():
         taken = inspect.signature(modules(PROFILES[name])[graph].forward).parameters.values()
-        assert [p.name for p in taken if p.kind != p.VAR_POSITIONAL] == [spec.name for spec in declared.inputs]
+        names = [p.name for p in taken if p.kind != p.VAR_POSITIONAL]
+        assert names == [spec.name for spec in declared.inputs]
         assert any(p.kind == p.VAR_POSITIONAL for p in taken) == bool(declared.state)
 
 
 def test_what_leaves_carries_the_right_name() -> None:
-    """Keys and values, or old and new memory, have one shape: only what is in them tells them apart."""
+    """Keys and values, or old and new memory, have one shape. Only their contents differ."""
     torch.manual_seed(0)
     networks, declared = build(TINY), signatures(TINY)
     generator, vae = networks
     with torch.no_grad():
         given = {name: feed(graph, TINY) for name, graph in declared.items()}
-        left = {
-            name: dict(zip([spec.name for spec in leaving(declared[name])], module(*given[name]), strict=True))
-            for name, module in graph_modules(TINY, *networks).items()
-            if name != "encoder"
-        }
-        inputs = {
-            spec.name: value for spec, value in zip((*declared["generator"].inputs, *declared["generator"].state), given["generator"], strict=True)
-        }
-        caches = [[inputs[name] for name in layer_names(prefix, TINY)] for prefix in ("k_cache", "v_cache")]
+        left = {}
+        for name, module in graph_modules(TINY, *networks).items():
+            if name != "encoder":
+                names = [spec.name for spec in leaving(declared[name])]
+                left[name] = dict(zip(names, module(*given[name]), strict=True))
+        read = (*declared["generator"].inputs, *declared["generator"].state)
+        inputs = {spec.name: value for spec, value in zip(read, given["generator"], strict=True)}
+        prefixes = ("k_cache", "v_cache")
+        caches = [[inputs[name] for name in layer_names(prefix, TINY)] for prefix in prefixes]
         own = [inputs[name] for name in ("noisy", "previous", "condition", "time", "rope_time")]
         clean, *blocks = generator.step(*own, *caches, inputs["cache_len"])
         assert torch.equal(left["generator"]["clean"], clean)
@@ -111,7 +116,8 @@ def test_what_leaves_carries_the_right_name() -> None:
                 assert torch.equal(left["prompt"][f"text_{prefix}.{layer:02d}"], text[layer])
         frames, memory = vae.decode_step(given["decoder"][0], given["decoder"][1:])
         assert torch.equal(left["decoder"]["frames"], to_pixels(frames[0]))
-        assert all(torch.equal(left["decoder"][f"memory.{i:02d}"], kept) for i, kept in enumerate(memory))
+        for i, kept in enumerate(memory):
+            assert torch.equal(left["decoder"][f"memory.{i:02d}"], kept)
         assert not torch.equal(memory[0], given["decoder"][1])
 
 
@@ -134,9 +140,12 @@ def test_names_are_unique_and_sizes_follow_the_profile(name: str) -> None:
         assert all(min(spec.shape) > 0 for spec in (*graph.inputs, *graph.outputs, *graph.state))
     caches = signatures(profile)["generator"].state
     assert len(caches) == 2 * profile.model.depth
-    assert {spec.shape for spec in caches} == {(1, profile.cache_tokens, profile.model.heads, profile.head_dim)}
+    model = profile.model
+    shape = (1, profile.cache_tokens, model.heads, profile.head_dim)
+    assert {spec.shape for spec in caches} == {shape}
     assert profile.cache_tokens == Ring.of(profile).tokens
-    assert sum(math.prod(spec.shape) for spec in caches) == 2 * profile.model.depth * profile.cache_tokens * profile.model.dim
+    numbers = sum(math.prod(spec.shape) for spec in caches)
+    assert numbers == 2 * model.depth * profile.cache_tokens * model.dim
 
 
 def test_the_order_of_layers_is_the_order_of_names() -> None:
@@ -145,8 +154,10 @@ def test_the_order_of_layers_is_the_order_of_names() -> None:
     assert names[0] == "k_cache.00"
     assert names == sorted(names)
     assert len(set(names)) == 36
-    assert [spec.name for spec in signature.generator(TINY).state] == ["k_cache.00", "k_cache.01", "v_cache.00", "v_cache.01"]
-    assert [spec.name for spec in signature.prompt(TINY).outputs] == ["text_k.00", "text_k.01", "text_v.00", "text_v.01"]
+    caches = [spec.name for spec in signature.generator(TINY).state]
+    assert caches == ["k_cache.00", "k_cache.01", "v_cache.00", "v_cache.01"]
+    text = [spec.name for spec in signature.prompt(TINY).outputs]
+    assert text == ["text_k.00", "text_k.01", "text_v.00", "text_v.01"]
 
 
 def test_an_engine_may_ask_for_a_longer_cache() -> None:
@@ -163,16 +174,21 @@ def test_bytes_of_a_tensor() -> None:
     assert frames.bytes == 4 * 64 * 32 * 3
 
 
-def test_a_graph_that_takes_or_gives_anything_else_is_told_by_the_first_tensor_that_differs() -> None:
+def test_a_misfit_names_the_first_tensor_that_differs() -> None:
     decoder = signatures(TINY)["decoder"]
     takes = {spec.name: (spec.dtype, spec.shape) for spec in (*decoder.inputs, *decoder.state)}
-    gives = {spec.name: (spec.dtype, spec.shape) for spec in decoder.outputs} | {spec.name + NEXT: (spec.dtype, spec.shape) for spec in decoder.state}
+    gives = {spec.name: (spec.dtype, spec.shape) for spec in decoder.outputs}
+    gives |= {spec.name + NEXT: (spec.dtype, spec.shape) for spec in decoder.state}
     assert decoder.misfit(takes, gives, state_leaves=True) == ""
     first = decoder.state[0]
-    assert decoder.misfit(takes, gives, state_leaves=False).startswith(f"output '{first.name}{NEXT}' is float32 [")
-    assert decoder.misfit(takes | {"z": ("int8", ["n", 2])}, gives, True) == "input 'z' is int8 ['n', 2], by the profile none"
+    found = decoder.misfit(takes, gives, state_leaves=False)
+    assert found.startswith(f"output '{first.name}{NEXT}' is float32 [")
+    found = decoder.misfit(takes | {"z": ("int8", ["n", 2])}, gives, True)
+    assert found == "input 'z' is int8 ['n', 2], by the profile none"
     wrong = {**gives, "frames": ("float32", gives["frames"][1])}
     size = list(gives["frames"][1])
-    assert decoder.misfit(takes, wrong, True) == f"output 'frames' is float32 {size}, by the profile uint8 {size}"
+    found = decoder.misfit(takes, wrong, True)
+    assert found == f"output 'frames' is float32 {size}, by the profile uint8 {size}"
     del takes["latent"]
-    assert decoder.misfit(takes, gives, True).startswith("input 'latent' is missing, by the profile float32 [1, ")
+    found = decoder.misfit(takes, gives, True)
+    assert found.startswith("input 'latent' is missing, by the profile float32 [1, ")

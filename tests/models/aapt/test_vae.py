@@ -1,4 +1,4 @@
-"""The VAE: whole clips and streams decode alike, time is causal, and the closed-form starts are what they claim."""
+"""Check the VAE: clips decode like streams, time is causal, starts are closed-form optima."""
 
 import math
 
@@ -7,16 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from aapt_deploy.models.aapt import signature
-from aapt_deploy.models.aapt.vae import (
-    CausalConv,
-    Decoder,
-    Encoder,
-    Vae,
-    channels_to_space_time,
-    from_pixels,
-    space_time_to_channels,
-    to_pixels,
-)
+from aapt_deploy.models.aapt.vae import CausalConv, Decoder, Encoder, Vae, from_pixels, to_pixels
+from aapt_deploy.models.aapt.vae import channels_to_space_time as unfold
+from aapt_deploy.models.aapt.vae import space_time_to_channels as fold
 from aapt_deploy.profiles import Profile, Video, load, preset_folder
 from aapt_deploy.profiles import Vae as VaeShape
 from aapt_deploy.train.losses.vae_fit import pca_encoder, ridge_decoder
@@ -27,7 +20,8 @@ PRESETS = sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
 def clip(frames: int, batch: int = 2) -> Tensor:
-    return torch.rand(batch, frames, 3, TINY.video.height, TINY.video.width, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    size = (batch, frames, 3, TINY.video.height, TINY.video.width)
+    return torch.rand(size, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
 # --- one code, two schedules ---
@@ -97,7 +91,8 @@ def test_the_decoder_is_causal(shape: VaeShape) -> None:
             moved = (vae.decode(other) - before).abs().amax(dim=(0, 2, 3, 4))
             first = max(0, 4 * at - 3)  # of the frames that latent `at` makes
             assert not moved[:first].any(), f"latent {at} changed an earlier frame: {moved}"
-            assert (moved[first : 4 * at + 1] > 1e-3).all(), f"latent {at} does not reach its own frames: {moved}"
+            own = moved[first : 4 * at + 1]
+            assert (own > 1e-3).all(), f"latent {at} does not reach its own frames: {moved}"
 
 
 def test_a_causal_convolution_against_a_plain_loop() -> None:
@@ -108,8 +103,9 @@ def test_a_causal_convolution_against_a_plain_loop() -> None:
         padded = torch.cat([torch.zeros(2, 2, 3, 4, 7), x], dim=1)
         kernel = layer.conv.weight.unflatten(1, (3, 3))  # [outputs, frames, inputs, 3, 3]
         for t in range(6):
-            slow = sum(nn.functional.conv2d(padded[:, t + i], kernel[:, i], padding=1) for i in range(3)) + layer.conv.bias[:, None, None]
-            assert torch.allclose(y[:, t], slow, atol=1e-5)
+            pairs = [(padded[:, t + i], kernel[:, i]) for i in range(3)]
+            slow = sum(nn.functional.conv2d(frame, part, padding=1) for frame, part in pairs)
+            assert torch.allclose(y[:, t], slow + layer.conv.bias[:, None, None], atol=1e-5)
     assert torch.equal(memory, x[:, -2:])
 
 
@@ -118,11 +114,13 @@ def test_a_causal_convolution_against_a_plain_loop() -> None:
 
 @pytest.mark.parametrize(("time", "space"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 8)])
 def test_the_shuffles_are_inverses(time: int, space: int) -> None:
-    x = torch.arange(2 * 2 * time * 3 * 3 * space * 5 * space).reshape(2, 2 * time, 3, 3 * space, 5 * space)
-    folded = space_time_to_channels(x, time, space)
+    shape = (2, 2 * time, 3, 3 * space, 5 * space)
+    x = torch.arange(math.prod(shape)).reshape(shape)
+    folded = fold(x, time, space)
     assert folded.shape == (2, 2, time * 3 * space * space, 3, 5)
-    assert torch.equal(channels_to_space_time(folded, time, space), x)
-    block = x[1, time : 2 * time, :, space : 2 * space, 2 * space : 3 * space]  # the pixels behind folded pixel (1, 2) of time 1
+    assert torch.equal(unfold(folded, time, space), x)
+    # The pixels behind folded pixel (1, 2) of time 1.
+    block = x[1, time : 2 * time, :, space : 2 * space, 2 * space : 3 * space]
     assert torch.equal(folded[1, 1, :, 1, 2].sort().values, block.flatten().sort().values)
 
 
@@ -130,7 +128,8 @@ def test_pixels_round_trip_and_clip() -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
     assert torch.equal(to_pixels(from_pixels(levels)), levels)
     assert from_pixels(levels).shape == (1, 3, 16, 16)
-    assert to_pixels(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]).reshape(5, 1, 1, 1)).flatten().tolist() == [0, 0, 128, 255, 255]
+    wide = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]).reshape(5, 1, 1, 1)
+    assert to_pixels(wide).flatten().tolist() == [0, 0, 128, 255, 255]
 
 
 # --- shapes by signature ---
@@ -141,11 +140,16 @@ def meta_decoder(profile: Profile) -> Decoder:
         return Decoder(profile)
 
 
+def memory_shapes(decoder: Decoder, profile: Profile) -> list[tuple[int, ...]]:
+    size = (profile.latent_height, profile.latent_width)
+    return [(1, *shape) for shape in decoder.memory_shapes(*size)]
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_signature_lists_the_decoders_memory(name: str) -> None:
     profile = load(name)
     decoder = meta_decoder(profile)
-    shapes = [(1, *shape) for shape in decoder.memory_shapes(profile.latent_height, profile.latent_width)]
+    shapes = memory_shapes(decoder, profile)
     assert [spec.shape for spec in signature.decoder(profile).state] == shapes
     z = torch.empty(1, *signature.latent_shape(profile), device="meta")
     frames, memory = decoder(z, decoder.empty_memory(z))
@@ -156,20 +160,21 @@ def test_the_signature_lists_the_decoders_memory(name: str) -> None:
 @shapes
 def test_the_signature_lists_the_memory_of_every_shape(shape: VaeShape) -> None:
     profile = TINY.replace(vae=shape)
-    shapes = [(1, *shape) for shape in meta_decoder(profile).memory_shapes(profile.latent_height, profile.latent_width)]
+    shapes = memory_shapes(meta_decoder(profile), profile)
     assert [spec.shape for spec in signature.decoder(profile).state] == shapes
 
 
 @pytest.mark.parametrize("stride", [2, 4, 16])
 def test_other_strides_build_and_decode(stride: int) -> None:
     scales = max(2, int(math.log2(stride)))
-    profile = TINY.replace(video=Video(64, 32, 24, 4, spatial_stride=stride), vae=VaeShape((4,) * scales, (4,) * scales, 1, 2))
+    shape = VaeShape((4,) * scales, (4,) * scales, 1, 2)
+    profile = TINY.replace(video=Video(64, 32, 24, 4, spatial_stride=stride), vae=shape)
     vae = Vae(profile)
     with torch.no_grad():
         z = vae.encode(torch.zeros(1, 5, 3, 32, 64))
         assert z.shape == (1, 2, 4, 32 // stride, 64 // stride)
         assert vae.decode(z).shape == (1, 5, 3, 32, 64)
-    shapes = [(1, *shape) for shape in vae.decoder.memory_shapes(profile.latent_height, profile.latent_width)]
+    shapes = memory_shapes(vae.decoder, profile)
     assert [spec.shape for spec in signature.decoder(profile).state] == shapes
 
 
@@ -192,12 +197,18 @@ def test_gradients_reach_every_parameter() -> None:
 
 
 def low_rank_clips(rank: int, clips: int = 6, groups: int = 4) -> list[Tensor]:
-    """Clips [4 groups, 3, H, W] whose patches are mixtures of `rank` patterns."""
+    """Make clips [4 groups, 3, H, W] whose patches are mixtures of `rank` patterns."""
     rng = torch.Generator().manual_seed(4)
     patterns = torch.linalg.qr(torch.randn(4 * 3 * 64, rank, generator=rng)).Q * 8
     size = (TINY.latent_height, TINY.latent_width)
-    mixtures = torch.randn(clips, groups, *size, rank, generator=rng) * torch.linspace(1.0, 0.4, rank)
-    return [channels_to_space_time((m @ patterns.T).movedim(-1, 1)[None], 4, 8)[0] for m in mixtures]
+    mixtures = torch.randn(clips, groups, *size, rank, generator=rng)
+    mixtures = mixtures * torch.linspace(1.0, 0.4, rank)
+    return [unfold((m @ patterns.T).movedim(-1, 1)[None], 4, 8)[0] for m in mixtures]
+
+
+def patches_of(clips: list[Tensor]) -> Tensor:
+    """All patches of `clips`: [N, 4 * 3 * 64]."""
+    return torch.cat([fold(c[None], 4, 8)[0].movedim(1, -1).flatten(0, -2) for c in clips])
 
 
 @torch.no_grad()
@@ -217,11 +228,14 @@ def test_pca_keeps_a_low_rank_set_whole() -> None:
     assert float(flat.mean(dim=0).abs().max()) < 1e-4
     assert float(flat.square().mean()) == pytest.approx(1.0, rel=1e-4)
     covariance = flat.T @ flat / len(flat)
-    assert float((covariance - covariance.diagonal().diag()).abs().max()) < 1e-4  # channels are decorrelated
-    assert covariance.diagonal().tolist() == sorted(covariance.diagonal().tolist(), reverse=True)  # and ordered by what they carry
-    patches = torch.cat([space_time_to_channels(c[None], 4, 8)[0].movedim(1, -1).flatten(0, -2) for c in clips])
-    solution = torch.linalg.lstsq(torch.nn.functional.pad(flat, (0, 1), value=1.0), patches).solution
-    assert torch.allclose(torch.nn.functional.pad(flat, (0, 1), value=1.0) @ solution, patches, atol=1e-3)  # nothing was lost
+    assert (
+        float((covariance - covariance.diagonal().diag()).abs().max()) < 1e-4
+    )  # channels are decorrelated
+    power = covariance.diagonal().tolist()
+    assert power == sorted(power, reverse=True)
+    patches, affine = patches_of(clips), nn.functional.pad(flat, (0, 1), value=1.0)
+    solution = torch.linalg.lstsq(affine, patches).solution
+    assert torch.allclose(affine @ solution, patches, atol=1e-3)  # nothing was lost
 
 
 def test_pca_of_less_than_the_latent_holds_stays_finite() -> None:
@@ -246,7 +260,7 @@ def test_pca_reports_what_it_drops() -> None:
     torch.manual_seed(0)
     clips = low_rank_clips(12)
     kept = pca_encoder(Vae(TINY), clips)
-    patches = torch.cat([space_time_to_channels(c[None], 4, 8)[0].movedim(1, -1).flatten(0, -2) for c in clips]).double()
+    patches = patches_of(clips).double()
     power = torch.linalg.svdvals(patches - patches.mean(dim=0)).square()
     assert kept == pytest.approx(float(power[:4].sum() / power.sum()), rel=1e-4)
     assert 0.3 < kept < 0.8
