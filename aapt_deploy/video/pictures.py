@@ -57,8 +57,8 @@ def read_image(path: str | Path, width: int, height: int) -> np.ndarray:
         found = found[::-1]
     if abs(found[0] * height / (found[1] * width) - 1) > 0.01:
         size = f"{width}:{height}"
-        crop = f"scale={size}:force_original_aspect_ratio=increase,crop={size}"
-        crop = f"ffmpeg -i {shlex.quote(str(path))} -vf {crop} start.png"
+        scale = f"scale={size}:force_original_aspect_ratio=increase,crop={size}"
+        crop = f"ffmpeg -i {shlex.quote(str(path))} -vf {scale} start.png"
         shape = f"{found[0]}x{found[1]}, which is not the shape of {width}x{height}"
         raise InputError(f"image {path} is {shape}", f"crop it to {width}x{height}: {crop}")
     return _covering(frame, width, height, Fraction(1))

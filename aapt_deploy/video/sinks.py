@@ -224,13 +224,13 @@ def open_sink(output: str, format: str | None, width: int, height: int, fps: int
     if "://" in output:
         place = shlex.quote(output)
         pipe = f"aapt stream ... -o - --format mpegts | ffmpeg -i - -c copy -f mpegts {place}"
-        what = f"{output} is an address; frames go to a file or to stdout"
-        raise UsageError(what, f"pipe them there: {pipe}")
+        address = f"{output} is an address; frames go to a file or to stdout"
+        raise UsageError(address, f"pipe them there: {pipe}")
     key = choose(output, format)
     chosen = FORMATS[key]
     if chosen.pixels == "yuv420p" and (width % 2 or height % 2):
-        what = f"{key} cannot hold {width}x{height}: its colours need even sizes"
-        raise UsageError(what, "take nut or rawvideo, or a profile of even size")
+        odd = f"{key} cannot hold {width}x{height}: its colours need even sizes"
+        raise UsageError(odd, "take nut or rawvideo, or a profile of even size")
     # A symbolic link stays one: the file that it points to is replaced.
     name, path = "stdout" if output == "-" else output, Path(os.path.realpath(output))
     if output != "-" and os.path.isdir(path):  # pathlib would raise for a name that is too long
@@ -238,9 +238,9 @@ def open_sink(output: str, format: str | None, width: int, height: int, fps: int
         raise OutputError(f"{output} is a folder", f"name a file in it: -o {inside}")
     is_file = output != "-" and (os.path.isfile(path) or not os.path.exists(path))
     if not is_file and not chosen.to_pipe:
-        what = f"{key} cannot go to {name}: it is finished by seeking back to its start"
-        hint = f"formats that can: {', '.join(PIPE_FORMATS)} (fmp4 is fragmented mp4)"
-        raise UsageError(what, hint)
+        seeks = f"{key} cannot go to {name}: it is finished by seeking back to its start"
+        others = f"formats that can: {', '.join(PIPE_FORMATS)} (fmp4 is fragmented mp4)"
+        raise UsageError(seeks, others)
     refuse_missing(key, chosen)
     try:
         if not is_file:
@@ -267,11 +267,11 @@ def _refuse_folder(output: str, path: Path) -> None:
 
 def _stdout() -> int:
     if sys.stdout is None:
-        hint = "redirect it to a file or a pipe, or name a file with -o"
-        raise OutputError("stdout is closed", hint)
+        redirect = "redirect it to a file or a pipe, or name a file with -o"
+        raise OutputError("stdout is closed", redirect)
     if os.isatty(_STDOUT):
-        hint = "pipe it (aapt stream ... -o - | ffplay -) or name a file with -o"
-        raise UsageError("stdout is a terminal, which cannot show video", hint)
+        pipe = "pipe it (aapt stream ... -o - | ffplay -) or name a file with -o"
+        raise UsageError("stdout is a terminal, which cannot show video", pipe)
     return os.dup(_STDOUT)
 
 

@@ -1,4 +1,4 @@
-"""Steering: what each line means, what a bad one does, and that stdin can stall, end or flood without harm."""
+"""Steering: good lines, bad lines, and a stdin that stalls, ends or floods."""
 
 import itertools
 import json
@@ -49,7 +49,8 @@ def test_without_a_source_the_default_holds() -> None:
 
 
 def test_a_file_gives_one_line_per_block_and_keeps_the_last(tmp_path: Path) -> None:
-    text = '# a flight\n{"forward": 10, "yaw": -0.1}\n\n   \n{"strafe": 2}\n{"prompt": "night"}\n{}\n{"yaw": 0}\n'
+    text = '# a flight\n{"forward": 10, "yaw": -0.1}\n\n   \n{"strafe": 2}\n'
+    text += '{"prompt": "night"}\n{}\n{"yaw": 0}\n'
     got, warnings = drive(tmp_path / "c.jsonl", text, 7)
     steps = [
         Velocity(10, 0, -0.1),
@@ -220,7 +221,8 @@ def test_a_named_pipe_steers_live(tmp_path: Path) -> None:
     controls.close()
 
 
-# A stream as a process of its own: stdin must be real. It prints one line per change that it sees, and stops when told to by a prompt.
+# A stream as a process of its own, because stdin must be real. It prints one line per change that it
+# sees, and a prompt stops it.
 STREAM = """
 import sys, time
 from aapt_deploy.models.aapt.camera import CRUISE
@@ -264,7 +266,8 @@ def test_stdin_steers_live_and_a_bad_line_is_survived(stream: subprocess.Popen[s
         ('{"forward": 1}\n', "1.0 0.0 None\n"),
         (
             '{"forward": oops}\n',
-            "warning stdin line 2: not valid JSON: Expecting value at column 13; the last good value stays\n",
+            "warning stdin line 2: not valid JSON: Expecting value at column 13; "
+            "the last good value stays\n",
         ),
         ('{"strafe": 2, "prompt": "snow"}\n', "1.0 2.0 snow\n"),
     ]:
@@ -303,15 +306,17 @@ def test_a_stream_ends_quietly_while_stdin_stays_open_and_silent(
 
 
 def test_a_flood_on_stdin_stays_small_and_current() -> None:
-    """An endless fast sender: memory stays bounded, no block waits, and the state that counts is the newest."""
+    """An endless fast sender: memory stays bounded, no block waits, the newest state counts."""
     script = STREAM.replace("block < 4000", "block < 300") + (
-        "import resource\nprint('grown', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "import resource\n"
+        "print('grown', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     script = "import resource\n" + script.replace(
         'print("ready"',
         'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nprint("ready"',
     )
-    sender = "import itertools\nfor n in itertools.count(): print('{\"forward\": %d, \"at\": %f}' % (n % 30, n * 1e-5) if n % 3 else 'bad' * 9)"
+    line = """'{"forward": %d, "at": %f}' % (n % 30, n * 1e-5) if n % 3 else 'bad' * 9"""
+    sender = f"import itertools\nfor n in itertools.count(): print({line})"
     with (
         subprocess.Popen(
             [sys.executable, "-c", sender], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

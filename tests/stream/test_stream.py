@@ -1,4 +1,4 @@
-"""stream: through real pipes into a real ffmpeg, stopped by real signals, steered from files and stdin; and every refusal before a byte is lost."""
+"""stream: real pipes into a real ffmpeg, real signals, steering from files and stdin, refusals."""
 
 import contextlib
 import json
@@ -192,8 +192,10 @@ def test_pictures_and_prompts_that_cannot_be_used(bundle: Path, tmp_path: Path) 
     for kind, image, message in (
         (InputError, tmp_path / "text.png", "not a PNG, JPEG or WebP picture"),
         (InputError, tmp_path / "square.png", "is 64x64, which is not the shape"),
-        (InputError, tmp_path / "none.png", "No such file"), (InputError, tmp_path, "Is a directory"),
-        (UsageError, "wodos", "start frame 'wodos' does not exist"), (UsageError, "x" * 300, "does not exist"),
+        (InputError, tmp_path / "none.png", "No such file"),
+        (InputError, tmp_path, "Is a directory"),
+        (UsageError, "wodos", "start frame 'wodos' does not exist"),
+        (UsageError, "x" * 300, "does not exist"),
         (InputError, tmp_path / ("x" * 300), "File name too long"),
     ):  # fmt: skip
         assert message in refusal(kind, bundle, out, image=str(image))
@@ -370,7 +372,8 @@ def test_controls_from_a_file_steer_and_a_bad_line_is_survived(
     assert done.frames == 36
     assert sorted(w.split(";")[0] for w in warnings) == [
         f"{flight} line 2: not valid JSON: Expecting value at column 9",
-        f"{flight} line 6: unknown key 'sideways', known are forward, strafe, yaw, pitch, prompt, at",
+        f"{flight} line 6: unknown key 'sideways', "
+        "known are forward, strafe, yaw, pitch, prompt, at",
         "prompt word 'klingon' is outside the vocabulary",
     ]
     run(bundle, tmp_path / "b.rgb", 1.5)
@@ -410,7 +413,8 @@ def test_controls_from_stdin(bundle: Path, tmp_path: Path) -> None:
     assert running.returncode == 0, err.decode()
     lines = err.decode().splitlines()
     assert [line for line in lines if line.startswith("warning: ")] == [
-        "warning: stdin line 2: not valid JSON: Expecting value at column 1; the last good value stays"
+        "warning: stdin line 2: not valid JSON: Expecting value at column 1; "
+        "the last good value stays"
     ]
     assert len(pixels(out)) == 24
     run(bundle, tmp_path / "plain.rgb", 1.0)
@@ -521,9 +525,10 @@ def test_a_signal_in_mid_stream_leaves_a_file_that_plays(
 
 @pytest.mark.parametrize("delay_ms", [0, 60, 150, 250, 350])
 def test_ctrl_c_while_a_stream_starts(bundle: Path, tmp_path: Path, delay_ms: int) -> None:
-    """From the first line that a user sees: modules are imported, engines open, the first image is encoded."""
+    """From the first line that a user sees, while modules load and engines open."""
     out = tmp_path / "x.mp4"
-    # An interrupt can fall between an open() and its `with`. The file is closed with the process and no user hears of it; -W error would tell.
+    # An interrupt can fall between an open() and its `with`. The process closes the file then, which
+    # -W error would report.
     with process(bundle, "-o", out, python=["-W", "ignore::ResourceWarning"]) as running:
         assert running.stderr is not None
         first = running.stderr.readline()

@@ -1,4 +1,7 @@
-"""Frames out, checked by the real ffmpeg: formats, colours, pipes that close, full disks, Ctrl-C; and pictures and videos in."""
+"""Frames out, checked by the real ffmpeg, and pictures and videos in.
+
+Formats, colours, pipes that close, full disks, Ctrl-C.
+"""
 
 import contextlib
 import itertools
@@ -71,7 +74,7 @@ def written(path: Path, name: str, frames: np.ndarray, step: int = 4) -> bytes:
 
 
 def sender(body: str, *arguments: str, **options: object) -> subprocess.Popen[bytes]:
-    """A process of its own that has `open_sink`, frames of 192x112 and its arguments at hand, and runs `body`."""
+    """Run `body` in a process that has `open_sink`, frames of 192x112 and its arguments."""
     head = (
         "import sys, time, numpy as np\n"
         "from aapt_deploy.video.sinks import open_sink, ReaderGone\n"
@@ -80,7 +83,8 @@ def sender(body: str, *arguments: str, **options: object) -> subprocess.Popen[by
         "frames = rng.integers(0, 255, (4, 112, 192, 3), dtype=np.uint8)\n"
         "arguments = sys.argv[1:]\n"
     )
-    return subprocess.Popen([sys.executable, "-c", head + body, *arguments], **options)  # type: ignore[call-overload,no-any-return]
+    command = [sys.executable, "-c", head + body, *arguments]
+    return subprocess.Popen(command, **options)  # type: ignore[call-overload,no-any-return]
 
 
 # --- formats, to a file and to stdout
@@ -97,7 +101,8 @@ def test_every_format_makes_a_file_whose_frames_ffmpeg_counts(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", PIPE_FORMATS)
 def test_every_pipe_format_goes_through_stdout_into_ffmpeg(name: str) -> None:
-    body = f"with open_sink('-', {name!r}, 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(13)]\n"
+    body = f"with open_sink('-', {name!r}, 192, 112, 24) as sink:\n"
+    body += "    [sink.write(frames) for _ in range(13)]\n"
     with sender(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as source:
         output = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
         pixels = ffmpeg(*input_options(name), "-i", "-", *output, data=source.communicate()[0])
@@ -106,7 +111,8 @@ def test_every_pipe_format_goes_through_stdout_into_ffmpeg(name: str) -> None:
 
 
 def test_a_shell_pipe_into_ffmpeg_makes_a_playable_file(tmp_path: Path) -> None:
-    body = "with open_sink('-', None, 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(6)]\n"
+    body = "with open_sink('-', None, 192, 112, 24) as sink:\n"
+    body += "    [sink.write(frames) for _ in range(6)]\n"
     with sender(body, stdout=subprocess.PIPE) as source:
         assert source.stdout is not None
         command = [FFMPEG, "-v", "error", "-i", "-", str(tmp_path / "o.mp4")]
@@ -312,7 +318,8 @@ def test_odd_sizes_are_refused_where_colours_are_halved(tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_no_bytes() -> None:
-    body = "try: open_sink('-', None, 192, 112, 24)\nexcept AaptError as e: print(e, '|', e.hint, file=sys.stderr); sys.exit(e.exit_code)\n"
+    body = "try: open_sink('-', None, 192, 112, 24)\n"
+    body += "except AaptError as e: print(e, e.hint, file=sys.stderr); sys.exit(e.exit_code)\n"
     leader, follower = os.openpty()
     with sender(body, stdout=follower, stderr=subprocess.PIPE) as process:
         message = process.communicate(timeout=60)[1].decode()
@@ -371,11 +378,15 @@ def test_a_full_disk_is_said_with_the_path(name: str) -> None:
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 @pytest.mark.parametrize("limit", [0, 700, 100_000])
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, name: str, limit: int) -> None:
-    """A real write error on a regular file, at the first byte, in the header or at close, and in the middle: the file size limit."""
+    """A real write error on a regular file, by the file size limit: early, late, in the middle."""
     resource = pytest.importorskip("resource")
     body = (
-        "try:\n    with open_sink(arguments[0], arguments[1], 192, 112, 24) as sink:\n        [sink.write(frames) for _ in range(30)]\n"
-        "except AaptError as e: print(type(e).__name__, e, file=sys.stderr); sys.exit(e.exit_code)\n"
+        "try:\n"
+        "    with open_sink(arguments[0], arguments[1], 192, 112, 24) as sink:\n"
+        "        [sink.write(frames) for _ in range(30)]\n"
+        "except AaptError as e:\n"
+        "    print(type(e).__name__, e, file=sys.stderr)\n"
+        "    sys.exit(e.exit_code)\n"
     )
     path = tmp_path / "a.video"
     path.write_bytes(b"old")
@@ -406,7 +417,9 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, name: str, lim
 @pytest.mark.parametrize("name", PIPE_FORMATS)
 def test_a_reader_that_leaves_ends_the_stream_quietly(name: str) -> None:
     body = (
-        "try:\n    with open_sink('-', arguments[0], 192, 112, 24) as sink:\n        while True: sink.write(frames)\n"
+        "try:\n"
+        "    with open_sink('-', arguments[0], 192, 112, 24) as sink:\n"
+        "        while True: sink.write(frames)\n"
         "except ReaderGone as e: print(e, file=sys.stderr)\n"
     )
     with sender(body, name, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -422,7 +435,10 @@ def test_a_reader_that_leaves_ends_the_stream_quietly(name: str) -> None:
 
 def test_a_reader_that_leaves_before_the_end_is_seen_at_close() -> None:
     body = (
-        "sink = open_sink('-', 'mkv', 192, 112, 24)\nsink.write(frames)\nprint('written', file=sys.stderr, flush=True)\nsys.stdin.read()\n"
+        "sink = open_sink('-', 'mkv', 192, 112, 24)\n"
+        "sink.write(frames)\n"
+        "print('written', file=sys.stderr, flush=True)\n"
+        "sys.stdin.read()\n"
         "try: sink.close()\nexcept ReaderGone: print('gone', file=sys.stderr)\nsink.close()\n"
     )
     with sender(
@@ -438,7 +454,9 @@ def test_a_reader_that_leaves_before_the_end_is_seen_at_close() -> None:
 
 
 def test_a_stdout_that_does_not_block_loses_nothing() -> None:
-    body = "import os\nos.set_blocking(1, False)\nwith open_sink('-', 'rawvideo', 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(10)]\n"
+    body = "import os\nos.set_blocking(1, False)\n"
+    body += "with open_sink('-', 'rawvideo', 192, 112, 24) as sink:\n"
+    body += "    [sink.write(frames) for _ in range(10)]\n"
     with sender(body, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         time.sleep(0.5)  # the pipe is full by now
@@ -447,7 +465,8 @@ def test_a_stdout_that_does_not_block_loses_nothing() -> None:
 
 
 def test_stdout_that_is_closed_is_refused() -> None:
-    body = "try: open_sink('-', None, 192, 112, 24)\nexcept AaptError as e: print(type(e).__name__, e, file=sys.stderr)\n"
+    body = "try: open_sink('-', None, 192, 112, 24)\n"
+    body += "except AaptError as e: print(type(e).__name__, e, file=sys.stderr)\n"
     with sender(
         body, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1)
     ) as process:
@@ -458,8 +477,12 @@ def test_stdout_that_is_closed_is_refused() -> None:
 
 
 ENDLESS = (
-    "try:\n    with open_sink(arguments[0], arguments[1], 192, 112, 24) as sink:\n        print('open', flush=True)\n"
-    "        while True:\n            sink.write(frames); time.sleep(0.002)\n            if sink.frames == 12: print('going', flush=True)\n"
+    "try:\n"
+    "    with open_sink(arguments[0], arguments[1], 192, 112, 24) as sink:\n"
+    "        print('open', flush=True)\n"
+    "        while True:\n"
+    "            sink.write(frames); time.sleep(0.002)\n"
+    "            if sink.frames == 12: print('going', flush=True)\n"
     "except KeyboardInterrupt: print(sink.frames, flush=True); sys.exit(130)\n"
 )
 
@@ -483,7 +506,9 @@ def test_ctrl_c_leaves_a_whole_file(tmp_path: Path, name: str) -> None:
 
 def test_ctrl_c_while_the_reader_stalls_is_obeyed() -> None:
     body = (
-        "try:\n    with open_sink('-', 'nut', 192, 112, 24) as sink:\n        while True: sink.write(frames)\n"
+        "try:\n"
+        "    with open_sink('-', 'nut', 192, 112, 24) as sink:\n"
+        "        while True: sink.write(frames)\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )
     with sender(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -592,7 +617,8 @@ def test_a_killed_stream_leaves_the_old_file_and_a_part_that_plays(
 ) -> None:
     path = tmp_path / f"a.{name}"
     path.write_bytes(b"old")
-    body = "sink = open_sink(arguments[0], None, 192, 112, 24)\n[sink.write(frames) for _ in range(24)]\nprint('96', flush=True)\ntime.sleep(60)\n"
+    body = "sink = open_sink(arguments[0], None, 192, 112, 24)\n"
+    body += "[sink.write(frames) for _ in range(24)]\nprint('96', flush=True)\ntime.sleep(60)\n"
     with sender(body, str(path), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"96\n"
@@ -672,7 +698,7 @@ def test_closing_twice_is_harmless_and_leaks_no_descriptor(tmp_path: Path) -> No
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Callable[[str, int, int], tuple[Path, np.ndarray]]:
-    """Makes a smooth picture file with ffmpeg, by suffix and size; gives its path and its pixels."""
+    """Make a smooth picture file by suffix and size; return its path and its pixels."""
 
     def make(name: str, width: int, height: int) -> tuple[Path, np.ndarray]:
         y, x = np.mgrid[0:height, 0:width]
@@ -768,7 +794,8 @@ def test_a_picture_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
 
 def test_a_picture_taken_with_a_tilted_phone_is_turned_upright(picture: Picture) -> None:
     path, pixels = picture("a.jpg", HEIGHT, WIDTH)  # 112x192, lying down
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"  # one entry: orientation 6, turn right to view
+    # One entry: orientation 6, turn right to view.
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
     data = path.read_bytes()
     path.write_bytes(data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:])
     got = read_image(str(path), WIDTH, HEIGHT)
@@ -810,7 +837,7 @@ def test_writing_a_picture_nowhere(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seconds of video in several containers and rates. Frame n's brightness is 8 + 4n at 30 fps: it says which source frame is shown."""
+    """Two seconds of video at 30 fps in several containers. Frame n has brightness 8 + 4n."""
     folder = tmp_path_factory.mktemp("videos")
     gray = np.repeat((8 + 4 * np.arange(60, dtype=np.uint8))[:, None], 96 * 96 * 3, axis=1)
     form = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "96x96", "-r", "30", "-i", "-"]
