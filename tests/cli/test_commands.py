@@ -32,6 +32,7 @@ def test_ctrl_c_while_the_command_line_is_being_imported_is_no_traceback(
             if name == "aapt_deploy.cli.commands":
                 raise KeyboardInterrupt
 
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "so that SIGTERM keeps its handler")
     monkeypatch.delitem(sys.modules, "aapt_deploy.cli.commands")
     monkeypatch.delattr(cli, "commands")
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])

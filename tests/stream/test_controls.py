@@ -221,8 +221,8 @@ def test_a_named_pipe_steers_live(tmp_path: Path) -> None:
     controls.close()
 
 
-# A stream as a process of its own, because stdin must be real. It prints one line per change that it
-# sees, and a prompt stops it.
+# A stream as a process of its own, because stdin must be real. It prints one line per change that
+# it sees, and a prompt stops it.
 STREAM = """
 import sys, time
 from aapt_deploy.models.aapt.camera import CRUISE

@@ -527,8 +527,8 @@ def test_a_signal_in_mid_stream_leaves_a_file_that_plays(
 def test_ctrl_c_while_a_stream_starts(bundle: Path, tmp_path: Path, delay_ms: int) -> None:
     """From the first line that a user sees, while modules load and engines open."""
     out = tmp_path / "x.mp4"
-    # An interrupt can fall between an open() and its `with`. The process closes the file then, which
-    # -W error would report.
+    # An interrupt can fall between an open() and its `with`. The process closes the file then, and
+    # -W error would report that.
     with process(bundle, "-o", out, python=["-W", "ignore::ResourceWarning"]) as running:
         assert running.stderr is not None
         first = running.stderr.readline()
