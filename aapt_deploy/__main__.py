@@ -1,24 +1,27 @@
-"""The entry point of `aapt` and of `python -m aapt_deploy`: a process whose standard streams may be closed, full or left by their reader.
+"""Entry point of `aapt` and `python -m aapt_deploy`. Survives closed, full and broken streams.
 
-Importing the command line takes a moment, in which Ctrl-C is already an answer.
+Importing the command line takes a moment; Ctrl-C already ends the process cleanly then.
 """
 
 import os
 import signal
 import sys
+from types import FrameType
 from typing import TextIO, cast
 
-from aapt_deploy.cli.standard_streams import Data, occupy, settle, stop
+from aapt_deploy.cli.standard_streams import Guarded, occupy, settle
 
 
 def main() -> None:
     """Run the command line."""
-    # Where it is ignored, it stays so; torchrun's has to end a process that waits in a collective for another one, which no Python code does.
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "TORCHELASTIC_RUN_ID" not in os.environ:
+    # An ignored SIGTERM stays ignored. Under torchrun it must end a process that waits in a
+    # collective for another one, which no Python code does.
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not by_torchrun:
         signal.signal(signal.SIGTERM, stop)
     occupy()
     if sys.stdout is not None:
-        sys.stdout = cast(TextIO, Data(sys.stdout))
+        sys.stdout = cast(TextIO, Guarded(sys.stdout, is_data=True))
     try:
         from aapt_deploy.cli import commands
 
@@ -28,6 +31,15 @@ def main() -> None:
     finally:
         for stream in (sys.stdout, sys.stderr):
             settle(stream)
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does: unfinished files are removed. A stream has handlers of its own.
+
+    A second signal must not disturb that: `timeout` sends two.
+    """
+    signal.signal(number, lambda *_: None)  # not SIG_IGN, which child processes would inherit
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ class Model:
     heads: int  # attention heads; head_dim = dim / heads
     patch: int  # latent pixels per token side
     mlp_ratio: int = 4  # hidden width of the MLP / dim
-    halo: int = 0  # latent pixels that a token sees beyond its patch on each side; the paper has none
+    halo: int = (
+        0  # latent pixels that a token sees beyond its patch on each side; the paper has none
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Sampler:
     """Generator passes per block, from pure noise down; `[1.0]` is the one-step AAPT generator."""
 
     timesteps: tuple[float, ...]
-    temperature: float = 1.0  # deviation of the noise that a block starts from; less is calmer and softer
+    temperature: float = (
+        1.0  # deviation of the noise that a block starts from; less is calmer and softer
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,9 @@ class Target:
 class Quality:
     """What a precision may cost, for `aapt quality`; a preset may leave the section out."""
 
-    latent_error: float = 0.10  # largest teacher-forced error of a pass, relative to the latent's own size
+    latent_error: float = (
+        0.10  # largest teacher-forced error of a pass, relative to the latent's own size
+    )
     psnr_db: float = 30.0  # least, free-running, over the first second
     ssim: float = 0.90  # least, over the same
     drift_per_s: float = 0.05  # largest slope of the same, per second
@@ -117,7 +123,12 @@ class Fp8:
     A rule is a path inside the generator with * for anything; `first` and `last` stand for those blocks: "visual.last.*".
     """
 
-    keep: tuple[str, ...] = ("text_in", "time_*", "*.first.*", "*.last.*")  # embeddings, modulation; convolutions, the head's too, always stay
+    keep: tuple[str, ...] = (
+        "text_in",
+        "time_*",
+        "*.first.*",
+        "*.last.*",
+    )  # embeddings, modulation; convolutions, the head's too, always stay
     margin: float = 1.1  # scales reach this much beyond the largest magnitude seen
 
 
@@ -153,25 +164,50 @@ class Profile:
         if m.dim % m.heads:
             problems.append(f"model.dim = {m.dim} is not a multiple of model.heads = {m.heads}")
         elif m.dim // m.heads % 8:
-            problems.append(f"head_dim = model.dim / model.heads = {m.dim // m.heads} is not a multiple of 8, which 3-D RoPE needs")
+            problems.append(
+                f"head_dim = model.dim / model.heads = {m.dim // m.heads} is not a multiple of 8, which 3-D RoPE needs"
+            )
         unit = v.spatial_stride * m.patch
         if v.width % unit or v.height % unit:
-            problems.append(f"video {v.width}x{v.height} is not a multiple of spatial_stride x patch = {unit}")
+            problems.append(
+                f"video {v.width}x{v.height} is not a multiple of spatial_stride x patch = {unit}"
+            )
         if w.sink_frames > 1:
-            problems.append(f"window.sink_frames = {w.sink_frames}: the sink is the first block, so 0 or 1")
+            problems.append(
+                f"window.sink_frames = {w.sink_frames}: the sink is the first block, so 0 or 1"
+            )
         if self.text.kind not in ("vocabulary", "embedding"):
-            problems.append(f"text.kind = {self.text.kind!r} is neither 'vocabulary' nor 'embedding'")
+            problems.append(
+                f"text.kind = {self.text.kind!r} is neither 'vocabulary' nor 'embedding'"
+            )
         steps = self.sampler.timesteps
-        if not (steps and steps[0] == 1.0 and all(b < a for a, b in pairwise(steps)) and steps[-1] > 0):  # a nan fails too
-            problems.append(f"sampler.timesteps = {list(steps)} must start at 1.0 and fall, staying above 0")
+        if not (
+            steps and steps[0] == 1.0 and all(b < a for a, b in pairwise(steps)) and steps[-1] > 0
+        ):  # a nan fails too
+            problems.append(
+                f"sampler.timesteps = {list(steps)} must start at 1.0 and fall, staying above 0"
+            )
         if not 0 <= self.sampler.temperature <= 1:  # a nan fails too
-            problems.append(f"sampler.temperature = {self.sampler.temperature} is not between 0 and 1")
+            problems.append(
+                f"sampler.temperature = {self.sampler.temperature} is not between 0 and 1"
+            )
         scales = int(math.log2(v.spatial_stride))
         if not scales or 2**scales != v.spatial_stride or v.temporal_stride != 4:
-            problems.append(f"video strides {v.spatial_stride} / {v.temporal_stride}: the VAE knows 2, 4, 8, … in space and 4 in time")
-        for field, channels in (("encoder_channels", self.vae.encoder_channels), ("decoder_channels", self.vae.decoder_channels)):
-            fitting = [count for count in (scales, scales + 1) if count >= TIME_DOUBLINGS]  # the last scale may change no size
-            if fitting and len(channels) not in fitting and (channels or field == "decoder_channels"):
+            problems.append(
+                f"video strides {v.spatial_stride} / {v.temporal_stride}: the VAE knows 2, 4, 8, … in space and 4 in time"
+            )
+        for field, channels in (
+            ("encoder_channels", self.vae.encoder_channels),
+            ("decoder_channels", self.vae.decoder_channels),
+        ):
+            fitting = [
+                count for count in (scales, scales + 1) if count >= TIME_DOUBLINGS
+            ]  # the last scale may change no size
+            if (
+                fitting
+                and len(channels) not in fitting
+                and (channels or field == "decoder_channels")
+            ):
                 problems.append(
                     f"vae.{field} = {list(channels)} has {len(channels)} scales, {' or '.join(map(str, fitting))} fit a stride of {v.spatial_stride}"
                 )
@@ -179,12 +215,16 @@ class Profile:
             problems.append(f"vae.look_back = {self.vae.look_back!r} is neither 'first' nor 'all'")
         for field, value in dataclasses.asdict(self.precision).items():
             if value not in PRECISIONS:
-                problems.append(f"precision.{field} = {value!r} is not one of {', '.join(PRECISIONS)}")
+                problems.append(
+                    f"precision.{field} = {value!r} is not one of {', '.join(PRECISIONS)}"
+                )
         for field, value in dataclasses.asdict(self.quality).items():
             if not 0 < value < math.inf:  # a nan fails too
                 problems.append(f"quality.{field} = {value} is not a positive number")
         if not 1 <= self.fp8.margin < math.inf:  # a nan fails too
-            problems.append(f"fp8.margin = {self.fp8.margin} is below 1: values that were seen would saturate")
+            problems.append(
+                f"fp8.margin = {self.fp8.margin} is below 1: values that were seen would saturate"
+            )
         if self.target.device not in ("cpu", "cuda"):
             problems.append(f"target.device = {self.target.device!r} is neither 'cpu' nor 'cuda'")
         self._refuse(problems)
@@ -196,13 +236,24 @@ class Profile:
             for field, value in dataclasses.asdict(getattr(self, name)).items():
                 smallest = 0 if field in ("halo", "tokens", "sink_frames", "sm", "memory_gb") else 1
                 values = value if isinstance(value, tuple) else (value,)
-                problems += [f"{name}.{field} = {v} is below {smallest}" for v in values if isinstance(v, int) and v < smallest]
-                problems += [f"{name}.{field} = {v} is above {LARGEST[field]}" for v in values if isinstance(v, int) and v > LARGEST[field]]
+                problems += [
+                    f"{name}.{field} = {v} is below {smallest}"
+                    for v in values
+                    if isinstance(v, int) and v < smallest
+                ]
+                problems += [
+                    f"{name}.{field} = {v} is above {LARGEST[field]}"
+                    for v in values
+                    if isinstance(v, int) and v > LARGEST[field]
+                ]
         return problems
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
-            raise ProfileError(f"profile {self.name}: {'; '.join(problems)}", "correct the values in the profile's TOML file")
+            raise ProfileError(
+                f"profile {self.name}: {'; '.join(problems)}",
+                "correct the values in the profile's TOML file",
+            )
 
     # Derived figures: computed here, stored nowhere.
 
@@ -264,7 +315,11 @@ class Profile:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+    return (
+        json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        if isinstance(value, str)
+        else repr(value)
+    )
 
 
 def loads(text: str, source: str) -> Profile:
@@ -274,8 +329,14 @@ def loads(text: str, source: str) -> Profile:
     """
     try:
         raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: an integer of 5000 digits is a bare ValueError
-        raise ProfileError(f"profile {source}: not valid TOML: {error}", "see profiles/demo-cpu.toml for a complete example") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not only TOMLDecodeError: an integer of 5000 digits is a bare ValueError
+        raise ProfileError(
+            f"profile {source}: not valid TOML: {error}",
+            "see profiles/demo-cpu.toml for a complete example",
+        ) from None
     problems: list[str] = []
     sections: dict[str, Any] = {}
     hints = get_type_hints(Profile)
@@ -295,7 +356,10 @@ def loads(text: str, source: str) -> Profile:
             sections[name] = _section(name, kind, raw[name], problems)
     if problems:
         known = ", ".join(hints)
-        raise ProfileError(f"profile {source}: {'; '.join(problems)}", f"sections are {known}; each field is described in aapt_deploy/profiles.py")
+        raise ProfileError(
+            f"profile {source}: {'; '.join(problems)}",
+            f"sections are {known}; each field is described in aapt_deploy/profiles.py",
+        )
     return Profile(**sections)
 
 
@@ -303,7 +367,9 @@ def _section(name: str, kind: type, raw: dict[str, Any], problems: list[str]) ->
     hints = get_type_hints(kind)
     required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     before = len(problems)
-    problems += [f"unknown key '{name}.{key}' (known: {', '.join(hints)})" for key in raw if key not in hints]
+    problems += [
+        f"unknown key '{name}.{key}' (known: {', '.join(hints)})" for key in raw if key not in hints
+    ]
     problems += [f"missing key '{name}.{key}'" for key in sorted(required - raw.keys())]
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -342,9 +408,14 @@ def load(name: str) -> Profile:
         path = preset_folder() / f"{name}.toml"
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in preset_folder().glob("*.toml")))
-        raise ProfileError(f"profile {name!r} is neither a file nor a shipped preset", f"shipped presets: {shipped}")
+        raise ProfileError(
+            f"profile {name!r} is neither a file nor a shipped preset",
+            f"shipped presets: {shipped}",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"profile {path}: cannot be read: {error}", "give a UTF-8 TOML file") from None
+        raise ProfileError(
+            f"profile {path}: cannot be read: {error}", "give a UTF-8 TOML file"
+        ) from None
     return loads(text, str(path))

@@ -28,17 +28,17 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
-import attention_model as model  # noqa: E402
-import gpu  # noqa: E402
-from attention_diagnosis import diagnose  # noqa: E402
-from attention_machine import machine, sanitizer  # noqa: E402
-from attention_products import RATES, SIZES, accumulator, exact_product, rate  # noqa: E402
-from attention_rivals import Meter, rivals, timed  # noqa: E402
-from attention_small import in_numpy  # noqa: E402
-from stages import HOW, Parts, context_is_broken, first_line, say  # noqa: E402
+import attention_model as model
+import gpu
+from attention_diagnosis import diagnose
+from attention_machine import machine, sanitizer
+from attention_products import RATES, SIZES, accumulator, exact_product, rate
+from attention_rivals import Meter, rivals, timed
+from attention_small import in_numpy
+from stages import HOW, Parts, context_is_broken, first_line, say
 
-from aapt_deploy.ops.block_causal_attention import Ring, kernels  # noqa: E402
-from tests.support.attention_checks import RINGS, Case, Run, Stream, on_gpu, replayed  # noqa: E402
+from aapt_deploy.ops.block_causal_attention import Ring, kernels
+from tests.support.attention_checks import RINGS, Case, Run, Stream, on_gpu, replayed
 
 TURN_S = 1.0  # that each variant is timed for, twice
 RIVAL_S = 20  # that a rival may take with what it prepares

@@ -246,7 +246,7 @@ def start(bundle: Path) -> dict[str, Any]:
         ]
         whole_s, done = best(command, 5)
         said = "print([m for m in ('torch', 'onnx') if m in sys.modules])"
-        probe = f"import sys\nfrom aapt_deploy.cli.commands.commands import main\ntry:\n    main()\nfinally:\n    {said}"
+        probe = f"import sys\nfrom aapt_deploy.cli.commands import main\ntry:\n    main()\nfinally:\n    {said}"
         imported = subprocess.run(
             [python, "-c", probe, *command[3:-1]],
             capture_output=True,

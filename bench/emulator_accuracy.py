@@ -23,7 +23,7 @@ from aapt_deploy.ops.block_causal_attention.hopper_fp8 import TILE_KEYS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the data is the tests', so that both speak of the same numbers
-from tests.support.attention_data import LONG, SEED, SHORT, Case, case  # noqa: E402
+from tests.support.attention_data import LONG, SEED, SHORT, Case, case
 
 KINDS = (("plain", 0), ("sharp", 0), ("outlier", 0), ("sink", 6), ("sink", 9), ("sink", 12))
 HEADS = 2

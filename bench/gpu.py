@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 BENCH = Path(__file__).parent
 sys.path[:0] = [str(BENCH), str(BENCH.parent)]
-from stages import HOW, META, NO_GPU, Parts, Record, run_stage, say  # noqa: E402
+from stages import HOW, META, NO_GPU, Parts, Record, run_stage, say
 
 WHOLE_S = 780  # of fifteen minutes, without the machine's start
 BUDGET_S = 560  # of one command

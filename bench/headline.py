@@ -34,22 +34,22 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import gpu  # noqa: E402
-import headline_rivals  # noqa: E402
-import headline_shapes as shapes  # noqa: E402
-from attention_rivals import Meter  # noqa: E402
-from headline_model import predicted, share_of_floor  # noqa: E402
-from stages import HOW, Parts, say  # noqa: E402
+import gpu
+import headline_rivals
+import headline_shapes as shapes
+from attention_rivals import Meter
+from headline_model import predicted, share_of_floor
+from stages import HOW, Parts, say
 
-from aapt_deploy import assets  # noqa: E402
-from aapt_deploy.backends.torch_cuda import engine as torch_cuda  # noqa: E402
-from aapt_deploy.backends.torch_cuda.calibrate import noise_inputs  # noqa: E402
-from aapt_deploy.backends.torch_eager import EagerEngines  # noqa: E402
-from aapt_deploy.models import checkpoint  # noqa: E402
-from aapt_deploy.models.aapt.camera import CRUISE  # noqa: E402
-from aapt_deploy.models.cost import cost_of  # noqa: E402
-from aapt_deploy.profiles import Profile  # noqa: E402
-from aapt_deploy.rollout.loop import Steering, rollout  # noqa: E402
+from aapt_deploy import assets
+from aapt_deploy.backends.torch_cuda import engine as torch_cuda
+from aapt_deploy.backends.torch_cuda.calibrate import noise_inputs
+from aapt_deploy.backends.torch_eager import EagerEngines
+from aapt_deploy.models import checkpoint
+from aapt_deploy.models.aapt.camera import CRUISE
+from aapt_deploy.models.cost import cost_of
+from aapt_deploy.profiles import Profile
+from aapt_deploy.rollout.loop import Steering, rollout
 
 RESERVE_S = 15  # kept for the stages one by one when a stream is cut short
 

@@ -6,7 +6,7 @@ Work comes from `aapt_deploy.models.cost`; rates are the data sheet's times an e
 import functools
 from typing import Any
 
-from aapt_deploy.models.cost import GPUS, Cost
+from aapt_deploy.models.cost import GPUS, Cost, cost_of
 from aapt_deploy.profiles import Profile, load
 
 GPU = GPUS["H100"]  # an H200 has the same compute, and 4.8 instead of 3.35 TB/s

@@ -56,14 +56,19 @@ def made(tmp_path_factory: pytest.TempPathFactory, loaded: Checkpoint) -> Made:
 
     def make(folder: Path) -> Made:
         path, said = folder / "bundle", list[str]()
-        logging.getLogger("torch.__trace").propagate = False  # thousands of lines, each kept by pytest
+        logging.getLogger(
+            "torch.__trace"
+        ).propagate = False  # thousands of lines, each kept by pytest
         parity = export.export_bundle(loaded, path, False, said.append)
         shutil.copytree(path, path.with_name("bare"))
         with pytest.MonkeyPatch.context() as patch:
             for module in (build_ort, torch_eager):
                 patch.setattr(module, "cores", lambda: 1)
             opened, options = Bundle.open(path), Options(said.append)
-            engines = [build.build_engine(opened, backend, None, options) for backend in ("onnxruntime", "torch")]
+            engines = [
+                build.build_engine(opened, backend, None, options)
+                for backend in ("onnxruntime", "torch")
+            ]
         return Made(path, parity, [*engines[0], *engines[1]], said)
 
     return once.made(tmp_path_factory, "made", make)
@@ -94,7 +99,9 @@ def bare(made: Made, tmp_path: Path) -> Path:
 def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint:
     """A checkpoint of three blocks with heads of 64 channels, which the FP8 cache takes. Do not change it."""
     model = dataclasses.replace(tiny.model, depth=3, dim=128)
-    return make_checkpoint(tmp_path_factory.mktemp("three") / "three.safetensors", tiny.replace(model=model))
+    return make_checkpoint(
+        tmp_path_factory.mktemp("three") / "three.safetensors", tiny.replace(model=model)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +111,9 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint) -> S
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint, calibrated: Scales) -> Exported:
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, three: Checkpoint, calibrated: Scales
+) -> Exported:
     def make(folder: Path) -> Exported:
         stored = checkpoint.stored(three.path)
         rows = export.export_bundle(stored, folder / "bundle", False, lambda text: None, calibrated)
@@ -117,7 +126,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint, calibr
 def exported_frames(exported: Exported) -> list[np.ndarray]:
     """Frames of the exported graphs in ONNX Runtime, FP8 products included."""
     opened = Bundle.open(exported.path)
-    engines = opened_over(Driver(), opened.profile, {name: by_onnx(exported.path / f"{name}.onnx") for name in signatures(opened.profile)})
+    engines = opened_over(
+        Driver(),
+        opened.profile,
+        {name: by_onnx(exported.path / f"{name}.onnx") for name in signatures(opened.profile)},
+    )
     frames = frames_of(engines, opened, FEW_BLOCKS, 3)
     engines.close()
     return frames
@@ -141,7 +154,9 @@ def image(tmp_path: Path, tiny: Profile) -> Path:
 
 
 @pytest.fixture
-def aapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ran]]:
+def aapt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ran]]:
     """Run the command line in this process: `aapt("stream", bundle, "-o", file)`."""
 
     def run(*arguments: object) -> Ran:

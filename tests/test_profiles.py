@@ -63,7 +63,12 @@ def test_a_preset_loads_and_round_trips(name: str) -> None:
 
 
 def test_strings_and_numbers_survive_dumps() -> None:
-    odd = replace(TINY, name='a "quoted"\\name\n\x7f é', sampler=Sampler((1.0, 1 / 3, 1e-9)), target=replace(TINY.target, name="\\"))
+    odd = replace(
+        TINY,
+        name='a "quoted"\\name\n\x7f é',
+        sampler=Sampler((1.0, 1 / 3, 1e-9)),
+        target=replace(TINY.target, name="\\"),
+    )
     assert loads(odd.dumps(), "copy") == odd
 
 
@@ -74,7 +79,12 @@ def test_a_profile_is_frozen() -> None:
 
 def test_reading_a_profile_imports_nothing_heavy() -> None:
     code = "import sys, aapt_deploy.profiles; print(sorted({'numpy', 'torch', 'onnx', 'av'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 # --- derived figures ---
@@ -82,7 +92,10 @@ def test_reading_a_profile_imports_nothing_heavy() -> None:
 
 def test_derived_figures_of_the_8b_presets() -> None:
     small, large = load("aapt-8b-736x416-h100"), load("aapt-8b-1280x720-h100")
-    assert (small.frame_tokens, small.cache_tokens) == (1196, 37332)  # 46 x 26 tokens; 256 text + 31 blocks
+    assert (small.frame_tokens, small.cache_tokens) == (
+        1196,
+        37332,
+    )  # 46 x 26 tokens; 256 text + 31 blocks
     assert (large.frame_tokens, large.cache_tokens) == (3600, 57856)
     assert (small.head_dim, small.latent_width, small.latent_height) == (128, 92, 52)
     assert small.kv_cache_bytes == 2 * 36 * 37332 * 3072
@@ -93,16 +106,29 @@ def test_derived_figures_follow_their_sources() -> None:
     assert (TINY.frame_tokens, TINY.cache_tokens) == (8, 4 + 4 * 8)
     assert replace(TINY, window=Window(5, 0), text=Text("vocabulary", 0, 16)).cache_tokens == 5 * 8
     assert TINY.kv_cache_bytes == 4 * 2 * 2 * 36 * 32
-    assert replace(TINY, precision=replace(TINY.precision, kv_cache="bf16")).kv_cache_bytes == TINY.kv_cache_bytes // 2
-    assert replace(TINY, video=replace(TINY.video, fps=30)).step_budget_ms == pytest.approx(4000 / 30)
+    assert (
+        replace(TINY, precision=replace(TINY.precision, kv_cache="bf16")).kv_cache_bytes
+        == TINY.kv_cache_bytes // 2
+    )
+    assert replace(TINY, video=replace(TINY.video, fps=30)).step_budget_ms == pytest.approx(
+        4000 / 30
+    )
 
 
 # --- what is refused ---
 
 
 def test_unknown_missing_and_mistyped_keys_are_listed_together() -> None:
-    wrong = {"model__dim": "dim = 32.5", "model__heads": "", "video__fps": 'fps = "24"', "window__frames": "frames = true"}
-    message = refusal(edited(**wrong, sampler__timesteps='timesteps = [1.0, "x"]') + "\nzoom = 2\n[extra]\nkey = 1\n")
+    wrong = {
+        "model__dim": "dim = 32.5",
+        "model__heads": "",
+        "video__fps": 'fps = "24"',
+        "window__frames": "frames = true",
+    }
+    message = refusal(
+        edited(**wrong, sampler__timesteps='timesteps = [1.0, "x"]')
+        + "\nzoom = 2\n[extra]\nkey = 1\n"
+    )
     for part in (
         "given.toml",
         "'model.dim' = 32.5 must be int",
@@ -122,18 +148,34 @@ def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
     assert "missing key 'window.frames'" in message
 
 
-@pytest.mark.parametrize("section", ["model", "text", "video", "window", "sampler", "vae", "precision", "target"])
+@pytest.mark.parametrize(
+    "section", ["model", "text", "video", "window", "sampler", "vae", "precision", "target"]
+)
 def test_a_missing_section_is_named(section: str) -> None:
-    assert f"missing section '{section}'" in refusal(re.sub(rf"\[{section}\]\n(?:.+\n)+", "", TINY_TOML))
+    assert f"missing section '{section}'" in refusal(
+        re.sub(rf"\[{section}\]\n(?:.+\n)+", "", TINY_TOML)
+    )
 
 
 def test_a_section_must_be_a_section_and_a_name_a_string() -> None:
     assert "'name' = 7 must be str" in refusal(edited(name="name = 7"))
     assert "missing key 'name'" in refusal(edited(name=""))
-    assert "'window' must be a section [window]" in refusal("window = 3\n" + re.sub(r"\[window\]\nframes = 3\n", "", TINY_TOML))
+    assert "'window' must be a section [window]" in refusal(
+        "window = 3\n" + re.sub(r"\[window\]\nframes = 3\n", "", TINY_TOML)
+    )
 
 
-@pytest.mark.parametrize("text", ["name =", "\x00", "[model", "x = " + "[" * 20000, 'name = "a"\nname = "b"', "x = " + "9" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name =",
+        "\x00",
+        "[model",
+        "x = " + "[" * 20000,
+        'name = "a"\nname = "b"',
+        "x = " + "9" * 5000,
+    ],
+)
 def test_what_is_not_toml_is_refused(text: str) -> None:
     assert "not valid TOML" in refusal(text)
 
@@ -147,7 +189,10 @@ def test_what_is_not_toml_is_refused(text: str) -> None:
         ({"model__depth": "depth = -1"}, "model.depth = -1 is below 1"),
         ({"text__tokens": "tokens = -4"}, "text.tokens = -4 is below 0"),
         ({"text__kind": 'kind = "poem"'}, "text.kind = 'poem'"),
-        ({"video__width": "width = 72"}, "video 72x32 is not a multiple of spatial_stride x patch = 16"),
+        (
+            {"video__width": "width = 72"},
+            "video 72x32 is not a multiple of spatial_stride x patch = 16",
+        ),
         ({"video__height": "height = 24"}, "video 64x24"),
         ({"video__fps": "fps = 24\nspatial_stride = 6"}, "video strides 6 / 4"),
         ({"video__fps": "fps = 24\nspatial_stride = 1"}, "video strides 1 / 4"),
@@ -158,19 +203,49 @@ def test_what_is_not_toml_is_refused(text: str) -> None:
         ({"sampler__timesteps": "timesteps = [0.9, 0.5]"}, "sampler.timesteps = [0.9, 0.5]"),
         ({"sampler__timesteps": "timesteps = [1.0, 1.0]"}, "sampler.timesteps = [1.0, 1.0]"),
         ({"sampler__timesteps": "timesteps = [1.0, 0.0]"}, "sampler.timesteps = [1.0, 0.0]"),
-        ({"sampler__timesteps": "timesteps = [1.0, nan, 0.5]"}, "sampler.timesteps = [1.0, nan, 0.5]"),
-        ({"sampler__timesteps": "timesteps = [1.0]\ntemperature = 1.5"}, "sampler.temperature = 1.5"),
-        ({"sampler__timesteps": "timesteps = [1.0]\ntemperature = nan"}, "sampler.temperature = nan"),
-        ({"vae__decoder_channels": "decoder_channels = []"}, "vae.decoder_channels = [] has 0 scales, 3 or 4 fit a stride of 8"),
-        ({"vae__encoder_channels": "encoder_channels = [8, 8]"}, "vae.encoder_channels = [8, 8] has 2 scales"),
-        ({"vae__decoder_channels": "decoder_channels = [16, -8, 8]"}, "vae.decoder_channels = -8 is below 1"),
+        (
+            {"sampler__timesteps": "timesteps = [1.0, nan, 0.5]"},
+            "sampler.timesteps = [1.0, nan, 0.5]",
+        ),
+        (
+            {"sampler__timesteps": "timesteps = [1.0]\ntemperature = 1.5"},
+            "sampler.temperature = 1.5",
+        ),
+        (
+            {"sampler__timesteps": "timesteps = [1.0]\ntemperature = nan"},
+            "sampler.temperature = nan",
+        ),
+        (
+            {"vae__decoder_channels": "decoder_channels = []"},
+            "vae.decoder_channels = [] has 0 scales, 3 or 4 fit a stride of 8",
+        ),
+        (
+            {"vae__encoder_channels": "encoder_channels = [8, 8]"},
+            "vae.encoder_channels = [8, 8] has 2 scales",
+        ),
+        (
+            {"vae__decoder_channels": "decoder_channels = [16, -8, 8]"},
+            "vae.decoder_channels = -8 is below 1",
+        ),
         ({"vae__temporal_kernel": "temporal_kernel = 0"}, "vae.temporal_kernel = 0 is below 1"),
-        ({"precision__weights": 'weights = "fp7"'}, "precision.weights = 'fp7' is not one of fp32, bf16, fp8_e4m3, int8"),
+        (
+            {"precision__weights": 'weights = "fp7"'},
+            "precision.weights = 'fp7' is not one of fp32, bf16, fp8_e4m3, int8",
+        ),
         ({"target__device": 'device = "tpu"'}, "target.device = 'tpu'"),
         ({"target__device": 'device = "cpu"\nmemory_gb = -1'}, "target.memory_gb = -1 is below 0"),
-        ({"video__width": "width = 1_000_000_000_000"}, "video.width = 1000000000000 is above 16384"),
-        ({"window__frames": "frames = 100_000_000_000_000_000_000"}, "window.frames = 100000000000000000000 is above 10000"),
-        ({"vae__decoder_channels": "decoder_channels = [16, 8, 70000]"}, "vae.decoder_channels = 70000 is above 16384"),
+        (
+            {"video__width": "width = 1_000_000_000_000"},
+            "video.width = 1000000000000 is above 16384",
+        ),
+        (
+            {"window__frames": "frames = 100_000_000_000_000_000_000"},
+            "window.frames = 100000000000000000000 is above 10000",
+        ),
+        (
+            {"vae__decoder_channels": "decoder_channels = [16, 8, 70000]"},
+            "vae.decoder_channels = 70000 is above 16384",
+        ),
     ],
 )
 def test_a_contradiction_is_refused_with_its_values(lines: dict[str, str], reason: str) -> None:
@@ -184,9 +259,19 @@ def test_every_size_has_a_limit_below_which_all_counts_fit_into_64_bits() -> Non
     sections = {}
     for name in ("model", "text", "video", "window", "vae", "target"):
         section = getattr(TINY, name)
-        fields = {key: value for key, value in vars(section).items() if key not in ("sink_frames", "temporal_stride", "spatial_stride")}
-        most = {key: LARGEST[key] for key, value in fields.items() if isinstance(value, int)}  # KeyError: a new field needs its limit
-        most |= {key: (LARGEST[key],) * len(value) for key, value in fields.items() if isinstance(value, tuple)}
+        fields = {
+            key: value
+            for key, value in vars(section).items()
+            if key not in ("sink_frames", "temporal_stride", "spatial_stride")
+        }
+        most = {
+            key: LARGEST[key] for key, value in fields.items() if isinstance(value, int)
+        }  # KeyError: a new field needs its limit
+        most |= {
+            key: (LARGEST[key],) * len(value)
+            for key, value in fields.items()
+            if isinstance(value, tuple)
+        }
         sections[name] = replace(section, **most)
     large = TINY.replace(**sections)
     assert large.model.dim == 1 << 16
@@ -194,7 +279,13 @@ def test_every_size_has_a_limit_below_which_all_counts_fit_into_64_bits() -> Non
 
 
 def test_all_contradictions_are_listed_together() -> None:
-    message = refusal(edited(model__heads="heads = 5", sampler__timesteps="timesteps = [0.5]", target__device='device = "tpu"'))
+    message = refusal(
+        edited(
+            model__heads="heads = 5",
+            sampler__timesteps="timesteps = [0.5]",
+            target__device='device = "tpu"',
+        )
+    )
     assert all(part in message for part in ("model.heads = 5", "timesteps = [0.5]", "'tpu'"))
 
 
@@ -215,7 +306,9 @@ def test_a_stride_of_two_needs_both_time_doublings() -> None:
 
 
 def test_a_name_that_is_nothing_lists_the_presets(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match="'no-such' is neither a file nor a shipped preset") as caught:
+    with pytest.raises(
+        ProfileError, match="'no-such' is neither a file nor a shipped preset"
+    ) as caught:
         load("no-such")
     assert all(name in caught.value.hint for name in PRESETS)
 

@@ -58,7 +58,7 @@ class Built:
 def left_and_right(engines: Engines, profile: Profile, start: Start) -> Iterator[np.ndarray]:
     """Run a rollout that turns left and right, so quality and calibration see motion."""
     controls = family_of(profile).left_and_right
-    steer = lambda block: Steering(controls(block), start.text)  # noqa: E731
+    steer = lambda block: Steering(controls(block), start.text)
     return rollout(engines, profile, start.image, steer, seed=0)
 
 

@@ -1,15 +1,15 @@
-"""What people see: everything here goes to stderr, in colour on a terminal and as plain lines anywhere else. stdout belongs to data.
+"""Messages for people, on stderr: in colour on a terminal, else as plain lines. stdout is for data.
 
-Nothing here stops a command: what stderr does not take (a full disk, a reader that left, no stderr at all) is lost, and the work goes on.
+Nothing here stops a command. Text that stderr does not take is dropped: a full disk, a reader that
+left, no stderr at all.
 """
 
-import contextlib
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -18,39 +18,18 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from aapt_deploy.cli.standard_streams import Guarded
+
 PLAIN_EVERY_S = 5.0  # between progress lines where there is no terminal
 LIVE_EVERY_S = 0.25
 WIDE = 160  # columns where there is no terminal: a table in a log must keep its figures
 
 
-class Forgiving:
-    """A text stream that may be None or fail, and then loses what is written to it."""
-
-    def __init__(self, stream: IO[str] | None) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def isatty(self) -> bool:
-        return self._stream is not None and not self._stream.closed and self._stream.isatty()
-
-    def write(self, text: str) -> int:
-        if self._stream is not None:
-            with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
-                self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        if self._stream is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._stream.flush()
-
-
 def stderr() -> Console:
-    """A console on today's sys.stderr; on the one below it while a status line of rich stands in its place."""
-    stream = Forgiving(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
-    return Console(file=cast(IO[str], stream), highlight=False, soft_wrap=True, width=None if stream.isatty() else WIDE)
+    """Return a console on the current sys.stderr, below the proxy of an open status line."""
+    stream = Guarded(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+    width = None if stream.isatty() else WIDE
+    return Console(file=cast(IO[str], stream), highlight=False, soft_wrap=True, width=width)
 
 
 def say(text: str) -> None:
@@ -62,7 +41,7 @@ def warn(text: str) -> None:
 
 
 def fail(text: str, hint: str) -> None:
-    """The two lines that every error ends in."""
+    """Print the two lines of an error."""
     console = stderr()
     console.print(Text("error: ", style="bold red").append(Text(_one_line(text), style="default")))
     if hint:
@@ -74,8 +53,9 @@ def _one_line(text: str) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table, its first column to the left and the rest to the right."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    """Print a table, its first column aligned to the left and the rest to the right."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    drawn.box, drawn.pad_edge, drawn.padding = None, False, (0, 2, 0, 0)
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
@@ -84,7 +64,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 class Progress:
-    """One line that tells how far a job is; call it with the line's text as often as you like."""
+    """One line with the progress of a job. Call it with the text as often as you like."""
 
     def __init__(self, status: Status | None) -> None:
         self.status, self.shown, self.last = status, 0.0, ""
@@ -101,7 +81,7 @@ class Progress:
 
 
 class Steps(Progress):
-    """Named steps of a job: every one is told, also where there is no terminal."""
+    """Named steps of a job. Each is printed, also without a terminal."""
 
     def __call__(self, text: str) -> None:
         if self.status is not None:
@@ -111,7 +91,10 @@ class Steps(Progress):
 
 
 class Phases(Steps):
-    """`Steps` of a job whose parts have phases of known length, each inside another: a bar for every open one. Called from any thread."""
+    """`Steps` of a job with nested phases of known length: a bar for every open phase.
+
+    Any thread may call it.
+    """
 
     def __init__(self, bars: Bars | None) -> None:
         super().__init__(None)
@@ -126,15 +109,16 @@ class Phases(Steps):
             self.bars.console.print(Text(text))
 
     def phase(self, name: str, parent: str | None, steps: int) -> None:
-        """`name` begins, inside `parent`, with `steps` steps to come."""
+        """Open phase `name` of `steps` steps, inside `parent`."""
         with self.lock:
             if self.bars is not None:
-                self.open[name] = self.bars.add_task(name if parent is None else f"  {name}", total=steps or None)
+                label = name if parent is None else f"  {name}"
+                self.open[name] = self.bars.add_task(label, total=steps or None)
             elif parent is None:
                 say(f"{self.doing}: {name}")
 
     def step(self, name: str, step: int) -> None:
-        """`step` steps of `name`, counted from 0, are done."""
+        """Show that step `step` of `name`, counted from 0, is done."""
         with self.lock:
             if self.bars is not None and name in self.open:
                 self.bars.update(self.open[name], completed=step + 1)
@@ -147,27 +131,28 @@ class Phases(Steps):
 
 @contextmanager
 def phases(text: str) -> Iterator[Phases]:
-    """`Phases` for the length of a job."""
+    """Open `Phases` for one job."""
     console = stderr()
     say(text)
     if not console.is_terminal:
         yield Phases(None)
         return
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    label = TextColumn("{task.description}", markup=False)
+    columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True) as bars:
         yield Phases(bars)
 
 
 @contextmanager
 def progress(text: str) -> Iterator[Progress]:
-    """A `Progress` for the length of a job."""
+    """Open a `Progress` for one job."""
     with _showing(text) as status:
         yield Progress(status)
 
 
 @contextmanager
 def steps(text: str) -> Iterator[Steps]:
-    """`Steps` for the length of a job."""
+    """Open `Steps` for one job."""
     with _showing(text) as status:
         yield Steps(status)
 

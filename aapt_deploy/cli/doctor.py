@@ -1,62 +1,58 @@
-"""`aapt doctor`: what this machine can run, and with --tensorrt what TensorRT does on it. It parses, calls and reports, as commands.py does."""
+"""`aapt doctor`: check this machine, TensorRT on it (--tensorrt), or the files of a bundle."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from aapt_deploy.cli.options import Json
+from aapt_deploy.cli import options as opt
 from aapt_deploy.errors import UsageError, VerdictError
 
 
 def doctor(
-    bundle: Annotated[
-        Path | None,
-        typer.Argument(help="Check every file of this bundle against its manifest instead.", metavar="BUNDLE"),
-    ] = None,
-    tensorrt: Annotated[
-        bool, typer.Option("--tensorrt", help="Ask TensorRT itself, with one micro-engine a question, and keep the answers for build-engine.")
-    ] = False,
-    as_json: Json = False,
+    bundle: opt.CheckedBundle = None, tensorrt: opt.Tensorrt = False, as_json: opt.Json = False
 ) -> None:
-    """Tell what this machine can run, and the fix for what it cannot. Exit 3 if streaming on the CPU (--tensorrt: any plan) would fail.
+    """Check what this machine can run, and print the fix for what it cannot.
 
-    With BUNDLE, check that every file of it is whole. Exit 4 at the first that is not.
-
-    The questions of --tensorrt are what we could not try ourselves: they were never run by us on TensorRT.
+    Exit 3 if streaming on the CPU would fail; with --tensorrt, if every plan would.
+    With BUNDLE, check that each of its files is whole instead. Exit 4 at the first that is not.
     """
-    from aapt_deploy.cli import console, reports
+    if bundle and tensorrt:
+        raise UsageError("--tensorrt checks this machine, and BUNDLE a bundle", "leave one out")
+    record, passed = _verify(bundle) if bundle else _ask_tensorrt() if tensorrt else _examine()
+    if as_json:
+        typer.echo(json.dumps(record))
+    raise typer.Exit(0 if passed else VerdictError.exit_code)
 
-    if bundle:
-        _verify(bundle, tensorrt, as_json)
-        return
-    if tensorrt:
-        from aapt_deploy.backends.trt.doctor import ask
 
-        with console.steps("asking TensorRT") as step:
-            findings = ask.examine(step)
-        reports.tensorrt(findings)
-        if as_json:
-            typer.echo(json.dumps({"verified_on": asdict(findings.here), "checks": [asdict(proof) for proof in findings.proofs]}))
-        raise typer.Exit(0 if findings.usable else VerdictError.exit_code)
+def _verify(bundle: Path) -> tuple[object, bool]:
+    """Check every file of `bundle`; return the record."""
+    from aapt_deploy.bundle.bundle import Bundle
+    from aapt_deploy.cli import console
+
+    count = Bundle.open(bundle).verify()
+    console.say(f"{count} files, all whole")
+    return {"bundle": str(bundle), "files": count}, True
+
+
+def _examine() -> tuple[object, bool]:
+    """Check and report this machine; return the record, and whether all that is needed is here."""
+    from aapt_deploy.cli import reports
     from aapt_deploy.measure.doctor import examine
 
     checks = examine()
     reports.doctor(checks)
-    if as_json:
-        typer.echo(json.dumps([asdict(check) for check in checks]))
-    raise typer.Exit(0 if all(check.ok for check in checks if check.needed) else VerdictError.exit_code)
+    return [asdict(check) for check in checks], all(c.ok for c in checks if c.needed)
 
 
-def _verify(bundle: Path, tensorrt: bool, as_json: bool) -> None:
-    from aapt_deploy.bundle.bundle import Bundle
-    from aapt_deploy.cli import console
+def _ask_tensorrt() -> tuple[object, bool]:
+    """Ask TensorRT and report; return the record, and whether a plan can be used here."""
+    from aapt_deploy.backends.trt.doctor import ask
+    from aapt_deploy.cli import console, reports
 
-    if tensorrt:
-        raise UsageError("--tensorrt checks this machine, and BUNDLE a bundle", "leave one of them out")
-    count = Bundle.open(bundle).verify()
-    console.say(f"{count} files, all whole")
-    if as_json:
-        typer.echo(json.dumps({"bundle": str(bundle), "files": count}))
+    with console.steps("asking TensorRT") as step:
+        findings = ask.examine(step)
+    reports.tensorrt(findings)
+    checks = [asdict(proof) for proof in findings.proofs]
+    return {"verified_on": asdict(findings.here), "checks": checks}, findings.usable

@@ -1,52 +1,214 @@
-"""Options that mean the same in every command. Backends and precisions come from the table of backends."""
+"""The options of all commands. Names, precisions and formats come from the tables that define them.
+
+An option that several commands share means the same in each.
+"""
 
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from aapt_deploy.backends.table import BACKENDS, options
 from aapt_deploy.errors import OutputError
-
-
-def _needs_stdout(asked: bool) -> bool:
-    """Refuse --json without a stdout before any work is done: its line would be lost."""
-    if asked and sys.stdout is None:
-        raise OutputError("stdout is closed, and --json writes to it", "send it to a file or a pipe, or leave out --json")
-    return asked
-
-
-BundleArg = Annotated[Path, typer.Argument(help="Bundle directory, made by `aapt export`.", metavar="BUNDLE")]
+from aapt_deploy.video.formats import DEFAULT_PIPE_FORMAT, FORMATS, SUFFIXES
 
 
 def listed(words: Iterable[str], last: str = "or") -> str:
-    """`a, b or c`."""
+    """Return `a, b or c`."""
     *others, final = words
     return f"{', '.join(others)} {last} {final}" if others else final
 
 
 def precisions_of(*names: str) -> str:
-    """Every precision of the backends of these --backend values, or of all, in the order of the table."""
-    return listed(dict.fromkeys(name for row in BACKENDS.values() if not names or row.option in names for name in row.precisions))
+    """List the precisions of the backends of these --backend values, or of all."""
+    rows = [row for row in BACKENDS.values() if not names or row.option in names]
+    return listed(dict.fromkeys(name for row in rows for name in row.precisions))
 
 
-_WITHOUT_BUILD = [row for row in BACKENDS.values() if not row.needs_build]
+def _needs_stdout(asked: bool) -> bool:
+    """Refuse --json without a stdout before any work is done: its line would be lost."""
+    if asked and sys.stdout is None:
+        hint = "send it to a file or a pipe, or leave out --json"
+        raise OutputError("stdout is closed, and --json writes to it", hint)
+    return asked
 
-Backend = Annotated[str, typer.Option(help=f"Where to run: {listed(f'{name} ({row.summary})' for name, row in options().items())}.")]
-Device = Annotated[
-    str | None,
-    typer.Option(help=f"cpu or cuda. Only {listed(f'{row.option} on {row.device}' for row in _WITHOUT_BUILD)} runs without build-engine."),
+
+_PLACES = listed(f"{name} ({row.summary})" for name, row in options().items())
+_UNBUILT = [f"{r.option} on {r.device}" for r in BACKENDS.values() if not r.needs_build]
+_BUILT = [row for row in BACKENDS.values() if row.needs_build]
+_LATER = [f"{row.name} {p}" for row in _BUILT for p in row.precisions if p not in row.by_default]
+_BUILDS = "; ".join(f"{row.name}: {listed(row.precisions)}" for row in _BUILT)
+_FORMS = "; ".join(f"{row.name}: auto, {listed(row.forms)}" for row in _BUILT if row.forms)
+
+# Shared.
+BundleArg = Annotated[
+    Path, Argument(help="Bundle directory, made by `aapt export`.", metavar="BUNDLE")
 ]
-Precision = Annotated[str | None, typer.Option(help=f"{precisions_of()}. Default: the profile's own, if it was built.")]
-Json = Annotated[bool, typer.Option("--json", callback=_needs_stdout, help="Print one line of JSON on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what exists at --out.")]
-ProfileName = Annotated[str, typer.Option("--profile", help="Shipped preset or TOML file.")]
+Backend = Annotated[str, Option(help=f"Where to run: {_PLACES}.")]
+Device = Annotated[
+    str | None, Option(help=f"cpu or cuda. Only {listed(_UNBUILT)} runs without build-engine.")
+]
+Precision = Annotated[
+    str | None, Option(help=f"{precisions_of()}. Default: the profile's own, if it was built.")
+]
+Json = Annotated[
+    bool, Option("--json", callback=_needs_stdout, help="Print one line of JSON on stdout.")
+]
+Force = Annotated[bool, Option("--force", help="Replace what exists at --out.")]
+ProfileName = Annotated[str, Option("--profile", help="Shipped preset or TOML file.")]
+
+# export
+CheckpointArg = Annotated[
+    Path | None,
+    Argument(help="Checkpoint (.safetensors). Default: the embedded one.", metavar="CKPT"),
+]
+BundleOut = Annotated[Path, Option("--out", "-o", help="Bundle directory to write.")]
+Sha256 = Annotated[str | None, Option(help="Refuse the checkpoint unless it has this hash.")]
+ExportPrecision = Annotated[
+    str, Option(help="fp32, or fp8: linear layers in e4m3, calibrated on rollouts.")
+]
+ScalesFile = Annotated[
+    Path | None, Option(help="With fp8: take the scales of this file instead of calibrating.")
+]
+
+# build-engine
+BuildPrecision = Annotated[
+    str | None,
+    Option(help=f"{_BUILDS}. Default: all that fit the bundle, except {listed(_LATER, 'and')}."),
+]
+Attention = Annotated[
+    str, Option(help=f"{_FORMS}. auto takes the best that `aapt doctor --tensorrt` proved here.")
+]
+
+# profile, plan, diff, quality
+BundleOrPreset = Annotated[
+    Path,
+    Argument(
+        help="Bundle directory; with --device cuda also a preset or TOML file.", metavar="BUNDLE"
+    ),
+]
+Blocks = Annotated[int, Option(min=10, help="Blocks to measure after the cold ones.")]
+Preset = Annotated[str, Argument(help="Preset, TOML file or bundle directory.", metavar="PROFILE")]
+RecordA = Annotated[Path, Argument(help="Record of `aapt profile --json`.", metavar="A")]
+RecordB = Annotated[Path, Argument(help="The record to compare with it.", metavar="B")]
+Reference = Annotated[
+    str | None,
+    Option(
+        help="Engine to compare with, as BACKEND-PRECISION. "
+        "Default: onnxruntime-fp32; torch-bf16 for an fp8 bundle."
+    ),
+]
+ReferenceBundle = Annotated[
+    Path | None,
+    Option(help="Bundle of the same checkpoint with the reference engine. Default: BUNDLE."),
+]
+RolloutSeconds = Annotated[int, Option(min=1, help="Length of each rollout, one per start frame.")]
+Plot = Annotated[
+    Path | None, Option(help="Plot the curves to this .png, .svg or .pdf (needs matplotlib).")
+]
+
+# stream and demo
+StreamOut = Annotated[
+    str, Option("--out", "-o", help=f"File ({' '.join(SUFFIXES)}), or - for stdout.")
+]
+FormatName = Annotated[
+    str | None,
+    Option(help=f"{listed(FORMATS)}. Default: from the suffix; {DEFAULT_PIPE_FORMAT} for -."),
+]
+Seconds = Annotated[float | None, Option(help="Length of the video. Default: until Ctrl-C.")]
+Seed = Annotated[int, Option(min=0, help="The same seed gives the same frames.")]
+Image = Annotated[str | None, Option(help="Picture to start from, or the name of a start frame.")]
+Prompt = Annotated[
+    str | None,
+    Option(help='Look of the world ("desert at dusk, clear"), or a text encoder\'s .npy file.'),
+]
+ControlLines = Annotated[
+    str | None, Option(help="File with JSON lines of camera velocities, or - for stdin.")
+]
+Realtime = Annotated[
+    bool | None,
+    Option("--realtime/--fast", help="Pace at the profile's fps. Default: only with --controls -."),
+]
+DemoOut = Annotated[Path, Option("--out", "-o", help="Folder for bundle and video.")]
+DemoSeconds = Annotated[float, Option(help="Length of the video.")]
+
+# init
+ProfileArg = Annotated[str, Argument(help="Shipped preset or TOML file.", metavar="PROFILE")]
+CheckpointOut = Annotated[Path, Option("--out", "-o", help="Checkpoint to write.")]
+WeightSeed = Annotated[int, Option(min=0, help="The same seed gives the same weights.")]
+WeightDevice = Annotated[str, Option(help="Where to draw them: cpu, or cuda, in seconds.")]
+
+# doctor
+CheckedBundle = Annotated[
+    Path | None, Argument(help="Check every file of this bundle instead.", metavar="BUNDLE")
+]
+Tensorrt = Annotated[
+    bool,
+    Option("--tensorrt", help="Run one micro-engine per question in TensorRT, for build-engine."),
+]
+
+# train
+ClipsOut = Annotated[Path, Argument(help="Folder for the clips; resumes if the folder has some.")]
+Worlds = Annotated[int, Option(min=1, help="Worlds to render, two clips each.")]
+FirstSeed = Annotated[int, Option(min=0, help="Seed of the first world.")]
+ClipBlocks = Annotated[int, Option(min=2, help="Blocks of four frames per clip, six a second.")]
+Processes = Annotated[int, Option(min=1, help="Processes that render.")]
+Videos = Annotated[
+    Path | None,
+    Option(help="Cut this video, or all in this folder, into clips instead of rendering."),
+]
+ForceClips = Annotated[bool, Option("--force", help="Make clips of another length or size again.")]
+Clips = Annotated[Path, Argument(help="Folder of clips, made by `aapt train data`.")]
+RunFolder = Annotated[Path, Option("--run", help="Folder of the run; resumes an interrupted run.")]
+Recipe = Annotated[
+    str,
+    Option(
+        "--recipe",
+        help="demo, demo-causal, -clip, -bidirectional-clip, -consistency, -anchored, or paper.",
+    ),
+]
+Begin = Annotated[
+    Path | None,
+    Option("--from", help="Checkpoint with a VAE and a flow-matching generator to start from."),
+]
+Distilled = Annotated[
+    Path | None, Option(help="With --from: a one-step checkpoint, instead of distillation.")
+]
+TrainDevice = Annotated[str, Option(help="cpu or cuda.")]
+Bf16 = Annotated[
+    bool | None,
+    Option("--bf16/--no-bf16", help="Mixed precision. Default: if the hardware has it."),
+]
+Context = Annotated[
+    int, Option(min=1, help="Under torchrun: processes that share each batch, tokens and heads.")
+]
+Checkpointing = Annotated[
+    bool,
+    Option(
+        "--checkpointing", help="Recompute blocks in the backward pass: less memory, more time."
+    ),
+]
+Everything = Annotated[
+    Path, Argument(help="Folder for clips, run and evaluation; resumes an interrupted command.")
+]
+Flights = Annotated[int, Option(min=1, help="Held-out worlds, one flight each.")]
+FlightSeconds = Annotated[int, Option(min=5, help="Length of a flight, a multiple of 5.")]
+Judged = Annotated[
+    list[Path],
+    Argument(help="Bundles with engines, or checkpoints, side by side.", metavar="BUNDLE..."),
+]
+EvaluationOut = Annotated[
+    Path, Option("--out", "-o", help="Folder for evaluation.json, curves.png and sheets.")
+]
 
 
 def command_named(command: object, words: list[str]) -> str:
-    """`aapt` with the commands below `command` that `words` begin with: the parser does not say which one an option without its value belongs to."""
+    """Return `aapt` with the commands below `command` that `words` begin with.
+
+    The parser does not name the command of an option without its value.
+    """
     path = "aapt"
     for word in words:
         command = getattr(command, "commands", {}).get(word)

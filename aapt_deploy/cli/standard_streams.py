@@ -2,47 +2,54 @@
 
 import contextlib
 import os
-import signal
-import sys
-from types import FrameType
-from typing import Any, TextIO
+from typing import IO, Any
 
 from aapt_deploy.errors import OutputError
 
 
-def stop(number: int, frame: FrameType | None) -> None:
-    """End as Ctrl-C does, what is half made removed. A second signal does not disturb that: `timeout` sends two. `stream` has its own handler."""
-    signal.signal(number, lambda *_: None)  # not SIG_IGN, which processes that we start would inherit
-    sys.exit(128 + number)
+class Guarded:
+    """A text stream whose failures are not tracebacks.
 
+    Text is dropped if the stream is missing or its reader left (`| head -1`). Any other failure
+    raises OutputError if the text `is_data` (stdout). If not (stderr), the text is dropped too.
+    """
 
-class Data:
-    """stdout as commands write to it. A full disk is an OutputError. Once its reader has left (`| head -1`), the rest is dropped, as in a stream."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: IO[str] | None, is_data: bool = False) -> None:
+        self.stream, self._is_data = stream, is_data
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
+
+    def isatty(self) -> bool:
+        return self.stream is not None and not self.stream.closed and self.stream.isatty()
 
     def write(self, text: str) -> int:
-        self._do(self._stream.write, text)
+        self._try("write", text)
         return len(text)
 
     def flush(self) -> None:
-        self._do(self._stream.flush)
+        self._try("flush")
 
-    def _do(self, work: Any, *arguments: str) -> None:
+    def _try(self, method: str, *arguments: str) -> None:
         try:
-            work(*arguments)
+            if self.stream is not None:
+                getattr(self.stream, method)(*arguments)
         except BrokenPipeError:
             pass
         except OSError as error:
-            raise OutputError(f"stdout cannot be written: {error.strerror}", "free some space, or send the output elsewhere") from None
+            if self._is_data:
+                what = f"stdout cannot be written: {error.strerror}"
+                raise OutputError(what, "free some space, or send the output elsewhere") from None
+        except ValueError:  # it was closed
+            if self._is_data:
+                raise
 
 
 def occupy() -> None:
-    """Give closed standard streams their numbers back. Else the next file that is opened gets one, and with it whatever a library prints there."""
+    """Open /dev/null in place of closed standard streams.
+
+    Else the next file that is opened gets the number of one, and what libraries print there.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -50,12 +57,15 @@ def occupy() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
-def settle(stream: TextIO | None) -> None:
-    """Drop what `stream` could not write until now: the interpreter would try once more when it ends, and turn the exit code into 120."""
+def settle(stream: IO[str] | None) -> None:
+    """Drop the text that `stream` could not write.
+
+    The interpreter would retry at exit and turn the exit code into 120.
+    """
     if stream is None:
         return
     try:
-        getattr(stream, "_stream", stream).flush()
+        getattr(stream, "stream", stream).flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):  # not a real file
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,33 +1,38 @@
-"""`aapt train`: the commands that make and judge checkpoints. As in commands.py, every command parses, calls and reports."""
+"""`aapt train`: the commands that make and judge checkpoints."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from aapt_deploy.cli.options import Backend, Json, Precision, ProfileName
-from aapt_deploy.errors import OutputError, needs_extra
+from aapt_deploy.cli import options as opt
+from aapt_deploy.errors import OutputError, UsageError, needs_extra
 
-Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Mixed precision. Default: where the hardware has it.")]
+if TYPE_CHECKING:
+    from aapt_deploy.profiles import Profile
 
-train_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a checkpoint: render or import clips, then run the stages.")
+train_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Train a checkpoint: render or import clips, then run the stages.",
+)
 
 
 @train_app.command("data")
 def train_data(
-    folder: Annotated[Path, typer.Argument(help="Folder for the clips; an earlier run goes on.")],
-    worlds: Annotated[int, typer.Option(min=1, help="Worlds to render, two clips each.")] = 1000,
-    first_seed: Annotated[int, typer.Option(min=0)] = 0,
-    blocks: Annotated[int, typer.Option(min=2, help="Blocks of four frames per clip: six are a second.")] = 24,
-    processes: Annotated[int, typer.Option(min=1)] = 2,
-    videos: Annotated[Path | None, typer.Option(help="Cut this video, or all in this folder, into clips instead of rendering.")] = None,
-    profile: ProfileName = "demo-cpu",
-    force: Annotated[bool, typer.Option("--force", help="Make clips of another length or size again.")] = False,
+    folder: opt.ClipsOut,
+    worlds: opt.Worlds = 1000,
+    first_seed: opt.FirstSeed = 0,
+    blocks: opt.ClipBlocks = 24,
+    processes: opt.Processes = 2,
+    videos: opt.Videos = None,
+    profile: opt.ProfileName = "demo-cpu",
+    force: opt.ForceClips = False,
 ) -> None:
-    """Make training clips: rendered flights over procedural worlds, or pieces of your own videos."""
+    """Make training clips: rendered flights over procedural worlds, or pieces of your videos."""
     from aapt_deploy import profiles
     from aapt_deploy.cli import console
     from aapt_deploy.train.world import data
@@ -37,67 +42,70 @@ def train_data(
         data.refuse_other_clips(folder, shape, blocks)
     with _writing(folder), console.progress(f"writing clips to {folder}") as progress:
         if videos is not None:
-            written = data.import_videos(videos, folder, shape, lambda path, reason: console.warn(f"skipped {path}: {reason}"), blocks)
+            written = data.import_videos(videos, folder, shape, _skipped, blocks)
         else:
-            written = 0
-            for done, clips in enumerate(data.render_worlds(folder, shape, first_seed, worlds, processes, blocks), start=1):
-                written += clips
-                progress(f"{done} of {worlds} worlds, {written} new clips")
+            seeds = (first_seed, worlds)
+            written = _render(folder, shape, seeds, processes, blocks, progress)
     console.say(f"{folder}: {written} new clips")
 
 
 @train_app.command("run")
 def train_run(
-    folder: Annotated[Path, typer.Argument(help="Folder of clips, made by `aapt train data`.")],
-    run: Annotated[Path, typer.Option("--run", help="Folder of the run; an interrupted run goes on.")] = Path("runs/demo"),
-    profile: ProfileName = "demo-cpu",
-    chosen: Annotated[
-        str, typer.Option("--recipe", help="demo, demo-causal, -clip, -bidirectional-clip, -consistency, -anchored, or paper.")
-    ] = "demo",
-    start: Annotated[Path | None, typer.Option("--from", help="Checkpoint with a VAE and a flow-matching generator: go on from there.")] = None,
-    distilled: Annotated[Path | None, typer.Option(help="With --from: a one-step checkpoint, in the place of distillation.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    bf16: Bf16 = None,
-    context: Annotated[int, typer.Option(min=1, help="Under torchrun: processes that share each batch, its tokens and heads.")] = 1,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks in the backward pass: less memory, more time.")] = False,
+    folder: opt.Clips,
+    run: opt.RunFolder = Path("runs/demo"),
+    profile: opt.ProfileName = "demo-cpu",
+    chosen: opt.Recipe = "demo",
+    start: opt.Begin = None,
+    distilled: opt.Distilled = None,
+    device: opt.TrainDevice = "cpu",
+    bf16: opt.Bf16 = None,
+    context: opt.Context = 1,
+    checkpointing: opt.Checkpointing = False,
 ) -> None:
-    """Train VAE and generator; ends with a checkpoint in the run's folder, and one of each stage. Safe to stop and start at any time.
+    """Train VAE and generator; writes a checkpoint per stage and one in the end.
 
-    Under torchrun, processes share the work: torchrun --nproc-per-node 8 -m -- aapt_deploy train run DATA --device cuda.
+    Safe to stop and start at any time.
+
+    Under torchrun, processes share the work: torchrun --nproc-per-node 8 -m -- aapt_deploy train
+    run DATA --device cuda.
     """
     from aapt_deploy import profiles
     from aapt_deploy.cli import console
-    from aapt_deploy.errors import UsageError
 
     if distilled is not None and start is None:
-        raise UsageError("--distilled stands in for a stage after --from", "name the flow-matching checkpoint it came from with --from")
+        hint = "name the flow-matching checkpoint it came from with --from"
+        raise UsageError("--distilled stands in for a stage after --from", hint)
     shape = profiles.load(profile)
     with needs_extra("train"), _writing(run), console.progress(f"training in {run}") as progress:
         from aapt_deploy.train import processes, recipe
         from aapt_deploy.train import run as stages
 
+        steps, begin = recipe.named(chosen), stages.WarmStart(start, distilled) if start else None
         how = processes.joined(device, _mixed(device, bf16), checkpointing, context)
-        begin = stages.WarmStart(start, distilled) if start else None
-        path = stages.train(folder, run, shape, recipe.named(chosen), progress, how, begin, console.warn)
+        path = stages.train(folder, run, shape, steps, progress, how, begin, console.warn)
     console.say(f"checkpoint: {path}")
 
 
 @train_app.command("all")
 def train_all(
-    folder: Annotated[Path, typer.Argument(help="Folder for everything: clips, run and evaluation. An interrupted command goes on.")],
-    worlds: Annotated[int, typer.Option(min=1, help="Worlds to render, two clips each.")] = 1000,
-    chosen: Annotated[str, typer.Option("--recipe", help="As in `aapt train run`.")] = "demo",
-    flights: Annotated[int, typer.Option(min=1, help="Held-out worlds to judge by.")] = 32,
-    seconds: Annotated[int, typer.Option(min=5, help="Length of a flight, a multiple of 5.")] = 60,
-    profile: ProfileName = "demo-cpu",
-    bf16: Bf16 = None,
+    folder: opt.Everything,
+    worlds: opt.Worlds = 1000,
+    chosen: opt.Recipe = "demo",
+    flights: opt.Flights = 32,
+    seconds: opt.FlightSeconds = 60,
+    profile: opt.ProfileName = "demo-cpu",
+    bf16: opt.Bf16 = None,
 ) -> None:
-    """The whole recipe on this machine: render clips, train all stages, judge the checkpoint of each. The demo's takes days on two cores."""
+    """Run the whole recipe on this machine: render clips, train all stages, judge each.
+
+    The demo's recipe takes days on two cores.
+    """
     from aapt_deploy import profiles
     from aapt_deploy.cli import console, reports
 
     shape, clips, run = profiles.load(profile), folder / "clips", folder / "run"
-    with needs_extra("train"), _writing(folder), console.progress(f"training in {folder}") as progress:
+    doing = f"training in {folder}"
+    with needs_extra("train"), _writing(folder), console.progress(doing) as progress:
         from aapt_deploy.train import processes, recipe
         from aapt_deploy.train import run as stages
         from aapt_deploy.train.judge import evaluate
@@ -108,52 +116,90 @@ def train_all(
         data.refuse_other_clips(clips, shape, data.BLOCKS)
         for done, _ in enumerate(data.render_worlds(clips, shape, 0, worlds, 2), start=1):
             progress(f"{done} of {worlds} worlds")
-        stages.train(clips, run, shape, steps, progress, processes.Setup(bf16=_mixed("cpu", bf16)), warn=console.warn)
-        checkpoints = sorted(run.glob("checkpoint-*.safetensors"), key=lambda path: path.stat().st_mtime)
-        out = folder / "evaluation"
-        record = evaluate.evaluate(checkpoints, out, flights, seconds, "torch", None, console.warn, progress)
+        how = processes.Setup(bf16=_mixed("cpu", bf16))
+        stages.train(clips, run, shape, steps, progress, how, warn=console.warn)
+        found = run.glob("checkpoint-*.safetensors")
+        checkpoints, out = sorted(found, key=_age), folder / "evaluation"
+        listeners = (console.warn, progress)
+        record = evaluate.evaluate(checkpoints, out, flights, seconds, "torch", None, *listeners)
     reports.evaluation(record, out)
 
 
 @train_app.command("evaluate")
 def train_evaluate(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundles with engines, or checkpoints, side by side.", metavar="BUNDLE...")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for evaluation.json, curves.png and sheets of frames.")] = Path("evaluation"),
-    flights: Annotated[int, typer.Option(min=1, help="Held-out worlds, one flight each.")] = 32,
-    seconds: Annotated[int, typer.Option(min=5, help="Length of a flight, a multiple of 5.")] = 60,
-    backend: Backend = "onnxruntime",
-    precision: Precision = None,
-    as_json: Json = False,
+    bundles: opt.Judged,
+    out: opt.EvaluationOut = Path("evaluation"),
+    flights: opt.Flights = 32,
+    seconds: opt.FlightSeconds = 60,
+    backend: opt.Backend = "onnxruntime",
+    precision: opt.Precision = None,
+    as_json: opt.Json = False,
 ) -> None:
-    """Measure how long a checkpoint's world holds: picture, motion, camera and prompt, against the renderer."""
+    """Measure how long a checkpoint's world stays good, against the renderer.
+
+    Compares picture, motion, camera and prompt.
+    """
     from aapt_deploy.cli import console, reports
 
-    with needs_extra("train"), _writing(out), console.progress(f"evaluating {len(bundles)} bundles") as progress:
+    doing = f"evaluating {len(bundles)} bundles"
+    with needs_extra("train"), _writing(out), console.progress(doing) as progress:
         from aapt_deploy.train.judge import evaluate
 
-        record = evaluate.evaluate(bundles, out, flights, seconds, backend, precision, console.warn, progress)
+        engine = (backend, precision)
+        record = evaluate.evaluate(bundles, out, flights, seconds, *engine, console.warn, progress)
     reports.evaluation(record, out)
     if as_json:
         typer.echo(json.dumps(record))
 
 
+def _render(
+    folder: Path,
+    shape: "Profile",
+    seeds: tuple[int, int],
+    processes: int,
+    blocks: int,
+    progress: Callable[[str], None],
+) -> int:
+    """Render worlds of `seeds` (first, number) and return the number of new clips."""
+    from aapt_deploy.train.world import data
+
+    written = 0
+    rendered = data.render_worlds(folder, shape, *seeds, processes, blocks)
+    for done, clips in enumerate(rendered, start=1):
+        written += clips
+        progress(f"{done} of {seeds[1]} worlds, {written} new clips")
+    return written
+
+
+def _skipped(path: Path, reason: str) -> None:
+    from aapt_deploy.cli import console
+
+    console.warn(f"skipped {path}: {reason}")
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn what the system says about a folder that cannot be written, or a full disk, into one error."""
+    """Turn the system's errors about `folder` (no access, a full disk) into one OutputError."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{folder} cannot be written: {error}", "free some space, or name a folder that can be written") from None
+        hint = "free some space, or name a folder that can be written"
+        raise OutputError(f"{folder} cannot be written: {error}", hint) from None
 
 
 def _mixed(device: str, wanted: bool | None) -> bool:
-    """Whether to train in mixed precision; a wish that costs more than it gives is granted, and told."""
+    """Return whether to train in mixed precision; warn if that is wanted and slow here."""
     from aapt_deploy.cli import console
     from aapt_deploy.train.processes import has_bf16
 
     fast = has_bf16(device)
     if wanted and not fast:
-        console.warn("this CPU emulates bf16, at a hundredth of its speed in float32; --no-bf16 is faster")
+        slow = "this CPU emulates bf16, at a hundredth of its speed in float32"
+        console.warn(f"{slow}; --no-bf16 is faster")
     return fast if wanted is None else wanted

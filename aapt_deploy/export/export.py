@@ -63,7 +63,7 @@ class Weights:
     blocks: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
-        place = lambda m: f"{m[1]}{self.blocks.get(int(m[2]), int(m[2]))}"  # noqa: E731
+        place = lambda m: f"{m[1]}{self.blocks.get(int(m[2]), int(m[2]))}"
         source = re.sub(r"^(generator\.(?:text|visual)\.)(\d+)", place, name)
         value = self.stored.tensor(source)
         path = source.removeprefix("generator.").removesuffix(".weight")

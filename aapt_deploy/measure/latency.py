@@ -144,7 +144,7 @@ def measure_bundle(
     progress: Callable[[str], None],
 ) -> Latency:
     """Measure an engine of `bundle` from its first start frame."""
-    open_all = lambda: open_engines(bundle, backend, precision, warn)  # noqa: E731
+    open_all = lambda: open_engines(bundle, backend, precision, warn)
     done = _counting(progress, blocks)
     return measure(open_all, bundle.profile, all_starts(bundle)[0], blocks, done)
 
@@ -158,7 +158,7 @@ def measure_random(
     """
     from aapt_deploy.backends.torch_cuda import engine
 
-    open_all = lambda: engine.open_random(profile, precision)  # noqa: E731
+    open_all = lambda: engine.open_random(profile, precision)
     return measure(open_all, profile, coarse_start(profile), blocks, _counting(progress, blocks))
 
 

@@ -1,14 +1,17 @@
-"""Live steering: lines of JSON that set the camera's velocity and the prompt while a stream runs.
+"""Live steering: JSON lines that set the camera's velocity and the prompt of a running stream.
 
-    {"forward": 10, "yaw": -0.1}                    units: world units/s (forward, strafe), rad/s (yaw right, pitch up)
-    {"prompt": "night city rain", "at": 2.5}        from 2.5 s of stream time on
+    {"forward": 10, "yaw": -0.1}              forward, strafe in world units/s; yaw (right),
+                                              pitch (up) in rad/s
+    {"prompt": "night city rain", "at": 2.5}  from 2.5 s of stream time on
 
-A key that is left out keeps its last value. Blank lines and lines that start with # are skipped. A file's lines are taken one per block, in
-order. Lines from stdin ("-"), or from a named pipe, are taken as they come: a block gets all that arrived before it. A line with "at" waits
-for its time, and so do the lines behind it.
+A missing key keeps its last value. Blank lines and lines that start with # are skipped. A file's
+lines are taken in order, one per block. Lines from stdin ("-") or a named pipe are taken as they
+come: a block gets all that arrived before it. A line with "at" waits for its time, and so do the
+lines behind it.
 
-Once a stream runs nothing here can stop it or make it wait: a malformed line is a warning with its number, and the last good value stays. What
-words a prompt may hold is not known here; whoever reads `Control.prompt` checks them.
+Nothing here can stop a running stream or make it wait. A malformed line is a warning with its
+number, and the last good value stays. Prompts are not checked here; the reader of `Control.prompt`
+does that.
 """
 
 import contextlib
@@ -28,7 +31,7 @@ from aapt_deploy.models.aapt.camera import LIMITS, Velocity
 
 _STDIN = 0
 _LONGEST_LINE_BYTES = 64 << 10
-_WAITING_LINES = 256  # lines kept until their time comes; a writer that is further ahead is held back by its pipe
+_WAITING_LINES = 256  # kept until their time comes; the pipe blocks a writer that is further ahead
 _WARNED_LINES = 20  # malformed lines reported one by one
 _SAME_TIME_S = 1e-6  # block times are sums of floats
 _FIELDS = tuple(field.name for field in dataclasses.fields(Velocity))
@@ -49,18 +52,22 @@ class Controls(Protocol):
     """
 
     def at(self, block: int, seconds: float) -> Control:
-        """What holds for `block`, which begins at `seconds` of stream time. Blocks are asked for in order; never waits."""
+        """Return the control of `block`, which begins at `seconds` of stream time.
+
+        Blocks must come in order. Never waits.
+        """
         ...
 
     def close(self) -> None:
-        """Report what is still unreported and let go of the source."""
+        """Deliver the last warnings and close the source."""
         ...
 
 
 def open_controls(source: str | None, default: Velocity, warn: Callable[[str], None]) -> Controls:
-    """Controls from the file `source`, from stdin ("-"), or none (None); `default` holds until a line says otherwise.
+    """Open controls from the file `source`, from stdin ("-"), or none (None).
 
-    `warn` is called, with one line of text, only inside `at` and `close`. Raises InputError for a file that is missing or cannot be read.
+    `default` applies until a line changes it. `warn` is called with one line of text, and only
+    inside `at` and `close`. Raises InputError if the file is missing or cannot be read.
     """
     if source is None:
         return _Script(iter(()), default, _Warnings("controls", warn))
@@ -75,19 +82,20 @@ def open_controls(source: str | None, default: Velocity, warn: Callable[[str], N
             raise IsADirectoryError(0, "is a folder")
         fd = os.open(source, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"controls {source}: {error.strerror or error}", 'give a file with one JSON object per line, or "-" for stdin') from None
+        hint = 'give a file with one JSON object per line, or "-" for stdin'
+        raise InputError(f"controls {source}: {error.strerror or error}", hint) from None
     return _Script(_changes(fd, warnings), default, warnings)
 
 
 class _Change(NamedTuple):
-    """One line: only what it sets. A malformed line sets nothing, but still takes its turn."""
+    """What one line sets. A malformed line sets nothing, but still takes its turn."""
 
     velocity: dict[str, float]
     prompt: str | None = None
     at: float | None = None  # seconds of stream time; None: its turn
 
     def applied(self, now: Control) -> Control:
-        velocity = dataclasses.replace(now.velocity, **self.velocity) if self.velocity else now.velocity
+        velocity = dataclasses.replace(now.velocity, **self.velocity)
         return Control(velocity, now.prompt if self.prompt is None else self.prompt)
 
 
@@ -96,7 +104,10 @@ class _Malformed(Exception):
 
 
 class _Warnings:
-    """Collects warnings in the reading thread and hands them out in the stream's. A flood of bad lines neither fills memory nor the screen."""
+    """Collects warnings in the reading thread and delivers them in the stream's.
+
+    A flood of bad lines fills neither memory nor the screen.
+    """
 
     def __init__(self, source: str, warn: Callable[[str], None]) -> None:
         self._source = source
@@ -108,17 +119,21 @@ class _Warnings:
     def malformed(self, number: int, reason: str) -> None:
         self._malformed += 1
         if self._malformed <= _WARNED_LINES:
-            self._pending.append(f"{self._source} line {number}: {reason}; the last good value stays")
+            self._add(number, f"{reason}; the last good value stays")
         elif self._malformed == _WARNED_LINES + 1:
-            self._pending.append(f"{self._source} line {number}: {reason}; further malformed lines are not reported")
+            self._add(number, f"{reason}; further malformed lines are not reported")
 
     def clamped(self, number: int, key: str, value: float, limit: float) -> None:
         if key not in self._clamped:
             self._clamped.add(key)
-            self._pending.append(f"{self._source} line {number}: {key} = {value:g} is beyond +-{limit:g} and is clamped; this is said once")
+            beyond = f"{key} = {value:g} is beyond +-{limit:g}"
+            self._add(number, f"{beyond} and is clamped; this is said once")
 
     def ended(self, reason: str) -> None:
         self._pending.append(f"{self._source}: {reason}; the last good value stays")
+
+    def _add(self, number: int, text: str) -> None:
+        self._pending.append(f"{self._source} line {number}: {text}")
 
     def deliver(self) -> None:
         while self._pending:
@@ -126,7 +141,7 @@ class _Warnings:
 
 
 class _Script:
-    """Lines that are all there already: a file's, read as they are needed, or none."""
+    """Lines that exist already: a file's, read as they are needed, or none."""
 
     def __init__(self, changes: Iterator[_Change], default: Velocity, warnings: _Warnings) -> None:
         self._changes = changes
@@ -153,10 +168,11 @@ class _Script:
 
 
 class _Live:
-    """Lines that somebody sends while the stream runs.
+    """Lines that are sent while the stream runs.
 
-    A daemon thread reads the bare descriptor: a silent sender stalls nobody, and Python does not wait for the thread when it exits. Lines
-    that need not wait are merged into one as they arrive, so a block sees the newest state however fast the sender is.
+    A daemon thread reads the bare descriptor. So a silent sender stalls nothing, and Python does
+    not wait for the thread at exit. Lines without "at" are merged into one as they arrive: a block
+    sees the newest state however fast the sender is.
     """
 
     def __init__(self, source: str | int, default: Velocity, warnings: _Warnings) -> None:
@@ -165,12 +181,13 @@ class _Live:
         self._waiting: deque[_Change] = deque()
         self._room = threading.Condition()
         self._closed = False
-        if source != _STDIN or sys.stdin is not None:  # None: started with stdin closed, and 0 may by now be any other file
-            threading.Thread(target=self._read, args=(source,), name="controls", daemon=True).start()
+        # stdin is None if it was closed at the start: 0 may be any other file by now.
+        if source != _STDIN or sys.stdin is not None:
+            threading.Thread(None, self._read, "controls", (source,), daemon=True).start()
 
     def at(self, block: int, seconds: float) -> Control:
         with self._room:
-            while self._waiting and (self._waiting[0].at is None or self._waiting[0].at <= seconds + _SAME_TIME_S):
+            while self._waiting and (self._waiting[0].at or 0) <= seconds + _SAME_TIME_S:
                 self._now = self._waiting.popleft().applied(self._now)
             self._room.notify()
         self._warnings.deliver()
@@ -184,7 +201,8 @@ class _Live:
 
     def _read(self, source: str | int) -> None:
         try:
-            fd = source if isinstance(source, int) else os.open(source, os.O_RDONLY)  # a named pipe opens when its writer comes
+            # A named pipe opens when its writer comes.
+            fd = source if isinstance(source, int) else os.open(source, os.O_RDONLY)
         except OSError as error:
             self._warnings.ended(error.strerror or str(error))
             return
@@ -195,12 +213,13 @@ class _Live:
                     return
                 if self._waiting and change.at is None and self._waiting[-1].at is None:
                     last = self._waiting.pop()
-                    change = _Change(last.velocity | change.velocity, last.prompt if change.prompt is None else change.prompt)
+                    prompt = last.prompt if change.prompt is None else change.prompt
+                    change = _Change(last.velocity | change.velocity, prompt)
                 self._waiting.append(change)
 
 
 def _changes(fd: int, warnings: _Warnings) -> Iterator[_Change]:
-    """The lines of `fd`, parsed; closes it at the end unless it is stdin."""
+    """Yield the lines of `fd`, parsed. Closes it at the end unless it is stdin."""
     try:
         for number, line in enumerate(_lines(fd), start=1):
             if not line.strip() or line.lstrip().startswith(b"#"):
@@ -219,7 +238,10 @@ def _changes(fd: int, warnings: _Warnings) -> Iterator[_Change]:
 
 
 def _lines(fd: int) -> Iterator[bytes]:
-    """Lines without their newline. Of one that is too long the first bytes come, more than are allowed, and the rest is skipped."""
+    """Yield the lines of `fd` without their newline.
+
+    A line that is too long is cut, to more bytes than are allowed.
+    """
     buffer, too_long = b"", False
     while chunk := os.read(fd, _LONGEST_LINE_BYTES):
         *whole, buffer = (buffer + chunk).split(b"\n")
@@ -237,7 +259,7 @@ def _lines(fd: int) -> Iterator[bytes]:
 
 
 def _parse(line: bytes, number: int, warnings: _Warnings) -> _Change:
-    """One line's change, clamped to LIMITS. Raises _Malformed."""
+    """Return one line's change, clamped to LIMITS. Raises _Malformed."""
     if len(line) > _LONGEST_LINE_BYTES:
         raise _Malformed(f"longer than {_LONGEST_LINE_BYTES} bytes")
     try:
@@ -251,7 +273,8 @@ def _parse(line: bytes, number: int, warnings: _Warnings) -> _Change:
     if not isinstance(raw, dict):
         raise _Malformed(f'not a JSON object such as {{"forward": {LIMITS.forward / 2:g}}}')
     if unknown := [key for key in raw if key not in (*_FIELDS, "prompt", "at")]:
-        raise _Malformed(f"unknown key {unknown[0][:40]!r}, known are {', '.join(_FIELDS)}, prompt, at")
+        known = f"{', '.join(_FIELDS)}, prompt, at"
+        raise _Malformed(f"unknown key {unknown[0][:40]!r}, known are {known}")
     prompt = raw.get("prompt", "")
     if not isinstance(prompt, str):
         raise _Malformed("prompt must be text")

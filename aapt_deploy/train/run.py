@@ -93,7 +93,7 @@ class Run:
         if self.start is None:
             self.vae_part("vae-linear", vae, lambda: _fit_linear(self, vae, clips))
         path = self.folder / "latents.safetensors"
-        encode = lambda: cached_latents(path, vae, clips, self.profile, self.report)  # noqa: E731
+        encode = lambda: cached_latents(path, vae, clips, self.profile, self.report)
         latents = one_after_another(self.setup, encode)
         if self.start is None:
             self.vae_part("vae", vae, lambda: _train_vae(self, vae, clips))

@@ -1,7 +1,8 @@
 """Frames out, pictures in: the only room that knows codecs.
 
-sinks.py      write frames to a file or a pipe, in the formats of one table
-metrics.py    PSNR and luma
+sinks.py      a Sink is where frames go: a file, a pipe, or a class of your own
+packets.py    frames to encoded packets
+formats.py    the output formats, one row each
+metrics.py    PSNR and luma, the same for every room
 pictures.py   read and write pictures, read the frames of a video
-metrics.py    PSNR and brightness, the same for every room
 """

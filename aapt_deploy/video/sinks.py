@@ -1,81 +1,76 @@
-"""Frames out to files and pipes, pictures and videos in: everything that speaks to FFmpeg (through PyAV).
+"""Where frames go: a file, a pipe or a device. A destination of your own is one class.
 
-A `Sink` takes uint8 RGB frames. A regular file is written under `NAME.part.SUFFIX` beside its final name and renamed when it is closed, so the
-final name never holds half a video and an older file survives a failed stream. Pipes and devices are written frame by frame, unbuffered.
+A regular file is written under `NAME.part.SUFFIX` beside its final name and renamed when closed.
+The final name never holds half a video, and an older file survives a failed stream. Pipes and
+devices are written frame by frame, unbuffered.
 
-Two rules hold everywhere. The same frames give the same bytes: no dates, no random ids, a fixed number of encoder threads. And what is
-written is tagged with the colours it has: BT.709, limited range (y4m cannot say so and gets what its readers assume, see `_matrix`).
-
-Deliberately not here: pacing to real time, progress, Ctrl-C policy (the command line's) and network addresses (pipe through ffmpeg).
+Deliberately not here: encoding (packets.py), pacing and what Ctrl-C does to a stream
+(stream/session.py), and network addresses (pipe through ffmpeg).
 """
 
-import contextlib
 import os
 import select
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
+from types import TracebackType
+from typing import Protocol, Self
 
-import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
-from av.video.stream import VideoStream
 
-from aapt_deploy.errors import MachineError, OutputError, UsageError
-
-# libx264, by use. One-thread `zerolatency` hands every frame out as it comes in; a file may look ahead and use B frames. Thread counts are fixed
-# because the bytes depend on them. `mbtree` is off: x264's SIMD version of it gave seven different files in eight runs at 192x112.
-_H264_LIVE = {"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads": "1"}
-_H264_FILE = {"preset": "veryfast", "crf": "17", "threads": "4", "x264-params": "mbtree=0"}
-
-
-@dataclass(frozen=True)
-class Format:
-    """One output format: FFmpeg's names, and where it can go."""
-
-    muxer: str
-    codec: str
-    pixels: str  # pixel format inside the container
-    names: tuple[str, ...] = ()  # file suffixes and `format` values that mean it, besides its key
-    to_pipe: bool = True  # False: the muxer must seek back to finish
-    options: str = ""  # the muxer's, "key=value key=value"
-    live_options: str = ""  # the muxer's, added for a pipe
-
-
-# Plain mp4 is `hybrid_fragmented`: fragments while it is written, an ordinary mp4 once closed. After a kill -9 the .part file still plays up to
-# its last full second (71 of 96 frames; an mp4 without fragments: none). Fragmented mp4 for pipes ends a fragment at each frame, for latency.
-FORMATS: dict[str, Format] = {
-    "mp4": Format("mp4", "libx264", "yuv420p", to_pipe=False, options="movflags=hybrid_fragmented"),
-    "mkv": Format("matroska", "libx264", "yuv420p", ("matroska",), live_options="live=1 cluster_time_limit=0"),
-    "y4m": Format("yuv4mpegpipe", "rawvideo", "yuv420p"),
-    "nut": Format("nut", "rawvideo", "rgb24"),
-    "mpegts": Format("mpegts", "libx264", "yuv420p", ("ts",)),
-    "fmp4": Format("mp4", "libx264", "yuv420p", options="movflags=frag_every_frame+empty_moov+default_base_moof"),
-    "rawvideo": Format("rawvideo", "rawvideo", "rgb24", ("rgb",)),
-}
-PIPE_FORMATS = tuple(name for name, known in FORMATS.items() if known.to_pipe)
-DEFAULT_PIPE_FORMAT = "y4m"  # what every video tool reads without being told anything
+from aapt_deploy.errors import OutputError, UsageError
+from aapt_deploy.video.formats import FORMATS, PIPE_FORMATS, Format, choose
+from aapt_deploy.video.packets import Encoder, refuse_missing
 
 _STDOUT = 1
-# Alike on every CPU, chroma from all its pixels; without FULL_CHR_H_INT what is read comes out 1.6 grey levels too dark.
-_EXACT = Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
 
 
 class ReaderGone(Exception):
-    """The program that reads our pipe has closed it (`| head -c 1M`). Nothing is wrong: end quietly, with exit code 0."""
+    """The program that reads our pipe has closed it (`| head -c 1M`). End quietly, with exit 0."""
 
 
-class _Target:
+class Sink(Protocol):
+    """An open output for frames.
+
+    Inherit from it to get the context manager: a normal end, an exception that is not an
+    `Exception` (Ctrl-C) and `ReaderGone` close the output. Any other exception aborts it.
+    """
+
+    name: str  # for messages
+    frames: int  # written so far
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append `frames`, uint8 [T, H, W, 3]. Raises ReaderGone if nobody reads them any more."""
+        ...
+
+    def close(self) -> None:
+        """Finish the output. Does nothing if it is closed or aborted."""
+        ...
+
+    def abort(self) -> None:
+        """Write nothing more and drop what is unfinished. Does nothing if it is closed."""
+        ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        failed = isinstance(error, Exception) and not isinstance(error, ReaderGone)
+        (self.abort if failed else self.close)()
+
+
+class _Descriptor:
     """The file descriptor that FFmpeg writes to, unbuffered.
 
-    FFmpeg calls `write` from C, so it never raises: the first failure is kept in `failure` and all later bytes are dropped. The muxer can
-    then always be closed, and the sink raises `failure` when it is back in Python.
+    FFmpeg calls `write` from C, so it never raises: `failure` is the first failure, and later bytes
+    are dropped. So the muxer can always be closed, and the sink raises `failure` back in Python.
     """
 
     def __init__(self, fd: int, name: str, seekable: bool) -> None:
@@ -88,9 +83,9 @@ class _Target:
             while len(rest) and self.failure is None:
                 try:
                     rest = rest[os.write(self.fd, rest) :]
-                except BlockingIOError:  # somebody made our stdout non-blocking
+                except BlockingIOError:  # another program made our stdout non-blocking
                     select.select([], [self.fd], [])
-        except (OSError, KeyboardInterrupt, SystemExit) as error:  # the last two come from signal handlers
+        except (OSError, KeyboardInterrupt, SystemExit) as error:  # signal handlers raise the last
             self.failure = error
         return len(data)
 
@@ -104,189 +99,187 @@ class _Target:
         return self._seekable
 
 
-class Sink:
-    """An open output. Use as a context manager: a normal end, Ctrl-C and `ReaderGone` close it (the file is complete and playable), any other
-    exception aborts it (the unfinished file is dropped). `name` is for messages, `frames` counts what was written.
+class FileSink(Sink):
+    """A file, a pipe or a device, encoded by FFmpeg; `open_sink` makes it.
 
-    Raises OutputError where the output fails, ReaderGone where a reader left; each once, so that a `close` on the way out stays silent.
+    Raises OutputError if the output fails and ReaderGone if a reader left. Each is raised once, so
+    that a `close` on the way out stays silent.
     """
 
-    def __init__(self, target: _Target, chosen: Format, size: tuple[int, int], fps: int, part: Path | None = None, final: Path | None = None) -> None:
-        live = final is None
-        self.name = str(final or target.name)
-        self.frames = 0
-        self._target, self._format, self._size = target, chosen, size
-        self._part, self._final, self._closed = part, final, False
-        words = f"fflags=+bitexact {chosen.options} {chosen.live_options if live else ''}"
-        self._container = av.open(target, "w", format=chosen.muxer, options=dict(word.split("=") for word in words.split()))
-        codec_options = (_H264_LIVE if live else _H264_FILE) if chosen.codec == "libx264" else {}
-        stream = self._container.add_stream(chosen.codec, rate=fps, options=codec_options)
-        assert isinstance(stream, VideoStream)
-        self._stream = stream
-        (stream.width, stream.height), stream.pix_fmt = size, chosen.pixels
-        if chosen.pixels != "rgb24":
-            context = stream.codec_context
-            context.colorspace, context.color_range = _matrix(chosen, size), ColorRange.MPEG
-            context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-            context.gop_size = fps  # a viewer can join, and a killed file ends, at any second
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        whole = error is None or isinstance(error, KeyboardInterrupt | SystemExit | ReaderGone)
-        (self.close if whole else self.abort)()
+    def __init__(
+        self,
+        target: _Descriptor,
+        chosen: Format,
+        size: tuple[int, int],
+        fps: int,
+        part: Path | None = None,
+        final: Path | None = None,
+    ) -> None:
+        self.name, self.frames = str(final or target.name), 0
+        self._target, self._size, self._part, self._final = target, size, part, final
+        self._closed = False
+        self._encoder = Encoder(target, chosen, size, fps, live=final is None)
+        self._thread = ThreadPoolExecutor(1, "sink") if final else None
+        if self._thread is not None:  # a first `submit` that is interrupted would start a second
+            self._thread.submit(int).result()
 
     def write(self, frames: np.ndarray) -> None:
-        """Append `frames`, uint8 [T, H, W, 3]. They are with the reader of a pipe when this returns."""
-        assert (frames.dtype.name, frames.shape[1:]) == ("uint8", (*self._size[::-1], 3)), f"{frames.dtype=} {frames.shape=} {self._size=}"
+        """Append `frames`, uint8 [T, H, W, 3]; a pipe's reader has them when this returns.
+
+        A file is never cut inside a frame: an exception of a signal handler comes after it.
+        """
+        given = (frames.dtype.name, frames.shape[1:])
+        assert given == ("uint8", (*self._size[::-1], 3)), f"{given=} {self._size=}"
         assert not self._closed, f"{self.name} is closed"
         for pixels in frames:
-            with self._uninterrupted():
-                for packet in self._stream.encode(self._picture(pixels)):
-                    self._container.mux(packet)
-                self.frames += 1
+            self._uncut(lambda pixels=pixels: self._append(pixels))  # type: ignore[misc]
             self._check()
 
     def close(self) -> None:
-        """Finish the output and give the file its final name. A stream without a frame leaves an older file of that name alone."""
-        if self._closed or self._target.failure is not None or not self.frames:
+        """Finish the output and rename the file to its final name.
+
+        A stream without a frame leaves an older file of that name alone.
+        """
+        if self._target.failure is not None or not self.frames:
             self.abort()
-            return
-        with self._uninterrupted():
-            for packet in self._stream.encode(None):
-                self._container.mux(packet)
-            self._release()
-        self._check()
+        elif not self._closed:
+            self._uncut(self._finish)
+            self._check()
 
     def abort(self) -> None:
-        """Give up: nothing more is written, and the unfinished file is removed."""
-        with self._uninterrupted():
-            if not self._closed:
-                self._target.failure = self._target.failure or BrokenPipeError()  # from here on bytes are dropped
-                self._release()
-            if self._part is not None:
-                self._part.unlink(missing_ok=True)
-                self._part = None
+        """Write nothing more and remove the unfinished file."""
+        if not self._closed:
+            self._uncut(self._drop)
 
-    def _picture(self, pixels: np.ndarray) -> av.VideoFrame:
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")  # [H, W, 3]
-        if self._format.pixels != "rgb24":
-            colours = {"dst_colorspace": _matrix(self._format, self._size), "dst_color_range": ColorRange.MPEG}
-            frame = frame.reformat(format=self._format.pixels, interpolation=Interpolation.AREA | _EXACT, threads=1, **colours)
-        frame.pts = self.frames
-        return frame
+    def _uncut(self, work: Callable[[], None]) -> None:
+        """Do `work` to its end, even if a signal handler raises meanwhile.
+
+        Python runs signal handlers in the main thread only, so the work gets a thread of its own. A
+        pipe stays interruptible, because its reader may stall.
+        """
+        if self._thread is None:
+            work()
+            return
+        try:
+            self._thread.submit(work).result()
+        except BaseException:
+            self._thread.submit(int).result()  # does nothing, behind the work: that is done then
+            raise
+        finally:
+            if self._closed:
+                self._thread.shutdown(wait=False)
+
+    def _append(self, pixels: np.ndarray) -> None:
+        self._encoder.write(pixels)
+        self.frames += 1
+
+    def _finish(self) -> None:
+        self._encoder.finish()
+        self._release()
+
+    def _drop(self) -> None:
+        self._target.failure = self._target.failure or BrokenPipeError()  # bytes are dropped now
+        self._release()
 
     def _release(self) -> None:
+        """Close everything, then rename the file, or remove it after a failure."""
         self._closed = True
-        self._container.close()
+        self._encoder.close()
         try:
             os.close(self._target.fd)  # a network file system reports a full disk only here
             if self._target.failure is None and self._part is not None and self._final is not None:
                 os.replace(self._part, self._final)
-                self._part = None
         except OSError as error:
             self._target.failure = self._target.failure or error
+        if self._target.failure is not None and self._part is not None:
+            self._part.unlink(missing_ok=True)
 
     def _check(self) -> None:
         failure = self._target.failure
-        if failure is not None:
-            self.abort()
+        if failure is None:
+            return
+        self.abort()
         if isinstance(failure, ConnectionError):
             raise ReaderGone(f"the reader of {self.name} is gone") from None
         if isinstance(failure, OSError):
-            raise _unwritable(self.name, failure) from None
-        if failure is not None:
-            raise failure
-
-    @contextlib.contextmanager
-    def _uninterrupted(self) -> Iterator[None]:
-        """Hold Ctrl-C back for one frame or one close, so that a file is never cut inside. A pipe stays interruptible: its reader may stall."""
-        handler = signal.getsignal(signal.SIGINT)
-        if self._final is None or not callable(handler) or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        held: list[FrameType | None] = []
-        signal.signal(signal.SIGINT, lambda _, frame: held.append(frame))
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            if held:
-                handler(signal.SIGINT, held[0])
+            raise unwritable(self.name, failure) from None
+        raise failure
 
 
-def _matrix(chosen: Format, size: tuple[int, int]) -> Colorspace:
-    """BT.709, except in y4m up to PAL size: it has no tag for the matrix, and there readers take BT.601 for granted."""
-    untagged_sd = chosen.muxer == "yuv4mpegpipe" and size[0] <= 1024 and size[1] <= 576
-    return Colorspace.ITU601 if untagged_sd else Colorspace.ITU709
+def unwritable(name: str, error: OSError) -> OutputError:
+    """Return the error for an output `name` that the system refused with `error`."""
+    hint = "free some space or choose another place with -o"
+    return OutputError(f"{name}: cannot be written: {error.strerror or error}", hint)
 
 
-def _unwritable(name: str, error: OSError) -> OutputError:
-    return OutputError(f"{name}: cannot be written: {error.strerror or error}", "free some space or choose another place with -o")
-
-
-def _choose(output: str, name: str | None) -> str:
-    """The key in FORMATS that `name`, or without it the suffix of `output`, stands for."""
-    if name is None and output == "-":
-        return DEFAULT_PIPE_FORMAT
-    known = {alias: key for key, chosen in FORMATS.items() for alias in (key, *chosen.names)}
-    wanted = (name if name is not None else Path(output).suffix.removeprefix(".")).lower()
-    if wanted in known:
-        return known[wanted]
-    what = f"format {name!r} is not known" if name is not None else f"{output}: the suffix {'.' + wanted if wanted else ''!r} names no video format"
-    raise UsageError(what, f"formats: {', '.join(sorted(known))}; give one with --format or as the file's suffix")
-
-
-def open_sink(output: str, format: str | None, width: int, height: int, fps: int) -> Sink:
+def open_sink(output: str, format: str | None, width: int, height: int, fps: int) -> FileSink:
     """Open `output`, a path or "-" for stdout, for frames of `width` x `height` pixels at `fps`.
 
-    `format` is a key or alias of FORMATS; None takes the path's suffix, or y4m for stdout. Raises UsageError for a choice that cannot work,
-    OutputError for a place that cannot be written, MachineError where the encoder is missing.
+    `format` is a key or alias of FORMATS. None takes the path's suffix, or y4m for stdout.
+    Raises UsageError if the choice cannot work, OutputError if the place cannot be written, and
+    MachineError if the encoder is missing.
     """
     if not output:
         raise UsageError("the name of the output is empty", "name a file with -o, or - for stdout")
     if "://" in output:
-        pipe = f"aapt stream ... -o - --format mpegts | ffmpeg -i - -c copy -f mpegts {shlex.quote(output)}"
-        raise UsageError(f"{output} is an address; frames go to a file or to stdout", f"pipe them there: {pipe}")
-    key = _choose(output, format)
+        place = shlex.quote(output)
+        pipe = f"aapt stream ... -o - --format mpegts | ffmpeg -i - -c copy -f mpegts {place}"
+        address = f"{output} is an address; frames go to a file or to stdout"
+        raise UsageError(address, f"pipe them there: {pipe}")
+    key = choose(output, format)
     chosen = FORMATS[key]
     if chosen.pixels == "yuv420p" and (width % 2 or height % 2):
-        raise UsageError(f"{key} cannot hold {width}x{height}: its colours need even sizes", "take nut or rawvideo, or a profile of even size")
-    name, path = "stdout" if output == "-" else output, Path(os.path.realpath(output))  # a symbolic link stays one: what it points to is replaced
-    if output != "-" and os.path.isdir(path):  # os.path, because pathlib raises for a name that is too long
-        raise OutputError(f"{output} is a folder", f"name a file in it: -o {shlex.quote(str(Path(output) / 'stream.mkv'))}")
+        odd = f"{key} cannot hold {width}x{height}: its colours need even sizes"
+        raise UsageError(odd, "take nut or rawvideo, or a profile of even size")
+    # A symbolic link stays one: the file that it points to is replaced.
+    name, path = "stdout" if output == "-" else output, Path(os.path.realpath(output))
+    if output != "-" and os.path.isdir(path):  # pathlib would raise for a name that is too long
+        inside = shlex.quote(str(Path(output) / "stream.mkv"))
+        raise OutputError(f"{output} is a folder", f"name a file in it: -o {inside}")
     is_file = output != "-" and (os.path.isfile(path) or not os.path.exists(path))
     if not is_file and not chosen.to_pipe:
-        hint = f"formats that can: {', '.join(PIPE_FORMATS)} (fmp4 is fragmented mp4)"
-        raise UsageError(f"{key} cannot go to {name}: it is finished by seeking back to its start", hint)
-    if chosen.codec not in av.codecs_available:
-        raise MachineError(f"{key} needs the encoder {chosen.codec}, which this PyAV lacks", "pip install --force-reinstall --only-binary av av")
+        seeks = f"{key} cannot go to {name}: it is finished by seeking back to its start"
+        others = f"formats that can: {', '.join(PIPE_FORMATS)} (fmp4 is fragmented mp4)"
+        raise UsageError(seeks, others)
+    refuse_missing(key, chosen)
     try:
         if not is_file:
             fd = _stdout() if output == "-" else os.open(path, os.O_WRONLY)
-            return Sink(_Target(fd, name, seekable=False), chosen, (width, height), fps)
-        there = next(parent for parent in path.parents if os.path.exists(parent))
-        if not os.path.isdir(there):
-            raise OutputError(f"{output}: {there} is not a folder", "name a file in a folder that exists")
-        if there != path.parent:
-            raise OutputError(f"{output}: there is no folder {path.parent}", f"make it first: mkdir -p {shlex.quote(str(path.parent))}")
+            return FileSink(_Descriptor(fd, name, seekable=False), chosen, (width, height), fps)
+        _refuse_folder(output, path)
         fd, part = _open_part(path)
     except OSError as error:
-        raise _unwritable(name, error) from None
-    return Sink(_Target(fd, output, seekable=True), chosen, (width, height), fps, part, path)
+        raise unwritable(name, error) from None
+    target = _Descriptor(fd, output, seekable=True)
+    return FileSink(target, chosen, (width, height), fps, part, path)
+
+
+def _refuse_folder(output: str, path: Path) -> None:
+    """Raise OutputError if the folder of `path`, named `output` by the user, does not exist."""
+    there = next(parent for parent in path.parents if os.path.exists(parent))
+    if not os.path.isdir(there):
+        what = f"{output}: {there} is not a folder"
+        raise OutputError(what, "name a file in a folder that exists")
+    if there != path.parent:
+        hint = f"make it first: mkdir -p {shlex.quote(str(path.parent))}"
+        raise OutputError(f"{output}: there is no folder {path.parent}", hint)
 
 
 def _stdout() -> int:
     if sys.stdout is None:
-        raise OutputError("stdout is closed", "redirect it to a file or a pipe, or name a file with -o")
+        redirect = "redirect it to a file or a pipe, or name a file with -o"
+        raise OutputError("stdout is closed", redirect)
     if os.isatty(_STDOUT):
-        raise UsageError("stdout is a terminal, which cannot show video", "pipe it (aapt stream ... -o - | ffplay -) or name a file with -o")
+        pipe = "pipe it (aapt stream ... -o - | ffplay -) or name a file with -o"
+        raise UsageError("stdout is a terminal, which cannot show video", pipe)
     return os.dup(_STDOUT)
 
 
 def _open_part(final: Path) -> tuple[int, Path]:
-    """A new file beside `final`; numbered, as one may be left by a killed stream or belong to one that still runs."""
+    """Open a new file beside `final`.
+
+    It has a number if one exists: left by a killed stream, or of one that still runs.
+    """
     taken = ""
     while True:
         part = final.with_name(f"{final.stem}.part{taken}{final.suffix}")

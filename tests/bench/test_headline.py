@@ -94,7 +94,9 @@ def test_no_decoder_is_opened_where_none_is_measured(
     def refused(*given: object) -> None:
         pytest.fail("a decoder is opened")
 
-    monkeypatch.setattr(sys.modules["aapt_deploy.backends.torch_cuda.engine"], "StreamDecoder", refused)
+    monkeypatch.setattr(
+        sys.modules["aapt_deploy.backends.torch_cuda.engine"], "StreamDecoder", refused
+    )
     monkeypatch.setattr(headline, "psnr_by_block", lambda: [60.0])  # that is of frames
     assert found(headline, stage)
 
@@ -121,24 +123,47 @@ def test_a_prediction_is_work_over_rate(model: ModuleType) -> None:
     parts = [value for name, value in found.items() if name.startswith("generator: ")]
     assert sum(parts) == pytest.approx(found["generator"], abs=0.01)
     generator = next(stage for stage in cost_of(profile).stages if stage.name == "generator")
-    assert found["generator: products"] == pytest.approx(generator.products_gflop / (1979 * 0.60), rel=1e-3)  # GFLOP / TFLOP/s = ms
-    assert found["generator: attention"] == pytest.approx(generator.attention_gflop / (1979 * 0.33), rel=1e-3)
-    assert max(found["generator"], found["decoder"]) < found["overlapped step"] < found["generator"] + found["decoder"] + found["hand-off"]
-    slower = [model.predicted(profile, "fp8", name)["generator"] for name in ("small operations unfused", "no captured graph", "bf16")]
-    assert min(slower) > found["generator"] > model.predicted(profile, "fp8", "one FP8 scale for all rows")["generator"]
+    assert found["generator: products"] == pytest.approx(
+        generator.products_gflop / (1979 * 0.60), rel=1e-3
+    )  # GFLOP / TFLOP/s = ms
+    assert found["generator: attention"] == pytest.approx(
+        generator.attention_gflop / (1979 * 0.33), rel=1e-3
+    )
+    assert (
+        max(found["generator"], found["decoder"])
+        < found["overlapped step"]
+        < found["generator"] + found["decoder"] + found["hand-off"]
+    )
+    slower = [
+        model.predicted(profile, "fp8", name)["generator"]
+        for name in ("small operations unfused", "no captured graph", "bf16")
+    ]
+    assert (
+        min(slower)
+        > found["generator"]
+        > model.predicted(profile, "fp8", "one FP8 scale for all rows")["generator"]
+    )
     shorter = profile.replace(window=dataclasses.replace(profile.window, frames=15))
-    assert model.predicted(shorter, "fp8")["generator: attention"] < 0.6 * found["generator: attention"]
+    assert (
+        model.predicted(shorter, "fp8")["generator: attention"]
+        < 0.6 * found["generator: attention"]
+    )
     plain = model.predicted(profile, "bf16", model.RIVAL)
     assert min(slower) < plain["generator"]
     said = (ROOT / "docs" / "log.md").read_text()  # the table there is this one
-    assert f"| {found['generator']:.1f} | {found['decoder']:.1f} | {found['overlapped step']:.1f} | {found['fps']:.0f} |" in said
+    assert (
+        f"| {found['generator']:.1f} | {found['decoder']:.1f} | {found['overlapped step']:.1f} | {found['fps']:.0f} |"
+        in said
+    )
 
 
 def test_a_share_of_the_floor_is_its_time_over_the_measured(model: ModuleType) -> None:
     planned = cost_of(load("aapt-8b-736x416-h100"))
     floor = next(stage.floor_ms for stage in planned.stages if stage.name == "generator")
     found = model.share_of_floor(planned, {"generator": 2 * floor})["generator"]
-    assert found["share"] == 0.5 and found["tflops"] == pytest.approx((9753.6 + 20384.1) / (2 * floor), rel=1e-3)
+    assert found["share"] == 0.5 and found["tflops"] == pytest.approx(
+        (9753.6 + 20384.1) / (2 * floor), rel=1e-3
+    )
 
 
 def test_goals_are_within_what_the_model_says(model: ModuleType) -> None:
@@ -179,7 +204,9 @@ GOOD = {
         ("rivals", {"a": {"ms": {"p50": 65.0}}}),
     ],
 )
-def test_each_goal_can_be_missed(model: ModuleType, stage: str | None, change: dict[str, object]) -> None:
+def test_each_goal_can_be_missed(
+    model: ModuleType, stage: str | None, change: dict[str, object]
+) -> None:
     record = {name: dict(found) for name, found in GOOD.items()}
     if stage:
         record[stage] |= change

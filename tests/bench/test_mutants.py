@@ -40,7 +40,9 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_file_of_the_module_s_own_name_comes_first_and_indirect_ones_last(mutants: ModuleType, tree: Path) -> None:
+def test_the_file_of_the_module_s_own_name_comes_first_and_indirect_ones_last(
+    mutants: ModuleType, tree: Path
+) -> None:
     near, far = mutants.tests_of("aapt_deploy/low.py", mutants.import_graph(tree))
     assert near[0] == "tests/room/test_low.py" and near[-1] == "tests/room/test_helped.py"
     assert set(near[1:-1]) == {"tests/room/test_other.py", "tests/room/test_child.py"}
@@ -49,7 +51,11 @@ def test_the_file_of_the_module_s_own_name_comes_first_and_indirect_ones_last(mu
 
 def test_every_module_of_the_package_is_reached_by_some_test(mutants: ModuleType) -> None:
     graph = mutants.import_graph()
-    package = [name for name in graph if name.startswith("aapt_deploy/") and (ROOT / name).read_text().strip()]
+    package = [
+        name
+        for name in graph
+        if name.startswith("aapt_deploy/") and (ROOT / name).read_text().strip()
+    ]
     assert [name for name in package if mutants.tests_of(name, graph) == ([], [])] == []
 
 

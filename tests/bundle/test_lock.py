@@ -143,7 +143,7 @@ def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(
 ) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), whole(path) as temporary:  # noqa: PT012
+    with pytest.raises(error), whole(path) as temporary:
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]

@@ -15,16 +15,16 @@ from aapt_deploy.backends.trial import Built
 from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor.ask import Findings
 from aapt_deploy.backends.trt.doctor.receipts import Choice, Proof
-from aapt_deploy.backends.trt.plan_file import LayerTime
 from aapt_deploy.cli import reports
 from aapt_deploy.export.parity import Parity
 from aapt_deploy.measure.diff import Change, Difference
 from aapt_deploy.measure.doctor import Check
 from aapt_deploy.measure.latency import Latency, StageTimes
 from aapt_deploy.measure.quality import Loss, Second
-from aapt_deploy.models.cost import Plan, Stage
+from aapt_deploy.models.cost import Cost, StageCost
 from aapt_deploy.models.fp8 import Coverage
 from aapt_deploy.profiles import Quality
+from aapt_deploy.rollout.engine import LayerTime
 from aapt_deploy.stream.stream import Streamed
 from tests.support import golden
 
@@ -47,7 +47,14 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
 
 
 MACHINE: dict[str, str | int] = {"cpu": "A CPU", "cores": 2}
-STAGES = {"step": 17.5, "generator": 12.25, "decoder": 4.5, "commit": 0.125, "hand-off": 0.625, "encode": 2.0}
+STAGES = {
+    "step": 17.5,
+    "generator": 12.25,
+    "decoder": 4.5,
+    "commit": 0.125,
+    "hand-off": 0.625,
+    "encode": 2.0,
+}
 LAYERS = [
     LayerTime(f"visual.{index:02d}.qkv", "gemm", f"sm90_kernel_{index}", 1.5 - index / 16, 0.0625)
     for index in range(17)
@@ -104,18 +111,20 @@ def test_difference(printed: Printed) -> None:
         "p50_ms": [Change("step", 20.0, 17.5), Change("prompt", None, 0.5), Change("encode", 2.0, None)],
         "p95_ms": [Change("step", 25.0, 25.0)],
     }  # fmt: skip
-    different = Difference({"precision": ("fp32", "int8"), "machine.cpu": ("A", "-")}, stages, {"generator": layers})
+    different = Difference(
+        {"precision": ("fp32", "int8"), "machine.cpu": ("A", "-")}, stages, {"generator": layers}
+    )
     same = Difference({}, {"p50_ms": [Change("step", 0.0, 1.0)]}, {})
     printed("difference", (reports.difference, (different,)), (reports.difference, (same,)))
 
 
 def planned(**changes: Any) -> Plan:
     stages = [
-        Stage("generator", 12345.67, 890.12, 8.125, 0.75, 12.345, "compute"),
-        Stage("prompt", 0.5, 0.0, 0.25, 0.001, 0.05, "memory"),
+        StageCost("generator", 12345.67, 890.12, 8.125, 0.75, 12.345, "compute"),
+        StageCost("prompt", 0.5, 0.0, 0.25, 0.001, 0.05, "memory"),
     ]  # fmt: skip
     memory = {"weights": 8.375, "kv cache": 8.25, "runtime": 1.0}
-    made = Plan("aapt-8b", "H100", stages, 8.25, memory, 80, 1, 166.7, 14.25)
+    made = Cost("aapt-8b", "H100", stages, 8.25, memory, 80, 1, 166.7, 14.25)
     return dataclasses.replace(made, **changes)
 
 
@@ -145,7 +154,10 @@ def test_quality(printed: Printed) -> None:
 def test_streamed(printed: Printed, ended: str) -> None:
     to_file = Streamed(121, 5.042, 228.57, 512.25, "flight.mp4", ended)
     to_stdout = dataclasses.replace(to_file, output="-")
-    printed(f"streamed-{ended.replace(' ', '-')}", *((reports.streamed, (r,)) for r in (to_file, to_stdout)))
+    printed(
+        f"streamed-{ended.replace(' ', '-')}",
+        *((reports.streamed, (r,)) for r in (to_file, to_stdout)),
+    )
 
 
 def test_doctor(printed: Printed) -> None:
@@ -160,24 +172,43 @@ def test_doctor(printed: Printed) -> None:
 
 def test_doctor_for_tensorrt(printed: Printed) -> None:
     here = Gpu("11.4.0.106", 90, "13.0", "580.65.06", "NVIDIA H100", "k" * 64)
-    proofs = [Proof("native builds", True, "differs by 0.001", 12.34), Proof("aot plugin", False, "refused", 0.05)]
+    proofs = [
+        Proof("native builds", True, "differs by 0.001", 12.34),
+        Proof("aot plugin", False, "refused", 0.05),
+    ]
     best = Choice("native", packed=False, captured=True, reason="TensorRT's own attention")
-    findings = SimpleNamespace(here=here, proofs=proofs, choices=[best], receipt=Path("cache/receipt.json"))
+    findings = SimpleNamespace(
+        here=here, proofs=proofs, choices=[best], receipt=Path("cache/receipt.json")
+    )
     assert {field.name for field in dataclasses.fields(Findings)} <= {*vars(findings)}
     printed("doctor-tensorrt", (reports.tensorrt, (findings,)))
 
 
 def window(from_s: int, **changes: Any) -> dict[str, Any]:
-    figures: dict[str, Any] = dict.fromkeys(("sharpness", "colour", "distance", "dynamics", "flow"), 1.25)
+    figures: dict[str, Any] = dict.fromkeys(
+        ("sharpness", "colour", "distance", "dynamics", "flow"), 1.25
+    )
     gains = {"yaw": 1.0, "strafe": None, "pitch": 0.5, "forward": 0.75}
     errors = {"yaw": 0.125, "strafe": None, "pitch": 0.25, "forward": 0.0625}
     prompt = {"place": 1.0, "weather": 0.5}
-    return figures | {"from_s": from_s, "gains": gains, "gain_errors": errors, "prompt": prompt} | changes
+    return (
+        figures
+        | {"from_s": from_s, "gains": gains, "gain_errors": errors, "prompt": prompt}
+        | changes
+    )
 
 
 def test_evaluation(printed: Printed) -> None:
-    seconds = [{"terrain": 1.0, "still": 1.0, "recognised": 1.0}, {"terrain": 0.75, "still": 0.5, "recognised": 0.875}]
-    full = {"engine": "fp32", "windows": [window(0), window(55, flow=None)], "again": window(0), "seconds": seconds}
+    seconds = [
+        {"terrain": 1.0, "still": 1.0, "recognised": 1.0},
+        {"terrain": 0.75, "still": 0.5, "recognised": 0.875},
+    ]
+    full = {
+        "engine": "fp32",
+        "windows": [window(0), window(55, flow=None)],
+        "again": window(0),
+        "seconds": seconds,
+    }
     short = {"engine": "int8", "windows": [window(0)], "seconds": seconds[:1]}
     record = {
         "made": {"demo": full, "other": short}, "true": {"window": window(0), "last": window(55)}, "window_s": 5, "flights": 8,
@@ -186,21 +217,31 @@ def test_evaluation(printed: Printed) -> None:
 
 
 def test_demo(printed: Printed) -> None:
-    bundle: Any = SimpleNamespace(path=Path("my demo/bundle"), manifest={"start_frames": {"dunes": {}, "woods": {}}})
+    bundle: Any = SimpleNamespace(
+        path=Path("my demo/bundle"), manifest={"start_frames": {"dunes": {}, "woods": {}}}
+    )
     slow = measured(budget_ms=1.0, sustained_fps=12.4)
-    printed("demo", *((reports.demo, (r, Path("demo/flight.mp4"), bundle)) for r in (measured(), slow)))
+    printed(
+        "demo", *((reports.demo, (r, Path("demo/flight.mp4"), bundle)) for r in (measured(), slow))
+    )
 
 
 def test_every_report_has_a_golden_file() -> None:
     """A new report is met here: give it a test of its own above."""
-    made = {name for name, thing in vars(reports).items() if callable(thing) and not name.startswith("_")}
+    made = {
+        name
+        for name, thing in vars(reports).items()
+        if callable(thing) and not name.startswith("_")
+    }
     ours = {name for name in made if getattr(reports, name).__module__ == reports.__name__}
     covered = {"tensorrt": "doctor-tensorrt", "streamed": "streamed-done"}
     files = {path.stem for path in (golden.FOLDER / "reports").glob("*.txt")}
     assert ours and {covered.get(name, name) for name in ours} <= files
 
 
-def test_a_golden_file_that_differs_or_is_missing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_golden_file_that_differs_or_is_missing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(golden.RENEW, raising=False)
     with pytest.raises(AssertionError, match="is missing"):
         golden.check("a/b.txt", "one\n", tmp_path)

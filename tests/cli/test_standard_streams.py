@@ -1,5 +1,9 @@
-"""Standard streams that are closed, full or left by their reader, in real processes: messages stop no work, lost data is an error."""
+"""Standard streams that are closed, full or left by their reader, in real processes.
 
+Lost messages stop no work; lost data is an error.
+"""
+
+import io
 import json
 import os
 import subprocess
@@ -7,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from aapt_deploy.cli.standard_streams import Guarded, settle
+from aapt_deploy.errors import OutputError
 from tests.support.commands import COMMAND, ENVIRONMENT
 
 AAPT = " ".join(COMMAND)
@@ -16,7 +22,15 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /
 def shell(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     """Run `line` in bash with $AAPT and pipefail, inside `folder`."""
     command = ["bash", "-o", "pipefail", "-c", line]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT | {"AAPT": AAPT}, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=ENVIRONMENT | {"AAPT": AAPT},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +44,12 @@ def whole(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 # --- stderr
 
 
-@pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", "2> >(true)", "2> >(head -c 5 >/dev/null)"])
-def test_a_stream_goes_on_without_its_stderr(bundle: Path, whole: bytes, tmp_path: Path, redirected: str) -> None:
+@pytest.mark.parametrize(
+    "redirected", ["2>/dev/full", "2>&-", "2> >(true)", "2> >(head -c 5 >/dev/null)"]
+)
+def test_a_stream_goes_on_without_its_stderr(
+    bundle: Path, whole: bytes, tmp_path: Path, redirected: str
+) -> None:
     done = shell(f"$AAPT stream {bundle} -o x.mkv --seconds 1 --json {redirected}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["frames"] == 24
@@ -40,25 +58,35 @@ def test_a_stream_goes_on_without_its_stderr(bundle: Path, whole: bytes, tmp_pat
 
 
 def test_frames_on_stdout_survive_a_stderr_whose_reader_left(bundle: Path, tmp_path: Path) -> None:
-    lines = [f"$AAPT stream {bundle} -o - --seconds 1 {redirected} > {name}" for name, redirected in (("a", ""), ("b", "2> >(true)"), ("c", "2>&-"))]
+    lines = [
+        f"$AAPT stream {bundle} -o - --seconds 1 {redirected} > {name}"
+        for name, redirected in (("a", ""), ("b", "2> >(true)"), ("c", "2>&-"))
+    ]
     assert [shell(line, tmp_path).returncode for line in lines] == [0, 0, 0]
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b == c != b""
 
 
 REDIRECTED = ["2>/dev/full", "2>&-", "2> >(true)"]
-SHORT = [(arguments, code, redirected) for arguments, code in [("bogus", 2), ("", 2), ("profile nowhere", 4)] for redirected in REDIRECTED]
+SHORT = [
+    (arguments, code, redirected)
+    for arguments, code in [("bogus", 2), ("", 2), ("profile nowhere", 4)]
+    for redirected in REDIRECTED
+]
 
 
 @pytest.mark.parametrize(("arguments", "code", "redirected"), SHORT)
-def test_exit_codes_need_no_stderr(tmp_path: Path, arguments: str, code: int, redirected: str) -> None:
+def test_exit_codes_need_no_stderr(
+    tmp_path: Path, arguments: str, code: int, redirected: str
+) -> None:
     done = shell(f"$AAPT {arguments} {redirected}", tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
 
 
 def test_closed_streams_are_no_door_into_the_users_files(tmp_path: Path) -> None:
-    """A file that is opened takes the lowest free number; at 1 or 2 it would get what libraries print."""
-    code = "import os, sys; from aapt_deploy import __main__ as m; m.occupy(); sys.exit(os.open('mine', os.O_WRONLY | os.O_CREAT))"
+    """A new file takes the lowest free number; at 1 or 2 it would get what libraries print."""
+    mine = "os.open('mine', os.O_WRONLY | os.O_CREAT)"
+    code = f"import os, sys; from aapt_deploy import __main__ as m; m.occupy(); sys.exit({mine})"
     done = shell(f'{COMMAND[0]} -c "{code}" <&- >&- 2>&-', tmp_path)
     assert done.returncode > 2
 
@@ -71,22 +99,90 @@ def test_a_full_stdout_is_one_error(tmp_path: Path, arguments: str) -> None:
     done = shell(f"$AAPT {arguments} >/dev/full", tmp_path)
     assert done.returncode == 6
     assert done.stderr.splitlines()[-2:] == [
-        "error: stdout cannot be written: No space left on device", "hint: free some space, or send the output elsewhere",
-    ]  # fmt: skip
+        "error: stdout cannot be written: No space left on device",
+        "hint: free some space, or send the output elsewhere",
+    ]
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
-def test_json_to_a_closed_stdout_is_refused_before_work_is_done(bundle: Path, tmp_path: Path) -> None:
+def test_json_to_a_closed_stdout_is_refused_before_work_is_done(
+    bundle: Path, tmp_path: Path
+) -> None:
     done = shell(f"$AAPT stream {bundle} -o x.mkv --seconds 1 --json >&-", tmp_path)
     assert done.returncode == 6
     assert done.stderr.splitlines() == [
-        "error: stdout is closed, and --json writes to it", "hint: send it to a file or a pipe, or leave out --json",
-    ]  # fmt: skip
+        "error: stdout is closed, and --json writes to it",
+        "hint: send it to a file or a pipe, or leave out --json",
+    ]
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(("arguments", "code"), [("--version", 0), ("--help", 0)])
-def test_a_reader_of_stdout_that_left_changes_nothing(tmp_path: Path, arguments: str, code: int) -> None:
+def test_a_reader_of_stdout_that_left_changes_nothing(
+    tmp_path: Path, arguments: str, code: int
+) -> None:
     done = shell(f"$AAPT {arguments} | true", tmp_path)
     assert done.returncode == code
-    assert not [word for word in ("Traceback", "error:", "Exception ignored") if word in done.stderr]
+    assert not [
+        word for word in ("Traceback", "error:", "Exception ignored") if word in done.stderr
+    ]
+
+
+# --- the guard itself
+
+
+class Broken(io.StringIO):
+    """Fails as it is told to, and otherwise keeps what is written."""
+
+    error: Exception | None = None
+
+    def write(self, text: str) -> int:
+        if self.error:
+            raise self.error
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [None, BrokenPipeError(), OSError(28, "No space left"), ValueError("closed")]
+)
+def test_messages_are_dropped_whatever_happens(error: Exception | None) -> None:
+    stream = Broken()
+    stream.error = error
+    guarded = Guarded(stream)
+    assert guarded.write("text") == 4
+    guarded.flush()
+    assert stream.getvalue() == ("" if error else "text")
+    assert guarded.encoding == stream.encoding  # and all else is the stream's own
+
+
+def test_data_is_never_lost_in_silence() -> None:
+    stream = Broken()
+    guarded = Guarded(stream, is_data=True)
+    assert guarded.write("text") == 4 and stream.getvalue() == "text"
+    stream.error = BrokenPipeError()
+    assert guarded.write("nobody reads it") == 15
+    guarded.flush()
+    stream.error = OSError(28, "No space left")
+    for work in (lambda: guarded.write("x"), guarded.flush):
+        with pytest.raises(OutputError, match="stdout cannot be written: No space left") as caught:
+            work()
+        assert caught.value.exit_code == 6 and caught.value.hint
+    stream.error = ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"):
+        guarded.write("x")
+
+
+def test_a_stream_that_is_missing_takes_everything() -> None:
+    guarded = Guarded(None)
+    assert guarded.write("text") == 4
+    guarded.flush()
+    assert guarded.isatty() is False
+    closed = io.StringIO()
+    closed.close()
+    assert Guarded(closed).isatty() is False
+    settle(None)
+    settle(Broken())

@@ -17,7 +17,7 @@ from tests.support.commands import ENVIRONMENT
 EXPORT = """
 import json, resource, sys
 from pathlib import Path
-from aapt_deploy.export.export import export
+from aapt_deploy.export import export
 from aapt_deploy.models import checkpoint
 rows = export.export_bundle(checkpoint.stored(Path(sys.argv[1])), Path(sys.argv[2]), False, lambda text: None)
 used = resource.getrusage(resource.RUSAGE_SELF)

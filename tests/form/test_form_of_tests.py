@@ -43,7 +43,11 @@ def test_no_test_file_imports_another() -> None:
 
 def test_the_search_itself() -> None:
     wrong = ["import test_a", "from tests.test_a import b", "from tests.room.test_a import b"]
-    wrong += ["from tests.conftest import b", "from contract_a import b", "from tests import test_a"]
+    wrong += [
+        "from tests.conftest import b",
+        "from contract_a import b",
+        "from tests import test_a",
+    ]
     wrong += ['CODE = """\nimport test_a as t\n"""', "def f():\n    from test_a import b"]
     right = ["import pytest", "from tests.support.tiny import frames_of", "import latest_one"]
     assert [source for source in wrong if not of_another_test(source)] == []

@@ -35,7 +35,10 @@ RANKS = {
     "video": 1,
     "errors": 0,
 }
-BESIDE = {"__main__": "cli", "__init__": "errors"}  # files at the root that are no room: `python -m aapt_deploy`, the version
+BESIDE = {
+    "__main__": "cli",
+    "__init__": "errors",
+}  # files at the root that are no room: `python -m aapt_deploy`, the version
 ANYONE = ("assets",)
 
 # Files -> heavy packages that they may import while they are imported; ruff's exceptions are these nine globs.
@@ -61,10 +64,30 @@ IN_FUNCTIONS = {
     "ops/*/kernels": ("cuda",),
     "train/judge/evaluate": ("matplotlib",),
 }
-HEAVY = ("torch", "tensorrt", "onnx", "onnxscript", "onnxruntime", "av", "cuda", "modelopt", "matplotlib")
+HEAVY = (
+    "torch",
+    "tensorrt",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "av",
+    "cuda",
+    "modelopt",
+    "matplotlib",
+)
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
-NUMPY_ONLY = ("models/aapt/{signature,camera,prompts,rope}", "ops/*/{__init__,reference,hopper_fp8,emulator}")  # no heavy package at all
-WITHOUT_NUMPY = ("cli/{commands,train,doctor,options}", "__main__", "__init__", "profiles", "errors", "bundle/bundle")
+NUMPY_ONLY = (
+    "models/aapt/{signature,camera,prompts,rope}",
+    "ops/*/{__init__,reference,hopper_fp8,emulator}",
+)  # no heavy package at all
+WITHOUT_NUMPY = (
+    "cli/{commands,train,doctor,options}",
+    "__main__",
+    "__init__",
+    "profiles",
+    "errors",
+    "bundle/bundle",
+)
 
 # Where modules are chosen by name: its strings go between rooms as any import does, and make no circle inside its own room.
 CHOOSES = ("backends/table",)
@@ -88,15 +111,25 @@ def imports(source: str) -> list[Import]:
             yield from (Import(alias.name, node.lineno, at_module_level) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"line {node.lineno}: a relative import"
-            yield from (Import(f"{node.module}.{alias.name}", node.lineno, at_module_level) for alias in node.names)
-        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            yield from (
+                Import(f"{node.module}.{alias.name}", node.lineno, at_module_level)
+                for alias in node.names
+            )
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in (
+            "TYPE_CHECKING",
+            "typing.TYPE_CHECKING",
+        ):
             for child in node.orelse:
                 yield from visit(child, at_module_level)
         elif isinstance(node, ast.Constant):
-            if isinstance(node.value, str) and re.fullmatch(r"aapt_deploy(\.\w+)+(:\w+)?", node.value):
+            if isinstance(node.value, str) and re.fullmatch(
+                r"aapt_deploy(\.\w+)+(:\w+)?", node.value
+            ):
                 yield Import(node.value.replace(":", "."), node.lineno, False, named=True)
         else:
-            inner = at_module_level and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            inner = at_module_level and not isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+            )
             for child in ast.iter_child_nodes(node):
                 yield from visit(child, inner)
 
@@ -115,7 +148,11 @@ IMPORTS = {name: imports(path.read_text(encoding="utf-8")) for name, path in FIL
 def alternatives(glob: str) -> list[str]:
     """`a/{b,c}` -> a/b, a/c."""
     match = re.search(r"\{(.*?)\}", glob)
-    return [glob[: match.start()] + part + glob[match.end() :] for part in match[1].split(",")] if match else [glob]
+    return (
+        [glob[: match.start()] + part + glob[match.end() :] for part in match[1].split(",")]
+        if match
+        else [glob]
+    )
 
 
 def among(globs: tuple[str, ...], name: str) -> bool:
@@ -124,7 +161,9 @@ def among(globs: tuple[str, ...], name: str) -> bool:
 
 def allowed(table: dict[str, tuple[str, ...]], name: str) -> set[str]:
     """The packages that a table's rows give to module `name`."""
-    return {package for glob, packages in table.items() if among((glob,), name) for package in packages}
+    return {
+        package for glob, packages in table.items() if among((glob,), name) for package in packages
+    }
 
 
 def room_of(name: str) -> str:
@@ -149,7 +188,11 @@ def own(target: str) -> str | None:
 def upward(name: str, other: str) -> bool:
     """Whether module `name` must not import `other`."""
     importer, imported = room_of(name), room_of(other)
-    return importer != imported and imported not in ANYONE and (importer in ANYONE or RANKS[importer] <= RANKS[imported])
+    return (
+        importer != imported
+        and imported not in ANYONE
+        and (importer in ANYONE or RANKS[importer] <= RANKS[imported])
+    )
 
 
 def heavy(target: str) -> str | None:
@@ -165,18 +208,26 @@ def heavy(target: str) -> str | None:
 def test_every_file_is_in_a_room() -> None:
     assert len(RANKS) == 13
     assert [name for name in FILES if room_of(name) not in {*RANKS, *ANYONE}] == []
-    assert [room for room in (*RANKS, *ANYONE) if room not in {room_of(name) for name in FILES}] == []
+    assert [
+        room for room in (*RANKS, *ANYONE) if room not in {room_of(name) for name in FILES}
+    ] == []
 
 
 def test_imports_go_downward() -> None:
     found = ((name, i) for name, rows in IMPORTS.items() for i in rows)
-    wrong = [f"aapt_deploy/{name}.py:{i.line} imports {i.target}" for name, i in found if (other := own(i.target)) and upward(name, other)]
+    wrong = [
+        f"aapt_deploy/{name}.py:{i.line} imports {i.target}"
+        for name, i in found
+        if (other := own(i.target)) and upward(name, other)
+    ]
     assert wrong == [], "\n".join(["imports of a room of the same rank or a higher one:", *wrong])
 
 
 def circle(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     """What is left of a graph without whatever has no arrow out of it or none into it: its circles, and what lies between them."""
-    while ends := {name for name, others in graph.items() if not others} | graph.keys() - {other for others in graph.values() for other in others}:
+    while ends := {name for name, others in graph.items() if not others} | graph.keys() - {
+        other for others in graph.values() for other in others
+    }:
         graph = {name: others - ends for name, others in graph.items() if name not in ends}
     return graph
 
@@ -184,14 +235,23 @@ def circle(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 def test_no_circle_of_imports() -> None:
     graph: dict[str, set[str]] = {}
     for name, rows in IMPORTS.items():
-        counted = (own(i.target) for i in rows if i.at_module_level or (i.named and not among(CHOOSES, name)))
+        counted = (
+            own(i.target)
+            for i in rows
+            if i.at_module_level or (i.named and not among(CHOOSES, name))
+        )
         graph[name] = {other for other in counted if other and other not in (name, "__init__")}
     assert circle(graph) == {}
 
 
 def test_the_tables_name_no_file_that_is_gone() -> None:
     rows = (*AT_MODULE_LEVEL, *IN_FUNCTIONS, *NUMPY_ONLY, *WITHOUT_NUMPY, *CHOOSES)
-    assert [one for row in rows for one in alternatives(row) if not any(among((one,), name) for name in FILES)] == []
+    assert [
+        one
+        for row in rows
+        for one in alternatives(row)
+        if not any(among((one,), name) for name in FILES)
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -218,7 +278,9 @@ def test_the_finder_of_circles_itself() -> None:
 
 def test_the_import_finder_itself() -> None:
     source = '"""aapt_deploy.errors is told of in prose, which is no import."""\n'
-    source += "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import never\nelse:\n    import e\n"
+    source += (
+        "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import never\nelse:\n    import e\n"
+    )
     source += "class K:\n    import f\n    def g(self):\n        import h\n"
     source += "try:\n    import i\nexcept ImportError:\n    i = None\nasync def j():\n    from k import l\n"
     source += "ROWS = {'x': ('aapt_deploy.errors', 'errors', 'aapt_deploy')}\ndef m():\n    import_module('aapt_deploy.bundle.files:whole')\n"
@@ -242,25 +304,50 @@ def test_heavy_packages_come_in_only_where_their_job_is() -> None:
         inside = everywhere | allowed(IN_FUNCTIONS, name)
         for i in rows:
             package = heavy(i.target)
-            misplaced = package and (among(NUMPY_ONLY, name) or package not in (everywhere if i.at_module_level else inside))
-            if misplaced or (i.target.split(".")[0] == "numpy" and i.at_module_level and among(WITHOUT_NUMPY, name)):
+            misplaced = package and (
+                among(NUMPY_ONLY, name)
+                or package not in (everywhere if i.at_module_level else inside)
+            )
+            if misplaced or (
+                i.target.split(".")[0] == "numpy"
+                and i.at_module_level
+                and among(WITHOUT_NUMPY, name)
+            ):
                 wrong.append(f"aapt_deploy/{name}.py:{i.line} imports {i.target}")
-    assert wrong == [], "\n".join(["see AT_MODULE_LEVEL, IN_FUNCTIONS, NUMPY_ONLY and WITHOUT_NUMPY:", *wrong])
+    assert wrong == [], "\n".join(
+        ["see AT_MODULE_LEVEL, IN_FUNCTIONS, NUMPY_ONLY and WITHOUT_NUMPY:", *wrong]
+    )
 
 
 def test_ruff_knows_the_same_table() -> None:
     """ruff tells while one types; its exceptions are per file and not per package, so this test stays the judge."""
     ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
-    globs = {glob for glob, codes in ruff["per-file-ignores"].items() if "TID253" in codes and glob.startswith("aapt_deploy/")}
-    assert globs == {f"aapt_deploy/{row}" if row.endswith("*") else f"aapt_deploy/{row}.py" for row in AT_MODULE_LEVEL}
-    assert set(ruff["flake8-tidy-imports"]["banned-module-level-imports"]) == {*HEAVY, *HEAVY_SUBMODULES}
+    globs = {
+        glob
+        for glob, codes in ruff["per-file-ignores"].items()
+        if "TID253" in codes and glob.startswith("aapt_deploy/")
+    }
+    assert globs == {
+        f"aapt_deploy/{row}" if row.endswith("*") else f"aapt_deploy/{row}.py"
+        for row in AT_MODULE_LEVEL
+    }
+    assert set(ruff["flake8-tidy-imports"]["banned-module-level-imports"]) == {
+        *HEAVY,
+        *HEAVY_SUBMODULES,
+    }
 
 
 def loaded_by(*names: str) -> set[str]:
     """What importing modules of the package loads."""
     modules = ", ".join(f"aapt_deploy.{name.rstrip('/').replace('/', '.')}" for name in names)
     code = f"import {modules}\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -297,7 +384,9 @@ def test_a_module_says_what_it_is_for_and_stays_readable() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 if length > MAX_FUNCTION_LINES:
-                    wrong.append(f"aapt_deploy/{name}.py:{node.lineno} {node.name} has {length} lines, more than {MAX_FUNCTION_LINES}")
+                    wrong.append(
+                        f"aapt_deploy/{name}.py:{node.lineno} {node.name} has {length} lines, more than {MAX_FUNCTION_LINES}"
+                    )
     assert wrong == [], "\n".join(wrong)
 
 
@@ -309,29 +398,55 @@ def test_every_room_lists_its_files() -> None:
         if first not in RANKS:
             continue
         said = " ".join(
-            ast.get_docstring(ast.parse((place / "__init__.py").read_text(encoding="utf-8"))) or "" for place in {folder, PACKAGE / first}
+            ast.get_docstring(ast.parse((place / "__init__.py").read_text(encoding="utf-8"))) or ""
+            for place in {folder, PACKAGE / first}
         )
-        there = {path.name for path in folder.glob("*.py")} - {"__init__.py"} | {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+        there = {path.name for path in folder.glob("*.py")} - {"__init__.py"} | {
+            f"{path.parent.name}/" for path in folder.glob("*/__init__.py")
+        }
         place = folder.relative_to(PACKAGE).as_posix()
         wrong += [
-            f"aapt_deploy/{place}/__init__.py does not list {name}" for name in sorted(there) if not re.search(rf"(?<!\w){re.escape(name)}", said)
+            f"aapt_deploy/{place}/__init__.py does not list {name}"
+            for name in sorted(there)
+            if not re.search(rf"(?<!\w){re.escape(name)}", said)
         ]
         known = {path.name for path in (PACKAGE / first).rglob("*.py")}
-        wrong += [f"aapt_deploy/{place}/__init__.py lists {name}, which is gone" for name in sorted(set(re.findall(r"\b\w+\.py\b", said)) - known)]
+        wrong += [
+            f"aapt_deploy/{place}/__init__.py lists {name}, which is gone"
+            for name in sorted(set(re.findall(r"\b\w+\.py\b", said)) - known)
+        ]
     assert wrong == [], "\n".join(wrong)
 
 
 def test_every_other_python_file_says_what_it_is_for() -> None:
     others = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     assert len(others) > 10
-    assert [str(path) for path in others if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+    assert [
+        str(path)
+        for path in others
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ] == []
 
 
 # --- what no file may mention ---
 
 # Paths of one machine, and names of package hosts: both make a file useless elsewhere. Split, so that this file passes its own test.
-MACHINE_PATHS = ("/wo" + "rk/", "/ro" + "ot/", "/ho" + r"me/\w", "/Use" + r"rs/\w", "/opt/" + "wheels", "/opt/" + "pypi")
-PACKAGE_HOSTS = ("pyp" + r"i\.org", "pythonhost" + r"ed\.org", "pytor" + r"ch\.org/whl", "pyp" + r"i\.nvidia", "npm" + r"js\.", "deb" + r"\.debian")
+MACHINE_PATHS = (
+    "/wo" + "rk/",
+    "/ro" + "ot/",
+    "/ho" + r"me/\w",
+    "/Use" + r"rs/\w",
+    "/opt/" + "wheels",
+    "/opt/" + "pypi",
+)
+PACKAGE_HOSTS = (
+    "pyp" + r"i\.org",
+    "pythonhost" + r"ed\.org",
+    "pytor" + r"ch\.org/whl",
+    "pyp" + r"i\.nvidia",
+    "npm" + r"js\.",
+    "deb" + r"\.debian",
+)
 FORBIDDEN = re.compile("|".join(MACHINE_PATHS + PACKAGE_HOSTS).encode())
 
 
@@ -341,17 +456,33 @@ def repository_files() -> list[Path]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
         pytest.skip("not a git checkout")
-    return [path for name in done.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+    return [
+        path
+        for name in done.stdout.decode().split("\0")
+        if name and (path := ROOT / name).is_file()
+    ]
 
 
 def test_no_file_names_a_machine_path_or_a_package_host() -> None:
     files = repository_files()
     assert Path(__file__) in files
-    found = [f"{path.relative_to(ROOT)}: {match[0].decode()}" for path in files for match in FORBIDDEN.finditer(path.read_bytes())]
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0].decode()}"
+        for path in files
+        for match in FORBIDDEN.finditer(path.read_bytes())
+    ]
     assert found == []
 
 
-@pytest.mark.parametrize("line", ["cd /wo" + "rk/main", "/ro" + "ot/scratch", "https://pyp" + "i.org/simple", "/ho" + "me/me/video.mp4"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cd /wo" + "rk/main",
+        "/ro" + "ot/scratch",
+        "https://pyp" + "i.org/simple",
+        "/ho" + "me/me/video.mp4",
+    ],
+)
 def test_the_search_itself(line: str) -> None:
     assert FORBIDDEN.search(line.encode())
     assert not FORBIDDEN.search(b"tests/root.py workspace/ a homepage")

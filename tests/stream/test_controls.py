@@ -1,4 +1,4 @@
-"""Steering: what each line means, what a bad one does, and that stdin can stall, end or flood without harm."""
+"""Steering: good lines, bad lines, and a stdin that stalls, ends or floods."""
 
 import itertools
 import json
@@ -43,16 +43,32 @@ def wait_for(controls: Controls, wanted: Callable[[Control], bool]) -> Control:
 
 def test_without_a_source_the_default_holds() -> None:
     controls = open_controls(None, CRUISE, pytest.fail)
-    assert [controls.at(block, block * BLOCK_S) for block in range(3)] == [Control(CRUISE, None)] * 3
+    assert [controls.at(block, block * BLOCK_S) for block in range(3)] == [
+        Control(CRUISE, None)
+    ] * 3
     controls.close()
 
 
 def test_a_file_gives_one_line_per_block_and_keeps_the_last(tmp_path: Path) -> None:
-    text = '# a flight\n{"forward": 10, "yaw": -0.1}\n\n   \n{"strafe": 2}\n{"prompt": "night"}\n{}\n{"yaw": 0}\n'
+    text = '# a flight\n{"forward": 10, "yaw": -0.1}\n\n   \n{"strafe": 2}\n'
+    text += '{"prompt": "night"}\n{}\n{"yaw": 0}\n'
     got, warnings = drive(tmp_path / "c.jsonl", text, 7)
-    steps = [Velocity(10, 0, -0.1), Velocity(10, 2, -0.1), Velocity(10, 2, -0.1), Velocity(10, 2, -0.1)] + [Velocity(10, 2, 0)] * 3
+    steps = [
+        Velocity(10, 0, -0.1),
+        Velocity(10, 2, -0.1),
+        Velocity(10, 2, -0.1),
+        Velocity(10, 2, -0.1),
+    ] + [Velocity(10, 2, 0)] * 3
     assert [control.velocity for control in got] == steps
-    assert [control.prompt for control in got] == [None, None, "night", "night", "night", "night", "night"]
+    assert [control.prompt for control in got] == [
+        None,
+        None,
+        "night",
+        "night",
+        "night",
+        "night",
+        "night",
+    ]
     assert warnings == []
 
 
@@ -71,9 +87,13 @@ def test_at_waits_for_stream_time(tmp_path: Path) -> None:
         {"forward": 3, "at": 3.5 * BLOCK_S},
         {"pitch": 0.1},
     ]
-    got, warnings = drive(tmp_path / "c.jsonl", "\n".join(map(json.dumps, lines)), 6)  # no newline at the end of the file
+    got, warnings = drive(
+        tmp_path / "c.jsonl", "\n".join(map(json.dumps, lines)), 6
+    )  # no newline at the end of the file
     expected = [Velocity(1), Velocity(1), Velocity(1, yaw=0.2), Velocity(1, yaw=0.2)]
-    expected += [Velocity(3, yaw=0.2, pitch=0.1)] * 2  # block 4: the timed line is due, and the line behind it takes its turn
+    expected += [
+        Velocity(3, yaw=0.2, pitch=0.1)
+    ] * 2  # block 4: the timed line is due, and the line behind it takes its turn
     assert [control.velocity for control in got] == expected
     assert warnings == []
 
@@ -83,11 +103,15 @@ def test_at_is_met_although_block_times_are_sums_of_floats(tmp_path: Path) -> No
     path.write_text('{"forward": 1, "at": 1}\n')
     controls = open_controls(str(path), CRUISE, pytest.fail)
     times = list(itertools.accumulate([0.1] * 10))  # the last is 0.9999999999999999
-    assert [controls.at(block, seconds).velocity.forward for block, seconds in enumerate(times)] == [22.0] * 9 + [1.0]
+    assert [
+        controls.at(block, seconds).velocity.forward for block, seconds in enumerate(times)
+    ] == [22.0] * 9 + [1.0]
 
 
 def test_values_beyond_the_limits_are_clamped_and_said_once(tmp_path: Path) -> None:
-    got, warnings = drive(tmp_path / "c.jsonl", '{"yaw": -9}\n{"yaw": 9, "forward": 1e9}\n{"yaw": 0.01}\n', 3)
+    got, warnings = drive(
+        tmp_path / "c.jsonl", '{"yaw": -9}\n{"yaw": 9, "forward": 1e9}\n{"yaw": 0.01}\n', 3
+    )
     assert [control.velocity.yaw for control in got] == [-LIMITS.yaw, LIMITS.yaw, 0.01]
     assert got[1].velocity.forward == LIMITS.forward
     assert len(warnings) == 2
@@ -118,11 +142,23 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize(("line", "reason"), MALFORMED, ids=[reason + str(index) for index, (_, reason) in enumerate(MALFORMED)])
-def test_a_malformed_line_is_named_and_changes_nothing(tmp_path: Path, line: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    MALFORMED,
+    ids=[reason + str(index) for index, (_, reason) in enumerate(MALFORMED)],
+)
+def test_a_malformed_line_is_named_and_changes_nothing(
+    tmp_path: Path, line: str, reason: str
+) -> None:
     path = tmp_path / "c.jsonl"
-    got, warnings = drive(path, '# head\n{"forward": 5, "prompt": "rain"}\n' + line + '\n{"strafe": 1}\n', 3)
-    assert got == [Control(Velocity(5), "rain"), Control(Velocity(5), "rain"), Control(Velocity(5, 1), "rain")]
+    got, warnings = drive(
+        path, '# head\n{"forward": 5, "prompt": "rain"}\n' + line + '\n{"strafe": 1}\n', 3
+    )
+    assert got == [
+        Control(Velocity(5), "rain"),
+        Control(Velocity(5), "rain"),
+        Control(Velocity(5, 1), "rain"),
+    ]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"{path} line 3: ")
     assert reason in warnings[0]
@@ -130,9 +166,21 @@ def test_a_malformed_line_is_named_and_changes_nothing(tmp_path: Path, line: str
 
 
 def test_bytes_that_are_no_text_and_a_byte_order_mark(tmp_path: Path) -> None:
-    got, warnings = drive(tmp_path / "c.jsonl", b'\xef\xbb\xbf{"forward": 5}\r\n\xff\xfe\x00\n\x00\n{"yaw": 0.1}\r\n', 4)
-    assert [control.velocity for control in got] == [Velocity(5), Velocity(5), Velocity(5), Velocity(5, yaw=0.1)]
-    assert [("not UTF-8" in w, "not valid JSON" in w) for w in warnings] == [(True, False), (False, True)]
+    got, warnings = drive(
+        tmp_path / "c.jsonl",
+        b'\xef\xbb\xbf{"forward": 5}\r\n\xff\xfe\x00\n\x00\n{"yaw": 0.1}\r\n',
+        4,
+    )
+    assert [control.velocity for control in got] == [
+        Velocity(5),
+        Velocity(5),
+        Velocity(5),
+        Velocity(5, yaw=0.1),
+    ]
+    assert [("not UTF-8" in w, "not valid JSON" in w) for w in warnings] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_a_flood_of_malformed_lines_is_cut_short(tmp_path: Path) -> None:
@@ -150,7 +198,11 @@ def test_a_file_that_cannot_be_read_is_refused_at_once(tmp_path: Path, name: str
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
-    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else pytest.skip("needs /proc")
+    before = (
+        os.listdir("/proc/self/fd")
+        if os.path.isdir("/proc/self/fd")
+        else pytest.skip("needs /proc")
+    )
     drive(tmp_path / "c.jsonl", '{"forward": 1}\n' * 9, 2)  # closed early
     drive(tmp_path / "c.jsonl", '{"forward": 1}\n', 5)  # read to its end
     assert os.listdir("/proc/self/fd") == before
@@ -170,11 +222,12 @@ def test_a_named_pipe_steers_live(tmp_path: Path) -> None:
     controls.close()
 
 
-# A stream as a process of its own: stdin must be real. It prints one line per change that it sees, and stops when told to by a prompt.
+# A stream as a process of its own, because stdin must be real. It prints one line per change that
+# it sees, and a prompt stops it.
 STREAM = """
 import sys, time
 from aapt_deploy.models.aapt.camera import CRUISE
-from aapt_deploy.stream.stream.controls import open_controls
+from aapt_deploy.stream.controls import open_controls
 controls = open_controls("-", CRUISE, lambda text: print("warning", text, flush=True))
 seen, block, slowest = None, 0, 0.0
 print("ready", flush=True)
@@ -196,7 +249,9 @@ print("slowest", slowest, flush=True)
 @pytest.fixture
 def stream() -> Iterator[subprocess.Popen[str]]:
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", STREAM], stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", STREAM], stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1
+    ) as process:
         yield process
         process.kill()
 
@@ -204,15 +259,24 @@ def stream() -> Iterator[subprocess.Popen[str]]:
 def test_stdin_steers_live_and_a_bad_line_is_survived(stream: subprocess.Popen[str]) -> None:
     assert stream.stdin is not None
     assert stream.stdout is not None
-    assert [stream.stdout.readline() for _ in range(2)] == ["ready\n", "22.0 0.0 None\n"]  # while stdin is silent
+    assert [stream.stdout.readline() for _ in range(2)] == [
+        "ready\n",
+        "22.0 0.0 None\n",
+    ]  # while stdin is silent
     for line, answer in [
         ('{"forward": 1}\n', "1.0 0.0 None\n"),
-        ('{"forward": oops}\n', "warning stdin line 2: not valid JSON: Expecting value at column 13; the last good value stays\n"),
+        (
+            '{"forward": oops}\n',
+            "warning stdin line 2: not valid JSON: Expecting value at column 13; "
+            "the last good value stays\n",
+        ),
         ('{"strafe": 2, "prompt": "snow"}\n', "1.0 2.0 snow\n"),
     ]:
         stream.stdin.write(line)
         assert stream.stdout.readline() == answer
-    out, err = stream.communicate('{"prompt": "stop"}', timeout=30)  # the last line has no newline; then stdin ends
+    out, err = stream.communicate(
+        '{"prompt": "stop"}', timeout=30
+    )  # the last line has no newline; then stdin ends
     assert out.splitlines()[0] == "1.0 2.0 stop"
     assert (err, stream.returncode) == ("", 0)
 
@@ -229,25 +293,42 @@ def test_a_closed_stdin_leaves_the_last_value(stream: subprocess.Popen[str]) -> 
     assert (err, stream.wait(30)) == ("", 0)
 
 
-def test_a_stream_ends_quietly_while_stdin_stays_open_and_silent(stream: subprocess.Popen[str]) -> None:
+def test_a_stream_ends_quietly_while_stdin_stays_open_and_silent(
+    stream: subprocess.Popen[str],
+) -> None:
     assert stream.stdin is not None
     assert stream.stdout is not None
     assert stream.stderr is not None
     stream.stdin.write('{"prompt": "stop"}\n')
-    assert stream.wait(30) == 0  # stdin is still open: the reading thread must not keep the process, nor complain
+    assert (
+        stream.wait(30) == 0
+    )  # stdin is still open: the reading thread must not keep the process, nor complain
     assert stream.stderr.read() == ""
 
 
 def test_a_flood_on_stdin_stays_small_and_current() -> None:
-    """An endless fast sender: memory stays bounded, no block waits, and the state that counts is the newest."""
+    """An endless fast sender: memory stays bounded, no block waits, the newest state counts."""
     script = STREAM.replace("block < 4000", "block < 300") + (
-        "import resource\nprint('grown', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "import resource\n"
+        "print('grown', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    script = "import resource\n" + script.replace('print("ready"', 'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nprint("ready"')
-    sender = "import itertools\nfor n in itertools.count(): print('{\"forward\": %d, \"at\": %f}' % (n % 30, n * 1e-5) if n % 3 else 'bad' * 9)"
+    script = "import resource\n" + script.replace(
+        'print("ready"',
+        'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nprint("ready"',
+    )
+    line = """'{"forward": %d, "at": %f}' % (n % 30, n * 1e-5) if n % 3 else 'bad' * 9"""
+    sender = f"import itertools\nfor n in itertools.count(): print({line})"
     with (
-        subprocess.Popen([sys.executable, "-c", sender], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as flood,
-        subprocess.Popen([sys.executable, "-c", script], stdin=flood.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader,
+        subprocess.Popen(
+            [sys.executable, "-c", sender], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as flood,
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=flood.stdout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as reader,
     ):
         assert flood.stdout is not None
         flood.stdout.close()
@@ -261,7 +342,13 @@ def test_a_flood_on_stdin_stays_small_and_current() -> None:
 
 
 def test_stdin_that_was_closed_before_the_start() -> None:
-    command = ["sh", "-c", 'exec "$0" -c "$1" <&-', sys.executable, STREAM.replace("block < 4000", "block < 20")]
+    command = [
+        "sh",
+        "-c",
+        'exec "$0" -c "$1" <&-',
+        sys.executable,
+        STREAM.replace("block < 4000", "block < 20"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[:2] == ["ready", "22.0 0.0 None"]
@@ -288,7 +375,12 @@ def test_of_live_lines_before_one_block_the_newest_value_of_a_key_counts(tmp_pat
 
 
 def test_live_lines_with_a_time_wait_and_those_behind_them_too(tmp_path: Path) -> None:
-    lines: list[dict[str, object]] = [{"forward": 1}, {"forward": 2, "at": 2 * BLOCK_S}, {"yaw": 0.1}, {"yaw": 0.2}]
+    lines: list[dict[str, object]] = [
+        {"forward": 1},
+        {"forward": 2, "at": 2 * BLOCK_S},
+        {"yaw": 0.1},
+        {"yaw": 0.2},
+    ]
     controls = piped(tmp_path / "pipe", *lines)
     found = [controls.at(block, block * BLOCK_S).velocity for block in range(3)]
     assert found == [Velocity(1), Velocity(1), Velocity(2, yaw=0.2)]
@@ -298,7 +390,9 @@ def test_live_lines_with_a_time_wait_and_those_behind_them_too(tmp_path: Path) -
 @pytest.mark.parametrize("live", [True, False])
 def test_a_time_typed_to_six_digits_acts_in_its_own_block(tmp_path: Path, live: bool) -> None:
     """A third of the blocks begin a little before such a number: 1/6 s is less than 0.166667."""
-    typed: list[dict[str, object]] = [{"forward": block + 1, "at": round(block * BLOCK_S, 6)} for block in range(30)]
+    typed: list[dict[str, object]] = [
+        {"forward": block + 1, "at": round(block * BLOCK_S, 6)} for block in range(30)
+    ]
     if live:
         controls = piped(tmp_path / "pipe", *typed)
     else:
@@ -311,5 +405,9 @@ def test_a_time_typed_to_six_digits_acts_in_its_own_block(tmp_path: Path, live: 
 
 def test_a_time_after_its_block_s_start_waits_for_the_next(tmp_path: Path) -> None:
     controls = piped(tmp_path / "pipe", {"forward": 9, "at": BLOCK_S + 1e-5})
-    assert [controls.at(block, block * BLOCK_S).velocity.forward for block in range(3)] == [22, 22, 9]
+    assert [controls.at(block, block * BLOCK_S).velocity.forward for block in range(3)] == [
+        22,
+        22,
+        9,
+    ]
     controls.close()

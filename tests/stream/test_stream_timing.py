@@ -48,7 +48,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         made.now += OPEN_S
         return SimpleNamespace(close=lambda: None)
 
-    def rollout(engines: Any, profile: Any, image: Any, steer: Any, seed: int) -> Iterator[np.ndarray]:
+    def rollout(
+        engines: Any, profile: Any, image: Any, steer: Any, seed: int
+    ) -> Iterator[np.ndarray]:
         made.now += BLOCK_S
         yield np.zeros((1, 32, 64, 3), np.uint8)
         for block in range(1000):
@@ -78,7 +80,9 @@ def run(bundle: Path, lines: list[str] | None = None, **more: Any) -> Streamed:
     return stream(Bundle.open(bundle), Request("out.rgb", **more), pytest.fail, progress.append)
 
 
-def test_each_block_is_shown_when_it_is_due_counted_from_the_open_engines(bundle: Path, clock: Clock) -> None:
+def test_each_block_is_shown_when_it_is_due_counted_from_the_open_engines(
+    bundle: Path, clock: Clock
+) -> None:
     run(bundle, seconds=1.0, realtime=True)
     opened = 1000.0 + OPEN_S
     due = [opened + BLOCK_S, *(opened + (1 + 4 * block) / FPS for block in range(6))]
@@ -93,7 +97,9 @@ def test_without_pacing_nothing_waits(bundle: Path, clock: Clock) -> None:
     assert steps == pytest.approx([BLOCK_S] * 6) and clock.slept == []
 
 
-def test_a_block_that_is_late_is_shown_at_once_and_the_next_ones_catch_up(bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_is_late_is_shown_at_once_and_the_next_ones_catch_up(
+    bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = streams.rollout
 
     def stalling(*arguments: Any) -> Iterator[np.ndarray]:
@@ -129,7 +135,9 @@ def test_a_stream_of_one_frame_has_no_rate_of_frames(bundle: Path, clock: Clock)
     assert done.seconds == round(1 / FPS, 3)
 
 
-def test_without_a_length_it_runs_until_a_signal_and_finishes_the_block_in_hand(bundle: Path, clock: Clock) -> None:
+def test_without_a_length_it_runs_until_a_signal_and_finishes_the_block_in_hand(
+    bundle: Path, clock: Clock
+) -> None:
     lines: list[str] = []
 
     def progress(line: str) -> None:
@@ -143,7 +151,7 @@ def test_without_a_length_it_runs_until_a_signal_and_finishes_the_block_in_hand(
 
 
 def test_a_signal_that_is_not_heeded_interrupts_after_a_grace(bundle: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), streams._signals() as caught:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), streams._signals() as caught:
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         left, again = signal.getitimer(signal.ITIMER_REAL)
@@ -153,13 +161,15 @@ def test_a_signal_that_is_not_heeded_interrupts_after_a_grace(bundle: Path) -> N
 
 
 def test_a_second_signal_interrupts_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), streams._signals():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), streams._signals():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def test_a_line_acts_from_the_block_that_begins_at_its_time(bundle: Path, clock: Clock, tmp_path: Path) -> None:
+def test_a_line_acts_from_the_block_that_begins_at_its_time(
+    bundle: Path, clock: Clock, tmp_path: Path
+) -> None:
     """Block n begins n latent frames after the start: four frames at 24 a second."""
     flight = tmp_path / "flight.jsonl"
     flight.write_text('{"yaw": 0.1, "at": 0.333333}\n{"yaw": 0.2, "at": 0.51}\n')
@@ -170,7 +180,9 @@ def test_a_line_acts_from_the_block_that_begins_at_its_time(bundle: Path, clock:
     assert clock.steered[2].velocity == Velocity(CRUISE.forward, yaw=0.1)
 
 
-def test_a_paced_stream_gives_the_bytes_of_one_that_does_not_wait(bundle: Path, tmp_path: Path) -> None:
+def test_a_paced_stream_gives_the_bytes_of_one_that_does_not_wait(
+    bundle: Path, tmp_path: Path
+) -> None:
     opened = Bundle.open(bundle)
     for name, paced in (("a", True), ("b", False)):
         request = Request(str(tmp_path / f"{name}.rgb"), seconds=0.5, realtime=paced)

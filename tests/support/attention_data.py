@@ -26,7 +26,10 @@ from aapt_deploy.ops.block_causal_attention import hopper_fp8 as layout
 from aapt_deploy.ops.block_causal_attention.emulator import KERNEL, Arithmetic
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import Floats
 
-SHORT, LONG = Ring(16, 1196, 1, 2), Ring(256, 1196, 1, 29)  # with the own block 4800 and 37 332 tokens
+SHORT, LONG = (
+    Ring(16, 1196, 1, 2),
+    Ring(256, 1196, 1, 29),
+)  # with the own block 4800 and 37 332 tokens
 SEED = 0
 
 
@@ -38,7 +41,15 @@ class Drawn(NamedTuple):
     v: Floats
 
 
-def draw(kind: str, tokens: int, sink_score: float = 0, rows: int = 8, heads: int = 2, head_dim: int = 128, seed: int = SEED) -> Drawn:
+def draw(
+    kind: str,
+    tokens: int,
+    sink_score: float = 0,
+    rows: int = 8,
+    heads: int = 2,
+    head_dim: int = 128,
+    seed: int = SEED,
+) -> Drawn:
     """Data of a `kind` (top of this file) in which all numbers are bf16 values, as a generator's K and V are."""
     assert kind in ("plain", "sharp", "outlier", "sink"), f"{kind=}"
     generator = np.random.default_rng([seed, tokens])
@@ -67,7 +78,9 @@ def unit_rms(x: Floats) -> Floats:
 def truth(q: Floats, k: Floats, v: Floats) -> NDArray[np.float64]:
     """Every row of q over all keys, in float64. Rows and keys need not match in number: for the sum it does not matter who is in the cache."""
     n = len(k) - len(q)
-    out, _, _ = reference.block_causal_attention(q[None], k[None, n:], v[None, n:], k[None, :n], v[None, :n], np.array([n], np.int32))
+    out, _, _ = reference.block_causal_attention(
+        q[None], k[None, n:], v[None, n:], k[None, :n], v[None, :n], np.array([n], np.int32)
+    )
     return out[0]
 
 
@@ -90,7 +103,10 @@ class Case:
 
     def dequantised(self) -> Drawn:
         """The data as it is after quantisation."""
-        stored = [layout.unpack(*images, n, self.scales) for images, n in ((self.cache, self.cache_len), (self.block, self.tokens))]
+        stored = [
+            layout.unpack(*images, n, self.scales)
+            for images, n in ((self.cache, self.cache_len), (self.block, self.tokens))
+        ]
         q = layout.decode(self.scales.quantise_q(self.q)) * self.scales.q_scale[:, None]
         return Drawn(q, *(np.concatenate(parts) for parts in zip(*stored, strict=True)))
 
@@ -102,7 +118,15 @@ class Case:
     def attend(self, arithmetic: Arithmetic = KERNEL) -> Floats:
         """[R, H, D]: what the kernel makes of it. Computed once; not to be written to."""
         if arithmetic not in self.made:
-            self.made[arithmetic] = emulator.attend(self.q, *self.block, self.tokens, *self.cache, self.cache_len, self.scales, arithmetic)
+            self.made[arithmetic] = emulator.attend(
+                self.q,
+                *self.block,
+                self.tokens,
+                *self.cache,
+                self.cache_len,
+                self.scales,
+                arithmetic,
+            )
         return self.made[arithmetic]
 
     def error(self, arithmetic: Arithmetic = KERNEL) -> float:
@@ -119,8 +143,17 @@ class Case:
 
 
 @lru_cache
-def case(kind: str, ring: Ring, sink_score: float = 0, heads: int = 2, head_dim: int = 128, seed: int = SEED) -> Case:
+def case(
+    kind: str,
+    ring: Ring,
+    sink_score: float = 0,
+    heads: int = 2,
+    head_dim: int = 128,
+    seed: int = SEED,
+) -> Case:
     """Data of a `kind` in a full `ring`. Few keys need a weaker sink for the same share of the weight: 2 less in the short ring."""
     tokens = ring.tokens + ring.frame_tokens
     score = sink_score - 2 * (kind == "sink" and ring == SHORT)
-    return Case(draw(kind, tokens, score, heads=heads, head_dim=head_dim, seed=seed), ring.frame_tokens)
+    return Case(
+        draw(kind, tokens, score, heads=heads, head_dim=head_dim, seed=seed), ring.frame_tokens
+    )

@@ -12,7 +12,13 @@ from aapt_deploy.profiles import load
 TINY = load("tiny-cpu")
 ENGINE = "onnxruntime-fp32"
 SOURCE = {"checkpoint": "demo.safetensors", "sha256": "0" * 64}
-FILES = ("encoder.onnx", "generator.onnx", "generator.onnx.data", "checkpoint.safetensors", "start/hills.png")
+FILES = (
+    "encoder.onnx",
+    "generator.onnx",
+    "generator.onnx.data",
+    "checkpoint.safetensors",
+    "start/hills.png",
+)
 
 
 def make(path: Path, mark: str = "first", overwrite: bool = False) -> Bundle:
@@ -32,7 +38,11 @@ def make(path: Path, mark: str = "first", overwrite: bool = False) -> Bundle:
 def add(opened: Bundle, mark: str) -> None:
     with opened.add_engine(ENGINE) as stage:
         (stage.path / "generator.onnx").write_bytes(mark.encode() * 1000)
-        stage.entry |= {"backend": "onnxruntime", "precision": "fp32", "graphs": {"generator": f"{stage.relative}/generator.onnx"}}
+        stage.entry |= {
+            "backend": "onnxruntime",
+            "precision": "fp32",
+            "graphs": {"generator": f"{stage.relative}/generator.onnx"},
+        }
 
 
 def engine_file(opened: Bundle) -> str:

@@ -44,7 +44,9 @@ class Driver:
         self.devices = 1
         self.journal: list[str] = []
         self.held: dict[int, np.ndarray] = {}  # base address -> bytes
-        self.allocated: list[tuple[int, int]] = []  # address and size of all allocations ever, for the journal's names
+        self.allocated: list[
+            tuple[int, int]
+        ] = []  # address and size of all allocations ever, for the journal's names
         self.pinned: dict[int, int] = {}  # host address -> bytes
         self.hosts: list[int] = []
         self.streams: dict[int, list[Callable[[], None]]] = {}
@@ -66,7 +68,11 @@ class Driver:
             if name in self.answers:
                 return (self.answers[name], None)
             answer = act(*arguments)
-            return answer if isinstance(answer, tuple) else (Results.CUDA_SUCCESS, *([] if answer is None else [answer]))
+            return (
+                answer
+                if isinstance(answer, tuple)
+                else (Results.CUDA_SUCCESS, *([] if answer is None else [answer]))
+            )
 
         call.__name__ = name
         return call
@@ -89,7 +95,9 @@ class Driver:
     def view(self, address: int, size: int) -> np.ndarray:
         """Bytes on the device. Fails the test when they are not all in one allocation."""
         base = max((base for base in self.held if base <= address), default=0)
-        assert base and address + size <= base + self.held[base].nbytes, f"{size} bytes at {address:#x} are outside every allocation"
+        assert base and address + size <= base + self.held[base].nbytes, (
+            f"{size} bytes at {address:#x} are outside every allocation"
+        )
         return self.held[base][address - base : address - base + size]
 
     def array(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -138,7 +146,10 @@ class Driver:
         if size > self.free:
             return Results.CUDA_ERROR_OUT_OF_MEMORY, None
         self.free -= size
-        address, self.next_address = self.next_address, self.next_address + -(-size // PAGE) * PAGE + PAGE
+        address, self.next_address = (
+            self.next_address,
+            self.next_address + -(-size // PAGE) * PAGE + PAGE,
+        )
         self.held[address] = np.full(size, 0xFF, np.uint8)
         self.allocated.append((address, size))
         return real.CUdeviceptr(address)
@@ -187,13 +198,22 @@ class Driver:
 
     def _cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: Any) -> None:
         host = (ctypes.c_ubyte * size).from_address(source)
-        now = None if source in self.pinned else np.array(host, np.uint8)  # pageable memory is read before the call returns
-        self.queue(int(stream), lambda: np.copyto(self.view(target, size), np.frombuffer(host, np.uint8) if now is None else now))
+        now = (
+            None if source in self.pinned else np.array(host, np.uint8)
+        )  # pageable memory is read before the call returns
+        self.queue(
+            int(stream),
+            lambda: np.copyto(
+                self.view(target, size), np.frombuffer(host, np.uint8) if now is None else now
+            ),
+        )
 
     def _cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: Any) -> None:
         assert target in self.pinned, "pageable memory would make the copy wait"
         host = (ctypes.c_ubyte * size).from_address(target)
-        self.queue(int(stream), lambda: np.copyto(np.frombuffer(host, np.uint8), self.view(source, size)))
+        self.queue(
+            int(stream), lambda: np.copyto(np.frombuffer(host, np.uint8), self.view(source, size))
+        )
 
     def _cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: Any) -> None:
         self.queue(int(stream), lambda: np.copyto(self.view(target, size), self.view(source, size)))
@@ -233,7 +253,15 @@ class Driver:
 
 # Plans
 
-STORED = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "FP8": np.uint8, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8}
+STORED = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": np.uint16,
+    "FP8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+}
 
 
 class Tensor(NamedTuple):
@@ -282,11 +310,20 @@ class Context:
 
     def _run(self, where: dict[str, int]) -> None:
         driver = self.plan.driver
-        arrays = {tensor.name: driver.array(where[tensor.name], tensor.shape, STORED[tensor.dtype]) for tensor in self.plan.tensors}
-        given = {tensor.name: arrays[tensor.name] for tensor in self.plan.tensors if tensor.is_input}
-        written = {tensor.name: arrays[tensor.name] for tensor in self.plan.tensors if not tensor.is_input}
+        arrays = {
+            tensor.name: driver.array(where[tensor.name], tensor.shape, STORED[tensor.dtype])
+            for tensor in self.plan.tensors
+        }
+        given = {
+            tensor.name: arrays[tensor.name] for tensor in self.plan.tensors if tensor.is_input
+        }
+        written = {
+            tensor.name: arrays[tensor.name] for tensor in self.plan.tensors if not tensor.is_input
+        }
         for name, array in written.items():  # TensorRT may write before it has read everything
-            assert not any(np.shares_memory(array, other) for other in given.values()), f"{name} is written over an input"
+            assert not any(np.shares_memory(array, other) for other in given.values()), (
+                f"{name} is written over an input"
+            )
         found = self.plan.compute({name: array.copy() for name, array in given.items()})
         for name, array in written.items():
             assert found[name].dtype == array.dtype and found[name].shape == array.shape, name

@@ -39,6 +39,14 @@ class AnsweringGenerator(nn.Module):
         self.profile = SimpleNamespace(sampler=SimpleNamespace(timesteps=TIMES))
         self.calls: list[tuple[Tensor, ...]] = []
 
-    def forward(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, text: Tensor, rope: Tensor) -> Tensor:
+    def forward(
+        self,
+        noisy: Tensor,
+        previous: Tensor,
+        condition: Tensor,
+        t: Tensor,
+        text: Tensor,
+        rope: Tensor,
+    ) -> Tensor:
         self.calls.append((noisy, previous, t))
         return self.gain * self.answer(noisy, previous, t)

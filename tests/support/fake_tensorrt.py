@@ -55,7 +55,9 @@ class TensorRT:
         self.change: Callable[[str, dict[str, np.ndarray]], None] = lambda graph, outputs: None
         self.layers: Callable[[list[PlanLayer]], list[PlanLayer]] = lambda layers: layers
 
-    def build(self, graph: Path, settings: Settings, progress: Any, failures: Any, messages: Any) -> Made:
+    def build(
+        self, graph: Path, settings: Settings, progress: Any, failures: Any, messages: Any
+    ) -> Made:
         self.at_build(graph.stem)
         self.built.append(graph.stem)
         self.settings.append(settings)
@@ -72,36 +74,59 @@ class TensorRT:
             return found
 
         tensors = [
-            cuda_emulator.Tensor(v.name, side, KINDS[v.type.tensor_type.elem_type], tuple(d.dim_value for d in v.type.tensor_type.shape.dim))
+            cuda_emulator.Tensor(
+                v.name,
+                side,
+                KINDS[v.type.tensor_type.elem_type],
+                tuple(d.dim_value for d in v.type.tensor_type.shape.dim),
+            )
             for side, values in ((True, model.graph.input), (False, model.graph.output))
             for v in values
         ]
         plan = cuda_emulator.Plan(self.driver, tensors, compute)
         kinds = {"Attention": "fmha", "MatMul": "gemm", NAME: "PluginV3"}
         eight = {name for names in fp8_products(model).values() for name in names}
-        types = {node.name: ("FP8" if node.name in eight else "Float",) for node in model.graph.node}
-        layers = [PlanLayer(node.name, kinds.get(node.op_type, "kgen"), "", types[node.name], ("Float",)) for node in model.graph.node]
+        types = {
+            node.name: ("FP8" if node.name in eight else "Float",) for node in model.graph.node
+        }
+        layers = [
+            PlanLayer(node.name, kinds.get(node.op_type, "kgen"), "", types[node.name], ("Float",))
+            for node in model.graph.node
+        ]
         plan.layers = lambda: self.layers(layers)  # type: ignore[method-assign]
         return plan
 
 
 @pytest.fixture
-def here(tiny: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_core: None) -> Iterator[TensorRT]:
+def here(
+    tiny: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_core: None
+) -> Iterator[TensorRT]:
     fake = TensorRT(tiny)
     module: Any = ModuleType("aapt_deploy.backends.trt.api")
-    module.version, module.build, module.open_plan = lambda: fake.version, fake.build, fake.open_plan
+    module.version, module.build, module.open_plan = (
+        lambda: fake.version,
+        fake.build,
+        fake.open_plan,
+    )
     module.Settings, module.Messages = Settings, lambda: None
     monkeypatch.setitem(sys.modules, "aapt_deploy.backends.trt.api", module)
     monkeypatch.setattr(cuda, "with_driver", lambda: cuda.Device(fake.driver))
-    monkeypatch.setattr("aapt_deploy.backends.trt.engine.with_driver", lambda: cuda.Device(fake.driver))
+    monkeypatch.setattr(
+        "aapt_deploy.backends.trt.engine.with_driver", lambda: cuda.Device(fake.driver)
+    )
     monkeypatch.setattr(cuda, "driver_release", lambda: "580.65.06")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("aapt_deploy.backends.trial.TUNING_BLOCKS", 2)
     yield fake
-    assert not (fake.driver.held or fake.driver.pinned or fake.driver.streams or fake.driver.graphs), "something was left behind"
+    assert not (
+        fake.driver.held or fake.driver.pinned or fake.driver.streams or fake.driver.graphs
+    ), "something was left behind"
 
 
 def receipt(here: TensorRT, *names: str) -> None:
     device = cuda.Device(here.driver)
-    receipts.save(device.gpu(here.version, build.kernels.source_hash()), [Proof(name, True, "", 1.0) for name in names])
+    receipts.save(
+        device.gpu(here.version, build.kernels.source_hash()),
+        [Proof(name, True, "", 1.0) for name in names],
+    )
     device.close()

@@ -16,7 +16,16 @@ def build(source: Path, dim: int, out: Path, variant: kernels.Variant = DEFAULT)
     """Compile `source` with the harness into `out`, and load it."""
     assert COMPILER is not None
     harness = Path(__file__).parent / "kernels_on_cpu.cpp"
-    flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-DAAPT_HEAD_DIM={dim}", f"-I{source.parent}"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-ffp-contract=off",
+        f"-DAAPT_HEAD_DIM={dim}",
+        f"-I{source.parent}",
+    ]
     flags += [f"-D{define}" for define in variant.defines(dim)]
     subprocess.run([COMPILER, *flags, harness, "-o", out], check=True)
     loaded = ctypes.CDLL(str(out))

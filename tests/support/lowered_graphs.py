@@ -26,19 +26,39 @@ class BlockCausalAttention(OpRun):
 
     op_domain = DOMAIN
 
-    def _run(self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cache_len: Any, *parts: Any, **attributes: Any) -> tuple[Any, Any, Any]:
-        scales = hopper_fp8.Scales(**dict(zip(("q_scale", "k_scale", "v_scale", "k_mean"), parts, strict=True)))
+    def _run(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        k_cache: Any,
+        v_cache: Any,
+        cache_len: Any,
+        *parts: Any,
+        **attributes: Any,
+    ) -> tuple[Any, Any, Any]:
+        scales = hopper_fp8.Scales(
+            **dict(zip(("q_scale", "k_scale", "v_scale", "k_mean"), parts, strict=True))
+        )
         blocks = hopper_fp8.pack(k[0], v[0], scales)
-        out = emulator.attend(q[0], *blocks, q.shape[1], k_cache, v_cache, int(cache_len[0]), scales, emulator.EXACT)
+        out = emulator.attend(
+            q[0], *blocks, q.shape[1], k_cache, v_cache, int(cache_len[0]), scales, emulator.EXACT
+        )
         return out[None], *blocks
 
 
 assert BlockCausalAttention.__name__ == NAME
 
 
-def computed(model: ModelProto, tokens: int) -> Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]:
+def computed(
+    model: ModelProto, tokens: int
+) -> Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]:
     """Runs `model`; its tensors in bf16 are given and returned as their bits, FP8 tensors as their bytes."""
-    halves = {value.name for value in (*model.graph.input, *model.graph.output) if value.type.tensor_type.elem_type == BF16}
+    halves = {
+        value.name
+        for value in (*model.graph.input, *model.graph.output)
+        if value.type.tensor_type.elem_type == BF16
+    }
     plain = in_float(for_onnxruntime(model, tokens))
     names = [value.name for value in plain.graph.output]
     run: Callable[..., Any]
@@ -47,10 +67,14 @@ def computed(model: ModelProto, tokens: int) -> Callable[[dict[str, np.ndarray]]
     else:
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
-        run = onnxruntime.InferenceSession(plain.SerializeToString(), options, providers=["CPUExecutionProvider"]).run
+        run = onnxruntime.InferenceSession(
+            plain.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        ).run
 
     def compute(given: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        floats = {name: from_bf16(array) if name in halves else array for name, array in given.items()}
+        floats = {
+            name: from_bf16(array) if name in halves else array for name, array in given.items()
+        }
         found = dict(zip(names, run(None, floats), strict=True))
         return {name: to_bf16(array) if name in halves else array for name, array in found.items()}
 

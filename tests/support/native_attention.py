@@ -18,7 +18,9 @@ def for_onnxruntime(model: ModelProto, tokens: int) -> ModelProto:
         for index, name in enumerate(node.input):
             if name == MASK:
                 node.input[index] = "mask.rows"
-    copy.graph.initializer.append(numpy_helper.from_array(np.array([1, 1, tokens, 1], np.int64), "mask.shape"))
+    copy.graph.initializer.append(
+        numpy_helper.from_array(np.array([1, 1, tokens, 1], np.int64), "mask.shape")
+    )
     nodes.insert(made + 1, helper.make_node("Expand", [MASK, "mask.shape"], ["mask.rows"]))
     del copy.graph.node[:]
     copy.graph.node.extend(nodes)

@@ -29,5 +29,5 @@ def made(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Thin
             thing = make(folder)
             result.write_bytes(pickle.dumps(thing))
             return thing
-    found: Thing = pickle.loads(result.read_bytes())  # noqa: S301  written by this very run
+    found: Thing = pickle.loads(result.read_bytes())
     return found

@@ -11,5 +11,10 @@ def unexpected(text: str) -> None:
     raise AssertionError(f"an unexpected warning: {text}")
 
 
-def open_engines(bundle: Bundle, backend: str, precision: str | None = None, warn: Callable[[str], None] = unexpected) -> Engines:
+def open_engines(
+    bundle: Bundle,
+    backend: str,
+    precision: str | None = None,
+    warn: Callable[[str], None] = unexpected,
+) -> Engines:
     return table.open_engines(bundle, backend, precision, warn)

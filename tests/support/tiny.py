@@ -27,7 +27,9 @@ PROMPTS = {"dunes": "desert at noon, clear", "woods": "forest in autumn at night
 def picture(width: int, height: int, hue: int) -> np.ndarray:
     """A smooth picture: uint8 [H, W, 3]."""
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
-    waves = [0.5 + 0.4 * np.sin(6 * x + hue + channel) * np.cos(5 * y + channel) for channel in range(3)]
+    waves = [
+        0.5 + 0.4 * np.sin(6 * x + hue + channel) * np.cos(5 * y + channel) for channel in range(3)
+    ]
     return (255 * np.stack(waves, -1)).astype(np.uint8)
 
 
@@ -38,7 +40,9 @@ def tame(generator: Generator) -> None:
     with torch.no_grad():
         generator.skip.weight.zero_()  # [C * patch * patch, noisy C + previous C + 6, patch, patch]
         for channel, i, j in itertools.product(range(channels), range(patch), range(patch)):
-            generator.skip.weight[(channel * patch + i) * patch + j, channels + channel, i, j] = -0.8
+            generator.skip.weight[
+                (channel * patch + i) * patch + j, channels + channel, i, j
+            ] = -0.8
 
 
 def make_checkpoint(path: Path, profile: Profile, seed: int = 0) -> Checkpoint:
@@ -47,7 +51,10 @@ def make_checkpoint(path: Path, profile: Profile, seed: int = 0) -> Checkpoint:
     drawn = checkpoint.load(path)
     tame(drawn.generator)
     video = profile.video
-    frames = {name: StartFrame(torch.from_numpy(picture(video.width, video.height, i)), prompt) for i, (name, prompt) in enumerate(PROMPTS.items())}
+    frames = {
+        name: StartFrame(torch.from_numpy(picture(video.width, video.height, i)), prompt)
+        for i, (name, prompt) in enumerate(PROMPTS.items())
+    }
     checkpoint.save(path, profile, drawn.generator, drawn.vae, {"stage": "random"}, frames)
     return checkpoint.load(path)
 
@@ -72,8 +79,16 @@ def turning(block: int) -> Velocity:
     return Velocity(CRUISE.forward, yaw=0.25 if block % 3 else -0.25, pitch=0.05)
 
 
-def frames_of(engines: Engines, opened: Bundle, blocks: int, seed: int = 0, text: Callable[[int], np.ndarray] | None = None) -> list[np.ndarray]:
+def frames_of(
+    engines: Engines,
+    opened: Bundle,
+    blocks: int,
+    seed: int = 0,
+    text: Callable[[int], np.ndarray] | None = None,
+) -> list[np.ndarray]:
     """The start image and `blocks` blocks of a rollout that turns."""
     begin: Start = start(opened, "dunes", None)
     steer = lambda block: Steering(turning(block), begin.text if text is None else text(block))
-    return list(itertools.islice(rollout(engines, opened.profile, begin.image, steer, seed), 1 + blocks))
+    return list(
+        itertools.islice(rollout(engines, opened.profile, begin.image, steer, seed), 1 + blocks)
+    )

@@ -24,7 +24,9 @@ TINY = load("tiny-cpu")
 def toy_latents(clips: int = 3, blocks: int = 6) -> Latents:
     """Clips whose latents hold still: the next frame is the recycled one."""
     rng = torch.Generator().manual_seed(1)
-    still = torch.randn(clips, 1, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width, generator=rng)
+    still = torch.randn(
+        clips, 1, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width, generator=rng
+    )
     return Latents(
         still.repeat(1, 1 + blocks, 1, 1, 1).half(),
         torch.zeros(clips, blocks, CONDITION_CHANNELS, TINY.latent_height, TINY.latent_width),
@@ -60,7 +62,9 @@ def drawn_generator(seed: int = 0) -> Generator:
 def trainee() -> tuple[Generator, Callable[[torch.Generator], Tensor]]:
     torch.manual_seed(0)
     generator, latents = Generator(TINY), toy_latents()
-    return generator, lambda rng: flow_loss(generator, latents.draw(TINY, STAGE, rng), dataclasses.replace(STAGE, resampled=0.5), rng)
+    return generator, lambda rng: flow_loss(
+        generator, latents.draw(TINY, STAGE, rng), dataclasses.replace(STAGE, resampled=0.5), rng
+    )
 
 
 def quiet(step: int, loss: float) -> None:
@@ -70,7 +74,10 @@ def quiet(step: int, loss: float) -> None:
 RECIPE = Recipe(
     vae=VaeStage(Optimiser(steps=3, batch=2, learning_rate=1e-3, warmup=1), blocks=1),
     sample_seconds=1,
-    flow=(FlowStage(Optimiser(4, 2, 1e-3, 1), blocks=2), FlowStage(Optimiser(3, 2, 1e-3, 1), blocks=3, resampled=1.0, forced=0.5)),
+    flow=(
+        FlowStage(Optimiser(4, 2, 1e-3, 1), blocks=2),
+        FlowStage(Optimiser(3, 2, 1e-3, 1), blocks=3, resampled=1.0, forced=0.5),
+    ),
 )
 
 

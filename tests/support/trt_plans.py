@@ -21,7 +21,10 @@ from tests.support.cuda_emulator import Compute, Driver, Tensor
 
 
 def decibels(frames: list[np.ndarray], wanted: list[np.ndarray]) -> float:
-    errors = [np.square(a.astype(np.float64) - b).mean() for a, b in zip(frames[1:], wanted[1:], strict=True)]
+    errors = [
+        np.square(a.astype(np.float64) - b).mean()
+        for a, b in zip(frames[1:], wanted[1:], strict=True)
+    ]
     return float(10 * np.log10(255**2 / np.mean(errors)))
 
 
@@ -29,9 +32,18 @@ TYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", "uint8": "UINT8
 
 
 def tensors_of(signature: GraphSignature) -> list[Tensor]:
-    inputs = [Tensor(spec.name, True, TYPES[spec.dtype], spec.shape) for spec in (*signature.inputs, *signature.state)]
-    outputs = [Tensor(spec.name, False, TYPES[spec.dtype], spec.shape) for spec in signature.outputs]
-    kept = [] if signature.name == "generator" else [Tensor(spec.name + NEXT, False, "FLOAT", spec.shape) for spec in signature.state]
+    inputs = [
+        Tensor(spec.name, True, TYPES[spec.dtype], spec.shape)
+        for spec in (*signature.inputs, *signature.state)
+    ]
+    outputs = [
+        Tensor(spec.name, False, TYPES[spec.dtype], spec.shape) for spec in signature.outputs
+    ]
+    kept = (
+        []
+        if signature.name == "generator"
+        else [Tensor(spec.name + NEXT, False, "FLOAT", spec.shape) for spec in signature.state]
+    )
     return [*inputs, *outputs, *kept]
 
 
@@ -48,20 +60,33 @@ def stored_as(kind: str, compute: Compute, names: set[str]) -> Compute:
     if kind == "BF16":
         into, out = to_bf16, from_bf16
     else:
-        into, out = (lambda array: array.astype(np.float16)), (lambda array: array.astype(np.float32))
+        into, out = (
+            (lambda array: array.astype(np.float16)),
+            (lambda array: array.astype(np.float32)),
+        )
 
     def run(given: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        found = compute({name: out(array) if name in names else array for name, array in given.items()})
+        found = compute(
+            {name: out(array) if name in names else array for name, array in given.items()}
+        )
         return {name: into(array) if name in names else array for name, array in found.items()}
 
     return run
 
 
-def plans(driver: Driver, profile: Profile, computes: Mapping[str, Compute], kinds: Callable[[str, str], str | None] = lambda *_: None) -> Any:
+def plans(
+    driver: Driver,
+    profile: Profile,
+    computes: Mapping[str, Compute],
+    kinds: Callable[[str, str], str | None] = lambda *_: None,
+) -> Any:
     """Emulated plans; `kinds` says (graph, tensor) -> another type than the signature's."""
     made = {}
     for name, signature in signatures(profile).items():
-        tensors = [tensor._replace(dtype=kinds(name, tensor.name) or tensor.dtype) for tensor in tensors_of(signature)]
+        tensors = [
+            tensor._replace(dtype=kinds(name, tensor.name) or tensor.dtype)
+            for tensor in tensors_of(signature)
+        ]
         compute = computes[name]
         for kind in ("BF16", "HALF"):
             if changed := {tensor.name for tensor in tensors if tensor.dtype == kind}:
@@ -70,10 +95,24 @@ def plans(driver: Driver, profile: Profile, computes: Mapping[str, Compute], kin
     return made
 
 
-def opened_over(driver: Driver, profile: Profile, computes: Mapping[str, Compute], module: ModuleType = engine, **more: Any) -> TrtEngines:
-    device = module.cuda_module.Device(driver) if hasattr(module, "cuda_module") else cuda.Device(driver)
+def opened_over(
+    driver: Driver,
+    profile: Profile,
+    computes: Mapping[str, Compute],
+    module: ModuleType = engine,
+    **more: Any,
+) -> TrtEngines:
+    device = (
+        module.cuda_module.Device(driver) if hasattr(module, "cuda_module") else cuda.Device(driver)
+    )
     captured = more.pop("captured", True)
-    return module.TrtEngines(profile, plans(driver, profile, computes, **more), device, "fp32", module.RunOptions(captured=captured))  # type: ignore[no-any-return]
+    return module.TrtEngines(
+        profile,
+        plans(driver, profile, computes, **more),
+        device,
+        "fp32",
+        module.RunOptions(captured=captured),
+    )  # type: ignore[no-any-return]
 
 
 def differ(a: list[np.ndarray], b: list[np.ndarray]) -> tuple[int, float]:
@@ -92,8 +131,15 @@ def toy_scales(profile: Profile) -> list[hopper_fp8.Scales]:
     heads, dim, made = profile.model.heads, profile.head_dim, []
     for layer in range(profile.model.depth):
         rng = np.random.default_rng(layer)
-        one, two, three = (rng.uniform(3, 6, shape).astype(np.float32) / 448 for shape in ((heads,), (heads,), (heads, dim)))
-        made.append(hopper_fp8.Scales(one, two, rng.standard_normal((heads, dim)).astype(np.float32) / 4, three))
+        one, two, three = (
+            rng.uniform(3, 6, shape).astype(np.float32) / 448
+            for shape in ((heads,), (heads,), (heads, dim))
+        )
+        made.append(
+            hopper_fp8.Scales(
+                one, two, rng.standard_normal((heads, dim)).astype(np.float32) / 4, three
+            )
+        )
     return made
 
 
@@ -103,15 +149,28 @@ def emulated_kernels(driver: Driver, profile: Profile) -> Callable[[int], Any]:
 
     def launch(kernel: str, inputs: Any, numbers: Any, outputs: Any, stream: int) -> None:
         abi = kernels.ABI[kernel]
-        assert tuple(map(len, (inputs, numbers, outputs))) == tuple(map(len, abi)) and numbers[1] == heads
-        where, tokens = dict(zip(abi.inputs + abi.outputs, (*inputs, *outputs), strict=True)), numbers[0]
+        assert (
+            tuple(map(len, (inputs, numbers, outputs))) == tuple(map(len, abi))
+            and numbers[1] == heads
+        )
+        where, tokens = (
+            dict(zip(abi.inputs + abi.outputs, (*inputs, *outputs), strict=True)),
+            numbers[0],
+        )
         block = hopper_fp8.image_shape(heads, tokens, dim)
 
         def pack() -> None:
-            k, v = (from_bf16(driver.array(where[name], (tokens, heads, dim), np.uint16)) for name in ("k", "v"))
+            k, v = (
+                from_bf16(driver.array(where[name], (tokens, heads, dim), np.uint16))
+                for name in ("k", "v")
+            )
             parts = {"k_scale": (heads,), "k_mean": (heads, dim), "v_scale": (heads, dim)}
-            given = {name: driver.array(where[name], shape, np.float32) for name, shape in parts.items()}
-            images = hopper_fp8.pack(k, v, hopper_fp8.Scales(q_scale=np.ones(heads, np.float32), **given))
+            given = {
+                name: driver.array(where[name], shape, np.float32) for name, shape in parts.items()
+            }
+            images = hopper_fp8.pack(
+                k, v, hopper_fp8.Scales(q_scale=np.ones(heads, np.float32), **given)
+            )
             for name, image in zip(("k_block", "v_block"), images, strict=True):
                 driver.array(where[name], block, np.uint8)[...] = image
 
@@ -119,7 +178,12 @@ def emulated_kernels(driver: Driver, profile: Profile) -> Callable[[int], Any]:
             cache = (heads, numbers[2], block[2])
             images = [driver.array(where[name], block, np.uint8) for name in ("k_block", "v_block")]
             slot = int(driver.array(where["slot"], (1,), np.int32)[0])
-            hopper_fp8.commit(*images, tokens, slot, *(driver.array(where[name], cache, np.uint8) for name in ("k_cache", "v_cache")))
+            hopper_fp8.commit(
+                *images,
+                tokens,
+                slot,
+                *(driver.array(where[name], cache, np.uint8) for name in ("k_cache", "v_cache")),
+            )
 
         driver.queue(stream, {"aapt_pack": pack, "aapt_commit": commit}[kernel])
 

@@ -32,4 +32,11 @@ def perturbed(shape: VaeShape, seed: int = 0) -> Vae:
 
 
 def latents(blocks: int, batch: int = 2) -> Tensor:
-    return torch.randn(batch, blocks, TINY.video.latent_channels, TINY.latent_height, TINY.latent_width, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        batch,
+        blocks,
+        TINY.video.latent_channels,
+        TINY.latent_height,
+        TINY.latent_width,
+        generator=torch.Generator().manual_seed(1),
+    )

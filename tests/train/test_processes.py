@@ -31,7 +31,7 @@ import torch
 from tests.support.toys import TINY, toy_latents
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.train import loop
-from aapt_deploy.train.run import GeneratorStages
+from aapt_deploy.train.stages import GeneratorStages
 from aapt_deploy.train.recipe import *
 from aapt_deploy.train.processes import joined
 two = dict(accumulate=2)

@@ -29,8 +29,8 @@ from aapt_deploy.train.recipe import (
     TrajectoryStage,
     gan,
 )
-from aapt_deploy.train.run import GeneratorStages, WarmStart
 from aapt_deploy.train.run import train as run_all
+from aapt_deploy.train.stages import GeneratorStages, WarmStart
 from tests.support.toys import RECIPE, TINY, clips, quiet, toy_latents
 
 __all__ = ["clips"]  # a fixture

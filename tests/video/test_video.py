@@ -1,4 +1,7 @@
-"""Frames out, checked by the real ffmpeg: formats, colours, pipes that close, full disks, Ctrl-C; and pictures and videos in."""
+"""Frames out, checked by the real ffmpeg, and pictures and videos in.
+
+Formats, colours, pipes that close, full disks, Ctrl-C.
+"""
 
 import contextlib
 import itertools
@@ -20,9 +23,10 @@ import numpy as np
 import pytest
 
 from aapt_deploy.errors import InputError, MachineError, OutputError, UsageError
-from aapt_deploy.video import sinks
+from aapt_deploy.video import formats
+from aapt_deploy.video.formats import FORMATS, PIPE_FORMATS
 from aapt_deploy.video.pictures import read_image, read_video, write_image
-from aapt_deploy.video.sinks import FORMATS, PIPE_FORMATS, open_sink
+from aapt_deploy.video.sinks import ReaderGone, Sink, open_sink
 from tests.support.ffmpeg import FFMPEG, ffmpeg, probed
 
 WIDTH, HEIGHT, FPS = 192, 112, 24
@@ -32,14 +36,25 @@ FORMAT_NAMES = sorted(FORMATS)
 def clip(count: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
     """A moving picture with fine detail: uint8 [T, H, W, 3]."""
     y, x = np.mgrid[0:height, 0:width]
-    frames = [np.stack([(x + 3 * t) % 256, (2 * y + t) % 256, (x + y) % 256], -1) for t in range(count)]
+    frames = [
+        np.stack([(x + 3 * t) % 256, (2 * y + t) % 256, (x + y) % 256], -1) for t in range(count)
+    ]
     noise = np.random.default_rng(0).integers(0, 12, (count, height, width, 3))
     return np.minimum(np.stack(frames) + noise, 255).astype(np.uint8)
 
 
 def input_options(name: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[str]:
     """What ffmpeg must be told about a source of format `name`: nothing, except for bare pixels."""
-    bare = ["-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", "{}x{}".format(*size), "-framerate", str(FPS)]
+    bare = [
+        "-f",
+        "rawvideo",
+        "-pixel_format",
+        "rgb24",
+        "-video_size",
+        "{}x{}".format(*size),
+        "-framerate",
+        str(FPS),
+    ]
     return bare if name == "rawvideo" else []
 
 
@@ -59,16 +74,17 @@ def written(path: Path, name: str, frames: np.ndarray, step: int = 4) -> bytes:
 
 
 def sender(body: str, *arguments: str, **options: object) -> subprocess.Popen[bytes]:
-    """A process of its own that has `open_sink`, frames of 192x112 and its arguments at hand, and runs `body`."""
+    """Run `body` in a process that has `open_sink`, frames of 192x112 and its arguments."""
     head = (
         "import sys, time, numpy as np\n"
-        "from aapt_deploy.video.sinks.sinks import open_sink, ReaderGone\n"
+        "from aapt_deploy.video.sinks import open_sink, ReaderGone\n"
         "from aapt_deploy.errors import AaptError\n"
         "rng = np.random.default_rng(0)\n"
         "frames = rng.integers(0, 255, (4, 112, 192, 3), dtype=np.uint8)\n"
         "arguments = sys.argv[1:]\n"
     )
-    return subprocess.Popen([sys.executable, "-c", head + body, *arguments], **options)  # type: ignore[call-overload,no-any-return]
+    command = [sys.executable, "-c", head + body, *arguments]
+    return subprocess.Popen(command, **options)  # type: ignore[call-overload,no-any-return]
 
 
 # --- formats, to a file and to stdout
@@ -85,7 +101,8 @@ def test_every_format_makes_a_file_whose_frames_ffmpeg_counts(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", PIPE_FORMATS)
 def test_every_pipe_format_goes_through_stdout_into_ffmpeg(name: str) -> None:
-    body = f"with open_sink('-', {name!r}, 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(13)]\n"
+    body = f"with open_sink('-', {name!r}, 192, 112, 24) as sink:\n"
+    body += "    [sink.write(frames) for _ in range(13)]\n"
     with sender(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as source:
         output = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
         pixels = ffmpeg(*input_options(name), "-i", "-", *output, data=source.communicate()[0])
@@ -94,7 +111,8 @@ def test_every_pipe_format_goes_through_stdout_into_ffmpeg(name: str) -> None:
 
 
 def test_a_shell_pipe_into_ffmpeg_makes_a_playable_file(tmp_path: Path) -> None:
-    body = "with open_sink('-', None, 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(6)]\n"
+    body = "with open_sink('-', None, 192, 112, 24) as sink:\n"
+    body += "    [sink.write(frames) for _ in range(6)]\n"
     with sender(body, stdout=subprocess.PIPE) as source:
         assert source.stdout is not None
         command = [FFMPEG, "-v", "error", "-i", "-", str(tmp_path / "o.mp4")]
@@ -122,7 +140,9 @@ def through_a_pipe(path: Path, name: str, size: tuple[int, int]) -> None:
             arrived += drain.stop()
             sizes.append(len(arrived))
         shown = len(decoded(name, arrived, size))
-        late = 1 if name in ("mkv", "fmp4") else 0  # a cluster or fragment is only sent off by the frame behind it
+        late = (
+            1 if name in ("mkv", "fmp4") else 0
+        )  # a cluster or fragment is only sent off by the frame behind it
         assert shown >= len(frames) - late
         assert all(b > a for a, b in itertools.pairwise(sizes))
         drain = _Drain(reader)
@@ -170,7 +190,9 @@ def test_colours_come_back(tmp_path: Path, name: str) -> None:
         assert np.abs(back - colour).max() <= (0 if exact else 3), colour
 
 
-@pytest.mark.parametrize("name", [name for name in FORMAT_NAMES if FORMATS[name].codec == "libx264"])
+@pytest.mark.parametrize(
+    "name", [name for name in FORMAT_NAMES if FORMATS[name].codec == "libx264"]
+)
 def test_h264_is_tagged_bt709_limited(tmp_path: Path, name: str) -> None:
     written(tmp_path / "a", name, clip(5))
     found = probed(tmp_path / "a")
@@ -179,7 +201,11 @@ def test_h264_is_tagged_bt709_limited(tmp_path: Path, name: str) -> None:
 
 
 def test_large_y4m_is_bt709_because_players_assume_that(tmp_path: Path) -> None:
-    data = written(tmp_path / "a.y4m", "y4m", np.broadcast_to(np.array([255, 0, 0], np.uint8), (1, 720, 1280, 3)))
+    data = written(
+        tmp_path / "a.y4m",
+        "y4m",
+        np.broadcast_to(np.array([255, 0, 0], np.uint8), (1, 720, 1280, 3)),
+    )
     luma = data[data.index(b"FRAME\n") + 6]
     assert luma == 63  # BT.709 red; BT.601 has 81
 
@@ -260,15 +286,19 @@ def test_raw_frames_are_bare_rgb24(tmp_path: Path, output: str) -> None:
         ("udp://127.0.0.1:9/x.ts", None, "is an address", "ffmpeg -i - -c copy"),
     ],
 )
-def test_a_choice_that_cannot_work_is_refused(output: str, name: str | None, message: str, hint: str) -> None:
+def test_a_choice_that_cannot_work_is_refused(
+    output: str, name: str | None, message: str, hint: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         open_sink(output, name, WIDTH, HEIGHT, FPS)
     assert message in str(caught.value)
     assert hint in caught.value.hint
 
 
-def test_a_build_without_the_encoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sinks.FORMATS, "mkv", sinks.Format("matroska", "no_such_encoder", "yuv420p"))
+def test_a_build_without_the_encoder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "mkv", formats.Format("matroska", "no_such_encoder", "yuv420p"))
     with pytest.raises(MachineError, match="no_such_encoder"):
         open_sink(str(tmp_path / "a.mkv"), None, WIDTH, HEIGHT, FPS)
     assert os.listdir(tmp_path) == []
@@ -282,7 +312,8 @@ def test_odd_sizes_are_refused_where_colours_are_halved(tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_no_bytes() -> None:
-    body = "try: open_sink('-', None, 192, 112, 24)\nexcept AaptError as e: print(e, '|', e.hint, file=sys.stderr); sys.exit(e.exit_code)\n"
+    body = "try: open_sink('-', None, 192, 112, 24)\n"
+    body += "except AaptError as e: print(e, e.hint, file=sys.stderr); sys.exit(e.exit_code)\n"
     leader, follower = os.openpty()
     with sender(body, stdout=follower, stderr=subprocess.PIPE) as process:
         message = process.communicate(timeout=60)[1].decode()
@@ -321,7 +352,9 @@ def test_folders_are_refused_by_name(tmp_path: Path) -> None:
             open_sink("", name, WIDTH, HEIGHT, FPS)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc, where not even root can make files")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self"), reason="needs /proc, where not even root can make files"
+)
 def test_a_folder_that_cannot_be_written() -> None:
     with pytest.raises(OutputError, match=r"/proc/a\.mp4: cannot be written"):
         open_sink("/proc/a.mp4", None, WIDTH, HEIGHT, FPS)
@@ -369,7 +402,9 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("name", PIPE_FORMATS)
 def test_a_reader_that_leaves_ends_the_stream_quietly(name: str) -> None:
     body = (
-        "try:\n    with open_sink('-', arguments[0], 192, 112, 24) as sink:\n        while True: sink.write(frames)\n"
+        "try:\n"
+        "    with open_sink('-', arguments[0], 192, 112, 24) as sink:\n"
+        "        while True: sink.write(frames)\n"
         "except ReaderGone as e: print(e, file=sys.stderr)\n"
     )
     with sender(body, name, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -385,10 +420,15 @@ def test_a_reader_that_leaves_ends_the_stream_quietly(name: str) -> None:
 
 def test_a_reader_that_leaves_before_the_end_is_seen_at_close() -> None:
     body = (
-        "sink = open_sink('-', 'mkv', 192, 112, 24)\nsink.write(frames)\nprint('written', file=sys.stderr, flush=True)\nsys.stdin.read()\n"
+        "sink = open_sink('-', 'mkv', 192, 112, 24)\n"
+        "sink.write(frames)\n"
+        "print('written', file=sys.stderr, flush=True)\n"
+        "sys.stdin.read()\n"
         "try: sink.close()\nexcept ReaderGone: print('gone', file=sys.stderr)\nsink.close()\n"
     )
-    with sender(body, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with sender(
+        body, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
@@ -399,9 +439,9 @@ def test_a_reader_that_leaves_before_the_end_is_seen_at_close() -> None:
 
 
 def test_a_stdout_that_does_not_block_loses_nothing() -> None:
-    body = (
-        "import os\nos.set_blocking(1, False)\nwith open_sink('-', 'rawvideo', 192, 112, 24) as sink:\n    [sink.write(frames) for _ in range(10)]\n"
-    )
+    body = "import os\nos.set_blocking(1, False)\n"
+    body += "with open_sink('-', 'rawvideo', 192, 112, 24) as sink:\n"
+    body += "    [sink.write(frames) for _ in range(10)]\n"
     with sender(body, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         time.sleep(0.5)  # the pipe is full by now
@@ -410,8 +450,11 @@ def test_a_stdout_that_does_not_block_loses_nothing() -> None:
 
 
 def test_stdout_that_is_closed_is_refused() -> None:
-    body = "try: open_sink('-', None, 192, 112, 24)\nexcept AaptError as e: print(type(e).__name__, e, file=sys.stderr)\n"
-    with sender(body, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1)) as process:
+    body = "try: open_sink('-', None, 192, 112, 24)\n"
+    body += "except AaptError as e: print(type(e).__name__, e, file=sys.stderr)\n"
+    with sender(
+        body, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1)
+    ) as process:
         assert process.communicate(timeout=60)[1] == b"OutputError stdout is closed\n"
 
 
@@ -419,8 +462,12 @@ def test_stdout_that_is_closed_is_refused() -> None:
 
 
 ENDLESS = (
-    "try:\n    with open_sink(arguments[0], arguments[1], 192, 112, 24) as sink:\n        print('open', flush=True)\n"
-    "        while True:\n            sink.write(frames); time.sleep(0.002)\n            if sink.frames == 12: print('going', flush=True)\n"
+    "try:\n"
+    "    with open_sink(arguments[0], arguments[1], 192, 112, 24) as sink:\n"
+    "        print('open', flush=True)\n"
+    "        while True:\n"
+    "            sink.write(frames); time.sleep(0.002)\n"
+    "            if sink.frames == 12: print('going', flush=True)\n"
     "except KeyboardInterrupt: print(sink.frames, flush=True); sys.exit(130)\n"
 )
 
@@ -429,7 +476,9 @@ ENDLESS = (
 def test_ctrl_c_leaves_a_whole_file(tmp_path: Path, name: str) -> None:
     for delay_ms in (0, 3, 17, 41):
         path = tmp_path / f"{delay_ms}.{name}"
-        with sender(ENDLESS, str(path), name, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with sender(
+            ENDLESS, str(path), name, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None
             assert [process.stdout.readline() for _ in range(2)] == [b"open\n", b"going\n"]
             time.sleep(delay_ms / 1000)
@@ -442,7 +491,9 @@ def test_ctrl_c_leaves_a_whole_file(tmp_path: Path, name: str) -> None:
 
 def test_ctrl_c_while_the_reader_stalls_is_obeyed() -> None:
     body = (
-        "try:\n    with open_sink('-', 'nut', 192, 112, 24) as sink:\n        while True: sink.write(frames)\n"
+        "try:\n"
+        "    with open_sink('-', 'nut', 192, 112, 24) as sink:\n"
+        "        while True: sink.write(frames)\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )
     with sender(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -455,29 +506,104 @@ def test_ctrl_c_while_the_reader_stalls_is_obeyed() -> None:
         assert process.stderr.read() == b""
 
 
-def test_ctrl_c_during_a_frame_is_held_back_and_not_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+def test_a_frame_is_finished_before_a_signal_handler_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
+) -> None:
+    """Whatever the signal and whatever its handler raises: the sink knows of neither."""
+
+    def handler(number: int, frame: object) -> None:
+        raise ending
+
     sink = open_sink(str(tmp_path / "a.mkv"), None, WIDTH, HEIGHT, FPS)
-    encode = sink._picture
+    encode = sink._encoder.write
 
-    def interrupted(pixels: np.ndarray) -> object:
-        signal.raise_signal(signal.SIGINT)
-        return encode(pixels)
+    def interrupted(pixels: np.ndarray) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.1)  # the main thread has it long before the frame is whole
+        encode(pixels)
 
-    sink._picture = interrupted  # type: ignore[method-assign,assignment]
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        sink.write(clip(3))
+    monkeypatch.setattr(sink._encoder, "write", interrupted)
+    old = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(ending):
+            sink.write(clip(3))
+    finally:
+        signal.signal(signal.SIGUSR1, old)
     assert sink.frames == 1
-    assert signal.getsignal(signal.SIGINT) is handler
     sink.close()
-    assert (tmp_path / "a.mkv").exists()
+    assert probed(tmp_path / "a.mkv").frames == 1
+    assert os.listdir(tmp_path) == ["a.mkv"]
+
+
+@pytest.mark.parametrize("name", ["mp4", "y4m"])
+def test_a_file_that_is_being_closed_is_closed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def handler(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    sink = open_sink(str(tmp_path / f"a.{name}"), None, WIDTH, HEIGHT, FPS)
+    sink.write(clip(5))
+    finish = sink._encoder.finish
+
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.1)
+        finish()
+
+    monkeypatch.setattr(sink._encoder, "finish", interrupted)
+    old = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sink.close()
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert probed(tmp_path / f"a.{name}").frames == 5
+    assert os.listdir(tmp_path) == [f"a.{name}"]
+
+
+class Kept(Sink):
+    """A destination of one's own: memory."""
+
+    def __init__(self) -> None:
+        self.name, self.frames, self.ended = "memory", 0, ""
+
+    def write(self, frames: np.ndarray) -> None:
+        self.frames += len(frames)
+
+    def close(self) -> None:
+        self.ended = "closed"
+
+    def abort(self) -> None:
+        self.ended = "aborted"
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (None, "closed"), (KeyboardInterrupt(), "closed"), (SystemExit(143), "closed"),
+        (ReaderGone(), "closed"), (OSError(), "aborted"), (AssertionError(), "aborted"),
+    ],
+)  # fmt: skip
+def test_how_a_sink_ends(error: BaseException | None, ended: str) -> None:
+    sink = Kept()
+    with contextlib.suppress(BaseException), sink as entered:
+        assert entered is sink
+        sink.write(clip(2))
+        if error:
+            raise error
+    assert (sink.frames, sink.ended) == (2, ended)
 
 
 @pytest.mark.parametrize(("name", "least"), [("mp4", 24), ("mkv", 24), ("mpegts", 24), ("nut", 90)])
-def test_a_killed_stream_leaves_the_old_file_and_a_part_that_plays(tmp_path: Path, name: str, least: int) -> None:
+def test_a_killed_stream_leaves_the_old_file_and_a_part_that_plays(
+    tmp_path: Path, name: str, least: int
+) -> None:
     path = tmp_path / f"a.{name}"
     path.write_bytes(b"old")
-    body = "sink = open_sink(arguments[0], None, 192, 112, 24)\n[sink.write(frames) for _ in range(24)]\nprint('96', flush=True)\ntime.sleep(60)\n"
+    body = "sink = open_sink(arguments[0], None, 192, 112, 24)\n"
+    body += "[sink.write(frames) for _ in range(24)]\nprint('96', flush=True)\ntime.sleep(60)\n"
     with sender(body, str(path), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"96\n"
@@ -514,7 +640,10 @@ def test_a_stream_without_a_frame_keeps_the_old_file(tmp_path: Path) -> None:
 
 def test_two_streams_to_one_name_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    with open_sink(str(path), None, WIDTH, HEIGHT, FPS) as one, open_sink(str(path), None, WIDTH, HEIGHT, FPS) as two:
+    with (
+        open_sink(str(path), None, WIDTH, HEIGHT, FPS) as one,
+        open_sink(str(path), None, WIDTH, HEIGHT, FPS) as two,
+    ):
         one.write(clip(5))
         two.write(clip(9))
     assert probed(path).frames == 5  # the one that closed last
@@ -554,11 +683,13 @@ def test_closing_twice_is_harmless_and_leaks_no_descriptor(tmp_path: Path) -> No
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Callable[[str, int, int], tuple[Path, np.ndarray]]:
-    """Makes a smooth picture file with ffmpeg, by suffix and size; gives its path and its pixels."""
+    """Make a smooth picture file by suffix and size; return its path and its pixels."""
 
     def make(name: str, width: int, height: int) -> tuple[Path, np.ndarray]:
         y, x = np.mgrid[0:height, 0:width]
-        pixels = np.stack([x * 255 / width, y * 255 / height, 128 + 60 * np.sin((x + y) * 8 / width)], -1).astype(np.uint8)
+        pixels = np.stack(
+            [x * 255 / width, y * 255 / height, 128 + 60 * np.sin((x + y) * 8 / width)], -1
+        ).astype(np.uint8)
         path = tmp_path / name
         form = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
         quality = "90" if name.endswith("webp") else "2"
@@ -571,8 +702,12 @@ def picture(tmp_path: Path) -> Callable[[str, int, int], tuple[Path, np.ndarray]
 Picture = Callable[[str, int, int], tuple[Path, np.ndarray]]
 
 
-@pytest.mark.parametrize(("name", "error"), [("a.png", 0), ("a.jpg", 4), ("a.webp", 5), ("odd name %03d 'x'.png", 0)])
-def test_a_picture_of_the_right_size_is_read_as_it_is(picture: Picture, tmp_path: Path, name: str, error: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "error"), [("a.png", 0), ("a.jpg", 4), ("a.webp", 5), ("odd name %03d 'x'.png", 0)]
+)
+def test_a_picture_of_the_right_size_is_read_as_it_is(
+    picture: Picture, tmp_path: Path, name: str, error: float
+) -> None:
     path, pixels = picture("made" + Path(name).suffix, WIDTH, HEIGHT)
     path.rename(tmp_path / name)
     got = read_image(str(tmp_path / name), WIDTH, HEIGHT)
@@ -590,14 +725,22 @@ def test_a_picture_of_the_right_shape_is_resized(picture: Picture, size: tuple[i
     assert np.abs(got.astype(int) - expected).mean() < 2.5
 
 
-def test_a_picture_of_another_shape_is_refused_with_a_command_that_works(picture: Picture, tmp_path: Path) -> None:
+def test_a_picture_of_another_shape_is_refused_with_a_command_that_works(
+    picture: Picture, tmp_path: Path
+) -> None:
     path, _ = picture("a.png", 300, 300)
     odd = path.rename(tmp_path / "it's square.png")
     with pytest.raises(InputError, match=r"300x300.*192x112") as caught:
         read_image(str(odd), WIDTH, HEIGHT)
     program, *arguments = shlex.split(caught.value.hint.split(": ", 1)[1])
     assert program == "ffmpeg"
-    subprocess.run([FFMPEG, *arguments], cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [FFMPEG, *arguments],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert read_image(str(tmp_path / "start.png"), WIDTH, HEIGHT).shape == (HEIGHT, WIDTH, 3)
 
 
@@ -611,7 +754,17 @@ def test_a_picture_that_is_cut_off_is_refused(picture: Picture, suffix: str) -> 
             read_image(str(path), WIDTH, HEIGHT)
 
 
-@pytest.mark.parametrize("data", [b"hello, I am a text\n" * 99, b"", b"\0" * 5000, b"RIFF\0\0\0\0WAVE" * 9, b"\x89PNG\r\n\x1a\n", b"GIF89a" * 50])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello, I am a text\n" * 99,
+        b"",
+        b"\0" * 5000,
+        b"RIFF\0\0\0\0WAVE" * 9,
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a" * 50,
+    ],
+)
 def test_a_file_that_is_no_picture_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(InputError, match=r"a\.png"):
@@ -626,7 +779,8 @@ def test_a_picture_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
 
 def test_a_picture_taken_with_a_tilted_phone_is_turned_upright(picture: Picture) -> None:
     path, pixels = picture("a.jpg", HEIGHT, WIDTH)  # 112x192, lying down
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"  # one entry: orientation 6, turn right to view
+    # One entry: orientation 6, turn right to view.
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
     data = path.read_bytes()
     path.write_bytes(data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:])
     got = read_image(str(path), WIDTH, HEIGHT)
@@ -635,10 +789,17 @@ def test_a_picture_taken_with_a_tilted_phone_is_turned_upright(picture: Picture)
 
 def test_a_picture_too_large_to_hold_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     head = struct.pack(">IIBBBBB", 12_000, 12_000, 1, 0, 0, 0, 0)  # 144 megapixels in 18 kB
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(12_000 * 1501), 9)) + chunk(b"IEND", b"")
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(12_000 * 1501), 9))
+        + chunk(b"IEND", b"")
+    )
     (tmp_path / "bomb.png").write_bytes(data)
     with pytest.raises(InputError, match="larger than 100,000,000 pixels"):
         read_image(str(tmp_path / "bomb.png"), WIDTH, HEIGHT)
@@ -661,7 +822,7 @@ def test_writing_a_picture_nowhere(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seconds of video in several containers and rates. Frame n's brightness is 8 + 4n at 30 fps: it says which source frame is shown."""
+    """Two seconds of video at 30 fps in several containers. Frame n has brightness 8 + 4n."""
     folder = tmp_path_factory.mktemp("videos")
     gray = np.repeat((8 + 4 * np.arange(60, dtype=np.uint8))[:, None], 96 * 96 * 3, axis=1)
     form = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "96x96", "-r", "30", "-i", "-"]
@@ -708,14 +869,19 @@ def test_a_video_with_wide_pixels_is_shown_in_its_true_shape(tmp_path: Path) -> 
     whole = next(read_video(path, 128, 64, FPS))
     form = ["-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     reference = ffmpeg("-i", path, "-vf", "scale=128:64", *form)
-    assert np.abs(whole.astype(int) - np.frombuffer(reference, np.uint8).reshape(64, 128, 3)).mean() < 8
+    assert (
+        np.abs(whole.astype(int) - np.frombuffer(reference, np.uint8).reshape(64, 128, 3)).mean()
+        < 8
+    )
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "mpeg4.avi", "h264.ts"])
 def test_a_damaged_video_is_refused(videos: Path, tmp_path: Path, name: str) -> None:
     data = bytearray((videos / name).read_bytes())
     middle = len(data) // 2
-    data[middle : middle + 3000] = np.random.default_rng(0).integers(0, 256, 3000, dtype=np.uint8).tobytes()
+    data[middle : middle + 3000] = (
+        np.random.default_rng(0).integers(0, 256, 3000, dtype=np.uint8).tobytes()
+    )
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=name):
         list(read_video(str(tmp_path / name), 32, 16, FPS))
@@ -733,6 +899,6 @@ def test_files_that_are_no_video_are_refused(videos: Path, tmp_path: Path) -> No
 
 def test_the_table_is_whole() -> None:
     assert set(PIPE_FORMATS) == set(FORMATS) - {"mp4"}
-    assert sinks.DEFAULT_PIPE_FORMAT in PIPE_FORMATS
+    assert formats.DEFAULT_PIPE_FORMAT in PIPE_FORMATS
     aliases = [alias for key, chosen in FORMATS.items() for alias in (key, *chosen.names)]
     assert len(aliases) == len(set(aliases))

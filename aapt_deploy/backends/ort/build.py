@@ -60,7 +60,7 @@ def _build(bundle: Bundle, precision: str, report: Report) -> Built:
         starts = all_starts(bundle)
         report(f"{key}: lowering the graphs")
         graphs = _lower(bundle, stage, precision, starts, report)
-        named = lambda text: report(f"{key}: {text}")  # noqa: E731
+        named = lambda text: report(f"{key}: {text}")
         threads, step_ms = _tune(bundle.profile, graphs, precision, starts[0], named)
         engines, psnr = OrtEngines(bundle.profile, graphs, threads, precision), None
         if precision != "fp32":

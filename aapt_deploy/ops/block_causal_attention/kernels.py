@@ -370,7 +370,7 @@ class Kernels:
 
 
 @functools.cache
-def load(head_dim: int, variant: Variant = Variant()) -> Kernels:  # noqa: B008 (immutable)
+def load(head_dim: int, variant: Variant = Variant()) -> Kernels:
     """The kernels for `head_dim` on the current device; see `compiled`. Needs a current CUDA context, which torch and TensorRT both make.
 
     Raises MachineError for a GPU that is no Hopper, a driver that is too old, and what `compiled` raises.

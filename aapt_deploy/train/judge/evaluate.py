@@ -59,7 +59,7 @@ def _candidate(path: Path, backend: str, precision: str | None, warn: Report) ->
     """Open a bundle with the wanted engines, or a checkpoint, which runs in torch and float32."""
     if path.is_file():
         loaded = checkpoint.load(path)
-        run = lambda: EagerEngines(loaded, torch.get_num_threads(), "fp32")  # noqa: E731
+        run = lambda: EagerEngines(loaded, torch.get_num_threads(), "fp32")
         return Candidate(loaded.profile, loaded.sha256, run)
     bundle = Bundle.open(path)
     sha256 = bundle.manifest["source"]["sha256"]

@@ -50,7 +50,11 @@ def graph(opened: Bundle, key: str, name: str) -> onnx.ModelProto:
 
 def test_engines_are_measured_and_recorded(made: Made) -> None:
     opened = Bundle.open(made.path)
-    assert [engine.key for engine in made.built] == ["onnxruntime-fp32", "onnxruntime-int8", "torch-fp32"]
+    assert [engine.key for engine in made.built] == [
+        "onnxruntime-fp32",
+        "onnxruntime-int8",
+        "torch-fp32",
+    ]
     for engine in made.built:
         entry = opened.engines[engine.key]
         assert asdict(engine).items() <= entry.items()
@@ -65,12 +69,19 @@ def test_engines_are_measured_and_recorded(made: Made) -> None:
     assert int8.bytes < fp32.bytes
     assert torch.bytes == 0
     files = opened.manifest["files"]
-    assert fp32.bytes == sum(entry["bytes"] for name, entry in files.items() if name.startswith("engines/onnxruntime-fp32/"))
+    assert fp32.bytes == sum(
+        entry["bytes"]
+        for name, entry in files.items()
+        if name.startswith("engines/onnxruntime-fp32/")
+    )
 
 
 def test_graphs_are_lowered_to_what_onnx_runtime_runs_best(bundle: Path, tiny: Profile) -> None:
     opened = Bundle.open(bundle)
-    kinds = {key: [node.op_type for node in graph(opened, key, "generator").graph.node] for key in ("onnxruntime-fp32", "onnxruntime-int8")}
+    kinds = {
+        key: [node.op_type for node in graph(opened, key, "generator").graph.node]
+        for key in ("onnxruntime-fp32", "onnxruntime-int8")
+    }
     for key, operators in kinds.items():
         assert operators.count("TensorScatter") == 2 * tiny.model.depth, key
         assert operators.count("Attention") == tiny.model.depth, key
@@ -97,23 +108,39 @@ def test_a_cpu_that_would_overflow_gets_weights_of_seven_bits(
     assert opened.engines["onnxruntime-int8"]["weight_bits"] == bits
     for name in ("generator", "decoder"):
         tensors = graph(opened, "onnxruntime-int8", name).graph.initializer
-        weights = [onnx.numpy_helper.to_array(w) for w in tensors if w.data_type == onnx.TensorProto.INT8 and len(w.dims) > 1]
+        weights = [
+            onnx.numpy_helper.to_array(w)
+            for w in tensors
+            if w.data_type == onnx.TensorProto.INT8 and len(w.dims) > 1
+        ]
         assert weights and max(int(np.abs(w.astype(int)).max()) for w in weights) == largest
 
 
 @pytest.mark.parametrize(
     ("kind", "flags", "exact"),
-    [("x86_64", "avx2 fma", False), ("x86_64", "avx2 avx_vnni", True), ("AMD64", "avx512_vnni", True), ("aarch64", "", True)],
+    [
+        ("x86_64", "avx2 fma", False),
+        ("x86_64", "avx2 avx_vnni", True),
+        ("AMD64", "avx512_vnni", True),
+        ("aarch64", "", True),
+    ],
 )
-def test_which_cpus_overflow(kind: str, flags: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_cpus_overflow(
+    kind: str, flags: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu.platform, "machine", lambda: kind)
-    monkeypatch.setattr(Path, "read_text", lambda path: f"model name\t: some\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: f"model name\t: some\nflags\t\t: fpu {flags}\n"
+    )
     assert cpu.adds_int8_exactly() is exact
 
 
 def test_nothing_of_the_way_to_an_engine_stays_in_it(bundle: Path) -> None:
     for key in ("onnxruntime-fp32", "onnxruntime-int8"):
-        assert tree(bundle / "engines" / key) == {"1", *(f"1/{name}.onnx" for name in ("encoder", "prompt", "generator", "decoder"))}
+        assert tree(bundle / "engines" / key) == {
+            "1",
+            *(f"1/{name}.onnx" for name in ("encoder", "prompt", "generator", "decoder")),
+        }
 
 
 def test_the_calibrator_saw_the_decoder_at_work(bundle: Path, tiny: Profile) -> None:
@@ -134,16 +161,29 @@ DARK = 0.15  # of the light of a start frame
 SHOWN = 3  # times each latent is decoded: the decoder remembers one
 
 
-def test_int8_keeps_pictures_that_are_darker_than_every_start_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_keeps_pictures_that_are_darker_than_every_start_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The embedded checkpoint's decoder, for the middle of the picture. Calibration sees the start frames alone; with the linear path in int8, too,
     nothing comes out darker than they are."""
     held = checkpoint.load(assets.CHECKPOINT)
-    profile = held.profile.replace(video=dataclasses.replace(held.profile.video, width=96, height=48))
-    path, signature, module = tmp_path / "fp32.onnx", signatures(profile)["decoder"], DecoderGraph(held.vae).eval()
-    export._write(export.to_onnx(module, signature, profile), path, module, export.Weights(held, None))
+    profile = held.profile.replace(
+        video=dataclasses.replace(held.profile.video, width=96, height=48)
+    )
+    path, signature, module = (
+        tmp_path / "fp32.onnx",
+        signatures(profile)["decoder"],
+        DecoderGraph(held.vae).eval(),
+    )
+    export._write(
+        export.to_onnx(module, signature, profile), path, module, export.Weights(held, None)
+    )
     with torch.inference_mode():
         pictures = [frame.image[32:80, 48:144] for frame in held.start_frames.values()]
-        bright, dark = ([held.vae.encode(from_pixels(p * light)[None, None])[:, 0].numpy() for p in pictures] for light in (1, DARK))
+        bright, dark = (
+            [held.vae.encode(from_pixels(p * light)[None, None])[:, 0].numpy() for p in pictures]
+            for light in (1, DARK)
+        )
     exact = OrtEngine(open_session(path, Threads(1, False)), signature)
     seen: list[dict[str, np.ndarray]] = []
     tap = partial(build._record, exact, seen)
@@ -154,11 +194,15 @@ def test_int8_keeps_pictures_that_are_darker_than_every_start_frame(tmp_path: Pa
         int8 = Path(shutil.copy(path, tmp_path / file))
         build._quantise_decoder(int8, seen)
         made = shown(OrtEngine(open_session(int8, Threads(1, False)), signature), dark)
-        return float((10 * np.log10(255**2 / np.square(made - wanted).mean(axis=(1, 2, 3, 4)))).min())
+        return float(
+            (10 * np.log10(255**2 / np.square(made - wanted).mean(axis=(1, 2, 3, 4)))).min()
+        )
 
     assert worst_db("as-built.onnx") > 50
     monkeypatch.setattr(build, "LINEAR_PATH", "the name of no weight")
-    assert worst_db("all-int8.onnx") < 30, "these pictures show nothing of the loss that the linear path is kept in float for"
+    assert worst_db("all-int8.onnx") < 30, (
+        "these pictures show nothing of the loss that the linear path is kept in float for"
+    )
 
 
 def shown(decoder: Any, latents: list[np.ndarray]) -> np.ndarray:
@@ -176,8 +220,15 @@ def test_psnr_is_that_of_the_frames(bundle: Path) -> None:
     fp32, int8 = (open_engines(opened, "onnxruntime", precision) for precision in ("fp32", "int8"))
     pairs = [frames(engines, opened) for engines in (fp32, int8)]
     error = np.mean([np.square(a.astype(float) - b).mean() for a, b in zip(*pairs, strict=True)])
-    assert math.isclose(trial.psnr_db(fp32, int8, opened.profile, begin), 10 * math.log10(255**2 / error), abs_tol=1e-6)
-    assert trial.psnr_db(fp32, open_engines(opened, "onnxruntime", "fp32"), opened.profile, begin) > 100
+    assert math.isclose(
+        trial.psnr_db(fp32, int8, opened.profile, begin),
+        10 * math.log10(255**2 / error),
+        abs_tol=1e-6,
+    )
+    assert (
+        trial.psnr_db(fp32, open_engines(opened, "onnxruntime", "fp32"), opened.profile, begin)
+        > 100
+    )
 
 
 def frames(engines: Any, opened: Bundle) -> list[np.ndarray]:
@@ -186,18 +237,28 @@ def frames(engines: Any, opened: Bundle) -> list[np.ndarray]:
     return [next(source) for _ in range(trial.QUALITY_BLOCKS)]
 
 
-def test_the_fastest_threads_win(bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_threads_win(
+    bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Timing is replaced: which setting is fast is the machine's business, that the fastest is taken is ours."""
     tried: list[Threads] = []
 
     class Counted:
-        def __init__(self, profile: Profile, graphs: dict[str, Path], threads: Threads, precision: str) -> None:
+        def __init__(
+            self, profile: Profile, graphs: dict[str, Path], threads: Threads, precision: str
+        ) -> None:
             tried.append(threads)
 
         def close(self) -> None:
             pass
 
-    speeds = {Threads(1, False): 9.0, Threads(2, False): 7.0, Threads(2, True): 3.0, Threads(8, False): 4.0, Threads(8, True): 5.0}
+    speeds = {
+        Threads(1, False): 9.0,
+        Threads(2, False): 7.0,
+        Threads(2, True): 3.0,
+        Threads(8, False): 4.0,
+        Threads(8, True): 5.0,
+    }
     monkeypatch.setattr(build, "OrtEngines", Counted)
     monkeypatch.setattr(build, "cores", lambda: 8)
     monkeypatch.setattr(build, "median_step_ms", lambda engines, profile, start: speeds[tried[-1]])
@@ -214,8 +275,12 @@ def test_the_fastest_threads_win(bundle: Path, tiny: Profile, monkeypatch: pytes
 @pytest.mark.usefixtures("one_core")
 def test_int8_alone_brings_the_fp32_that_it_is_compared_with(bare: Path) -> None:
     opened = Bundle.open(bare)
-    assert [engine.key for engine in build_engine(opened, "onnxruntime", "int8", Options(silent))] == ["onnxruntime-fp32", "onnxruntime-int8"]
-    assert [engine.key for engine in build_engine(opened, "onnxruntime", "int8", Options(silent))] == ["onnxruntime-int8"]
+    assert [
+        engine.key for engine in build_engine(opened, "onnxruntime", "int8", Options(silent))
+    ] == ["onnxruntime-fp32", "onnxruntime-int8"]
+    assert [
+        engine.key for engine in build_engine(opened, "onnxruntime", "int8", Options(silent))
+    ] == ["onnxruntime-int8"]
     again = Bundle.open(bare)
     again.verify()
     assert set(again.engines) == {"onnxruntime-fp32", "onnxruntime-int8"}
@@ -238,7 +303,9 @@ def test_a_bundle_without_start_frames_is_built_all_the_same(bare: Path) -> None
         ("torch", "int8", "precision 'int8' does not exist for torch"), ("", None, "backend '' cannot be built"),
     ],
 )  # fmt: skip
-def test_unknown_names_are_refused_with_the_known_ones(bundle: Path, backend: str, precision: str | None, message: str) -> None:
+def test_unknown_names_are_refused_with_the_known_ones(
+    bundle: Path, backend: str, precision: str | None, message: str
+) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         build_engine(Bundle.open(bundle), backend, precision, Options(silent))
     assert caught.value.exit_code == 2
@@ -248,7 +315,9 @@ def test_unknown_names_are_refused_with_the_known_ones(bundle: Path, backend: st
 def test_a_profile_for_a_gpu_is_refused(bundle: Path, tiny: Profile) -> None:
     opened = Bundle.open(bundle)
     opened.__dict__["profile"] = tiny.replace(target=Target("cuda", "H100", 90, 80))
-    with pytest.raises(MachineError, match="profile tiny-cpu is for H100; onnxruntime runs on the CPU only") as caught:
+    with pytest.raises(
+        MachineError, match="profile tiny-cpu is for H100; onnxruntime runs on the CPU only"
+    ) as caught:
         build_engine(opened, "onnxruntime", None, Options(silent))
     assert caught.value.exit_code == 5
     assert caught.value.hint
@@ -266,7 +335,10 @@ def test_a_damaged_graph_is_found_before_it_is_lowered(bare: Path) -> None:
 
 
 def test_two_builds_at_once_are_one_too_many(bare: Path) -> None:
-    with Bundle.open(bare).add_engine("somebody-elses"), pytest.raises(BusyError, match="is being written by process"):
+    with (
+        Bundle.open(bare).add_engine("somebody-elses"),
+        pytest.raises(BusyError, match="is being written by process"),
+    ):
         build_engine(Bundle.open(bare), "onnxruntime", "fp32", Options(silent))
 
 
@@ -274,8 +346,13 @@ def test_two_builds_at_once_are_one_too_many(bare: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_core")
-@pytest.mark.parametrize("where", ["median_step_ms", "_quantise_linears", "_quantise_decoder", "mean_psnr_db", "save_model"])
-@pytest.mark.parametrize("error", [RuntimeError("crash"), KeyboardInterrupt()], ids=["crash", "ctrl-c"])
+@pytest.mark.parametrize(
+    "where",
+    ["median_step_ms", "_quantise_linears", "_quantise_decoder", "mean_psnr_db", "save_model"],
+)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("crash"), KeyboardInterrupt()], ids=["crash", "ctrl-c"]
+)
 def test_a_build_that_breaks_off_leaves_the_engines_that_were(
     bundle: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
 ) -> None:
@@ -292,15 +369,24 @@ def test_a_build_that_breaks_off_leaves_the_engines_that_were(
     assert again.manifest == Bundle.open(bundle).manifest
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_stopped_build_leaves_a_valid_bundle(copied: Path, number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_a_stopped_build_leaves_a_valid_bundle(
+    copied: Path, number: signal.Signals, code: int
+) -> None:
     before = Bundle.open(copied).manifest
-    with subprocess.Popen([*COMMAND, "build-engine", str(copied)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    with subprocess.Popen(
+        [*COMMAND, "build-engine", str(copied)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
         assert process.stderr is not None
         said = [next(line for line in process.stderr if "lowering" in line)]
         time.sleep(0.05)
         process.send_signal(number)
-        if number == signal.SIGTERM:  # `timeout` sends two; the second must not break off the cleaning up
+        if (
+            number == signal.SIGTERM
+        ):  # `timeout` sends two; the second must not break off the cleaning up
             process.send_signal(number)
         said += process.stderr.read().splitlines()
     assert process.returncode == code

@@ -38,7 +38,10 @@ def test_a_stream_decodes_as_the_module_does(shape: VaeShape, volumes: bool) -> 
 
 def test_half_precision_costs_little() -> None:
     vae, z = perturbed(SHAPES["paper"]), latents(4, batch=1)[0]
-    exact, half = (streamed(StreamDecoder(vae.decoder, *SIZE, dtype), z).astype(float) for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (
+        streamed(StreamDecoder(vae.decoder, *SIZE, dtype), z).astype(float)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert 0 < np.abs(exact - half).mean() < 2
 
 
@@ -49,12 +52,19 @@ def test_memory_stays_where_it_is() -> None:
     places = [conv.memory.data_ptr() for conv, _ in decoder.rates]
     streamed(decoder, z)
     assert [conv.memory.data_ptr() for conv, _ in decoder.rates] == places
-    assert sum(float(conv.memory.abs().sum()) > 0 for conv, _ in decoder.rates if conv.frames > 1) > 3
+    assert (
+        sum(float(conv.memory.abs().sum()) > 0 for conv, _ in decoder.rates if conv.frames > 1) > 3
+    )
 
 
 def test_the_faster_form_is_taken() -> None:
     vae = perturbed(SHAPES["paper"])
     conv = Conv(vae.decoder.inlet, *SIZE, torch.float32)
     for over_volume, over_stack in ((1.0, 2.0), (2.0, 1.0)):
-        conv.choose(1, lambda call, a=over_volume, b=over_stack: a if "over_volume" in call.__code__.co_names else b)
+        conv.choose(
+            1,
+            lambda call, a=over_volume, b=over_stack: (
+                a if "over_volume" in call.__code__.co_names else b
+            ),
+        )
         assert conv.as_volume == (over_volume < over_stack)

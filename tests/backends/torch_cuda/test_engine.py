@@ -37,13 +37,19 @@ CPU = torch.device("cpu")
 BLOCKS = 9  # the ring of `tiny` wraps at 4
 
 
-def over(loaded: Checkpoint, precision: str = "fp32", found: Scales | None = None, by_row: bool = True) -> torch_cuda.GpuEngines:
+def over(
+    loaded: Checkpoint, precision: str = "fp32", found: Scales | None = None, by_row: bool = True
+) -> torch_cuda.GpuEngines:
     """The engines of `loaded`, which keeps its weights."""
     options = torch_cuda.Options.of(precision, CPU, by_row)
-    return torch_cuda.GpuEngines(copy.deepcopy(loaded.generator), copy.deepcopy(loaded.vae), found, options)
+    return torch_cuda.GpuEngines(
+        copy.deepcopy(loaded.generator), copy.deepcopy(loaded.vae), found, options
+    )
 
 
-def latents(engines: Engines, opened: Bundle, prompts: Callable[[int], np.ndarray | None]) -> list[np.ndarray]:
+def latents(
+    engines: Engines, opened: Bundle, prompts: Callable[[int], np.ndarray | None]
+) -> list[np.ndarray]:
     """What the generator says over a rollout, [C, h, w] each."""
     generator, said = engines["generator"], []
     run = generator.run
@@ -55,7 +61,18 @@ def latents(engines: Engines, opened: Bundle, prompts: Callable[[int], np.ndarra
 
     generator.run = heard  # type: ignore[method-assign]
     begin = start(opened, "dunes", None)
-    list(itertools.islice(rollout(engines, opened.profile, begin.image, lambda block: Steering(CRUISE, prompts(block)), 3), 1 + BLOCKS))
+    list(
+        itertools.islice(
+            rollout(
+                engines,
+                opened.profile,
+                begin.image,
+                lambda block: Steering(CRUISE, prompts(block)),
+                3,
+            ),
+            1 + BLOCKS,
+        )
+    )
     return said
 
 
@@ -63,12 +80,23 @@ def test_in_float32_it_says_what_the_reference_says(loaded: Checkpoint, bundle: 
     opened = Bundle.open(bundle)
     words = [np.array([[4, 1, 2, 3]]), np.array([[0, 3, 3, 1]])]
     prompts = lambda block: words[block > 5]  # changes behind the wrap
-    mine, theirs = latents(over(loaded), opened, prompts), latents(EagerEngines(loaded, 1, "fp32"), opened, prompts)
-    passes = BLOCKS * len(opened.profile.sampler.timesteps)  # the engine that overlaps is one block ahead
+    mine, theirs = (
+        latents(over(loaded), opened, prompts),
+        latents(EagerEngines(loaded, 1, "fp32"), opened, prompts),
+    )
+    passes = BLOCKS * len(
+        opened.profile.sampler.timesteps
+    )  # the engine that overlaps is one block ahead
     for block, (a, b) in enumerate(zip(mine[:passes], theirs[:passes], strict=True)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max(), err_msg=f"pass {block}")
-    frames = [frames_of(engines, opened, 5) for engines in (over(loaded), EagerEngines(loaded, 1, "fp32"))]
-    assert max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(*frames, strict=True)) <= 1  # a value between two levels may round either way
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=2e-5 * np.abs(b).max(), err_msg=f"pass {block}"
+        )
+    frames = [
+        frames_of(engines, opened, 5) for engines in (over(loaded), EagerEngines(loaded, 1, "fp32"))
+    ]
+    assert (
+        max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(*frames, strict=True)) <= 1
+    )  # a value between two levels may round either way
     assert len({frame.tobytes() for frame in frames[0]}) == 6
 
 
@@ -96,11 +124,16 @@ def test_a_reset_engine_is_a_fresh_one(loaded: Checkpoint, bundle: Path) -> None
     first = frames_of(used, opened, 4, 5)
     frames_of(used, opened, 3, 6)
     for engines in (used, over(loaded)):
-        assert all(np.array_equal(a, b) for a, b in zip(first, frames_of(engines, opened, 4, 5), strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(first, frames_of(engines, opened, 4, 5), strict=True)
+        )
 
 
 @pytest.mark.parametrize("by_row", [True, False], ids=["by row", "one scale"])
-def test_in_fp8_it_streams_an_fp8_export(exported: Exported, three: Checkpoint, exported_frames: list[np.ndarray], by_row: bool) -> None:
+def test_in_fp8_it_streams_an_fp8_export(
+    exported: Exported, three: Checkpoint, exported_frames: list[np.ndarray], by_row: bool
+) -> None:
     """Against ONNX Runtime on the exported graphs, whose products are FP8 and whose attention is float32; the bound is that of the TensorRT path."""
     opened = Bundle.open(exported.path)
     found = scales.load(opened.checked(scales.FILE), opened.profile)
@@ -113,13 +146,23 @@ def test_in_fp8_it_streams_an_fp8_export(exported: Exported, three: Checkpoint, 
     assert decibels(exact, exported_frames) < 60  # FP8 is in what is compared with
 
 
-def test_a_step_of_codes_is_the_product_of_what_they_stand_for(exported: Exported, three: Checkpoint) -> None:
+def test_a_step_of_codes_is_the_product_of_what_they_stand_for(
+    exported: Exported, three: Checkpoint
+) -> None:
     """One pass with nothing cached: FP8 layers against the same layers in float32 on rounded weights and inputs."""
     opened = Bundle.open(exported.path)
-    found, generator = scales.load(opened.checked(scales.FILE), opened.profile), copy.deepcopy(three.generator)
+    found, generator = (
+        scales.load(opened.checked(scales.FILE), opened.profile),
+        copy.deepcopy(three.generator),
+    )
     torch_cuda.settle(generator, torch.float32)
     layers = fp8_layers(generator, found, plain(), torch.float32, CPU, True)
-    narrow = {name for layer in layers for name, linear in layer.linears.items() if linear.step is not None}
+    narrow = {
+        name
+        for layer in layers
+        for name, linear in layer.linears.items()
+        if linear.step is not None
+    }
     assert narrow == {"qkv", "out", "w1", "w2"}
     x = torch.randn(opened.profile.frame_tokens, opened.profile.model.dim)
     for i, layer in enumerate(layers):
@@ -128,17 +171,31 @@ def test_a_step_of_codes_is_the_product_of_what_they_stand_for(exported: Exporte
             continue
         weights = generator.visual[i].qkv
         step = torch.from_numpy(found.linear[f"visual.{i}.qkv"].weight_scale)[:, None]
-        rounded = lambda values, scale: (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-        expected = torch.nn.functional.linear(rounded(x, linear.step), rounded(weights.weight, step), weights.bias)
-        torch.testing.assert_close(linear((x / linear.step).clamp(-448, 448).to(torch.float8_e4m3fn)), expected, rtol=1e-5, atol=1e-5)
+        rounded = lambda values, scale: (
+            (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        )
+        expected = torch.nn.functional.linear(
+            rounded(x, linear.step), rounded(weights.weight, step), weights.bias
+        )
+        torch.testing.assert_close(
+            linear((x / linear.step).clamp(-448, 448).to(torch.float8_e4m3fn)),
+            expected,
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
 def test_random_engines_are_tame_and_drawn_from_the_seed(precision: str) -> None:
     profile = load("tiny-cpu")
-    profile = profile.replace(model=dataclasses.replace(profile.model, dim=128, depth=3))  # heads of 64
+    profile = profile.replace(
+        model=dataclasses.replace(profile.model, dim=128, depth=3)
+    )  # heads of 64
     for seed, same in ((0, True), (1, False)):
-        one, two = (Driven(torch_cuda.random_engines(profile, precision, s, CPU), profile) for s in (0, seed))
+        one, two = (
+            Driven(torch_cuda.random_engines(profile, precision, s, CPU), profile)
+            for s in (0, seed)
+        )
         said = []
         for block in range(12):
             a, b = (driven.said(block, block) for driven in (one, two))
@@ -162,7 +219,13 @@ def shapes_alone() -> Kernels:
     def nothing(*arguments: object) -> None:
         pass
 
-    return dataclasses.replace(plain(), attend_tiles=attend_tiles, attend_tokens=attend_tiles, pack=nothing, commit_tiles=nothing)
+    return dataclasses.replace(
+        plain(),
+        attend_tiles=attend_tiles,
+        attend_tokens=attend_tiles,
+        pack=nothing,
+        commit_tiles=nothing,
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
@@ -175,21 +238,39 @@ def test_a_step_of_8b_reads_no_number_on_the_host(name: str, precision: str) -> 
     heads, dim = profile.model.heads, profile.head_dim
     cache: Tokens | Tiles
     if precision == "fp8":
-        sizes = {f"visual.{i}.{n}": getattr(generator.visual[i], n) for i in range(1, profile.model.depth - 1) for n in ("qkv", "out", "w1", "w2")}
-        linear = {key: LinearScales(np.ones(1, np.float32), np.ones(layer.out_features, np.float32)) for key, layer in sizes.items()}
+        sizes = {
+            f"visual.{i}.{n}": getattr(generator.visual[i], n)
+            for i in range(1, profile.model.depth - 1)
+            for n in ("qkv", "out", "w1", "w2")
+        }
+        linear = {
+            key: LinearScales(np.ones(1, np.float32), np.ones(layer.out_features, np.float32))
+            for key, layer in sizes.items()
+        }
         of_head, of_channel = np.ones(heads, np.float32), np.ones((heads, dim), np.float32)
-        found = Scales(linear, [hopper_fp8.Scales(of_head, of_head, of_channel, of_channel)] * profile.model.depth)
+        found = Scales(
+            linear,
+            [hopper_fp8.Scales(of_head, of_head, of_channel, of_channel)] * profile.model.depth,
+        )
         layers = fp8_layers(generator, found, kernels, torch.bfloat16, meta, True)
         cache = Tiles(profile, kernels, found.attention, meta)
     else:
-        layers, cache = wide_layers(generator, torch.bfloat16), Tokens(profile, kernels, torch.bfloat16, meta)
+        layers, cache = (
+            wide_layers(generator, torch.bfloat16),
+            Tokens(profile, kernels, torch.bfloat16, meta),
+        )
     step = Step(generator, layers, cache, kernels, torch.bfloat16)
     kinds = {"float32": torch.float32, "int32": torch.int32}
-    inputs = {spec.name: torch.empty(spec.shape, dtype=kinds[spec.dtype], device=meta) for spec in signatures(profile)["generator"].inputs}
+    inputs = {
+        spec.name: torch.empty(spec.shape, dtype=kinds[spec.dtype], device=meta)
+        for spec in signatures(profile)["generator"].inputs
+    }
     with torch.no_grad():
         clean = step(inputs | {"slot": torch.empty(1, dtype=torch.int32, device=meta)})
         assert clean.shape == inputs["noisy"].shape and clean.dtype == torch.float32
-        with pytest.raises((RuntimeError, NotImplementedError)):  # the check itself: a number of this device cannot be had
+        with pytest.raises(
+            (RuntimeError, NotImplementedError)
+        ):  # the check itself: a number of this device cannot be had
             int(inputs["cache_len"])
 
 
@@ -198,7 +279,10 @@ def test_the_length_and_the_slot_are_read_where_they_lie(loaded: Checkpoint) -> 
     generator, profile, kernels = copy.deepcopy(loaded.generator), loaded.profile, plain()
     torch_cuda.settle(generator, torch.float32)
     cache = Tokens(profile, kernels, torch.float32, CPU)
-    step, inputs = Step(generator, wide_layers(generator, torch.float32), cache, kernels, torch.float32), noise_inputs(profile, 0, CPU)
+    step, inputs = (
+        Step(generator, wide_layers(generator, torch.float32), cache, kernels, torch.float32),
+        noise_inputs(profile, 0, CPU),
+    )
     text, frame = profile.text.tokens, profile.frame_tokens
     with torch.no_grad():
         inputs["cache_len"].fill_(text)
@@ -209,11 +293,19 @@ def test_the_length_and_the_slot_are_read_where_they_lie(loaded: Checkpoint) -> 
         after = step(inputs).clone()
         assert not torch.equal(after, first)
         held = [c.clone() for c in cache.caches]
-        assert all(float(c[:, :, text : text + frame].abs().sum()) > 0 == float(c[:, :, text + frame : -frame].abs().sum()) for c in held)
+        assert all(
+            float(c[:, :, text : text + frame].abs().sum())
+            > 0
+            == float(c[:, :, text + frame : -frame].abs().sum())
+            for c in held
+        )
         inputs["slot"].fill_(-1)
         inputs["cache_len"].fill_(text)
         assert torch.equal(step(inputs), first)
-        assert all(torch.equal(a[:, :, :-frame], b[:, :, :-frame]) for a, b in zip(held, cache.caches, strict=True))
+        assert all(
+            torch.equal(a[:, :, :-frame], b[:, :, :-frame])
+            for a, b in zip(held, cache.caches, strict=True)
+        )
 
 
 def test_attention_goes_before_the_decoder_and_nothing_is_uploaded_below_a_zero_fill(
@@ -258,7 +350,9 @@ def test_a_lanes_priority_is_that_of_its_stream(monkeypatch: pytest.MonkeyPatch)
 # --- what is refused ---
 
 
-def test_machines_and_shapes_that_it_is_not_for(exported: Exported, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_and_shapes_that_it_is_not_for(
+    exported: Exported, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = Bundle.open(bundle)
     with pytest.raises(UsageError, match="has no FP8 scales"):
         torch_cuda.open_bundle(opened, "fp8")
@@ -274,7 +368,10 @@ def test_machines_and_shapes_that_it_is_not_for(exported: Exported, bundle: Path
         torch_cuda.check_fp8(load("tiny-cpu"), (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     with (
-        pytest.raises(MachineError, match="aapt-8b-736x416-h100 does not fit into the memory of a GPU: Tried to allocate 9 GiB"),
+        pytest.raises(
+            MachineError,
+            match="aapt-8b-736x416-h100 does not fit into the memory of a GPU: Tried to allocate 9 GiB",
+        ),
         torch_cuda.memory_for(big),
     ):
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB. GPU 0 has a total of 1 GiB")

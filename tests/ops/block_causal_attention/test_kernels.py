@@ -387,9 +387,12 @@ class Driver:
                 function,
                 tuple(shape),
                 stream,
-                [int.from_bytes(ctypes.string_at(p, n), "little") for p, n in zip(pointers, sizes)],
+                [
+                    int.from_bytes(ctypes.string_at(p, n), "little")
+                    for p, n in zip(pointers, sizes, strict=False)
+                ],
             )
-        )  # type: ignore[arg-type]  # noqa: B905
+        )  # type: ignore[arg-type]
         assert extra == 0
         return (self.status,)
 

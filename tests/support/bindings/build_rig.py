@@ -47,7 +47,12 @@ def small() -> Profile:
 
 
 MANY = re.compile(r"(get_layer|get_input|get_output|get_tensor_)(?:name|mode|dtype|shape)?\(.*\)")
-ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64, "uint8": TensorProto.UINT8}
+ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+    "uint8": TensorProto.UINT8,
+}
 TRT_TYPES = {TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64", TensorProto.UINT8: "UINT8"} | {
     TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT8E4M3FN: "FP8",
 }  # fmt: skip
@@ -59,35 +64,84 @@ def generator_graph(profile: Profile) -> onnx.ModelProto:
     block, cache = [1, tokens, heads, dim], [1, Ring.of(profile).tokens, heads, dim]
     product = cases.fp8_product().model.graph
     nodes, described = [*product.node], []
-    inputs = [helper.make_tensor_value_info("q", TensorProto.FLOAT, block), helper.make_tensor_value_info("cache_len", TensorProto.INT32, [1])]
+    inputs = [
+        helper.make_tensor_value_info("q", TensorProto.FLOAT, block),
+        helper.make_tensor_value_info("cache_len", TensorProto.INT32, [1]),
+    ]
     outputs, before = [*product.output], "q"
-    attributes: dict[str, Any] = {"scale": softmax_scale(dim), "plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
+    attributes: dict[str, Any] = {
+        "scale": softmax_scale(dim),
+        "plugin_namespace": PLUGIN_NAMESPACE,
+        "plugin_version": PLUGIN_VERSION,
+    }
     for layer in range(profile.model.depth):
-        names = [f"{name}.{layer:02d}" for name in ("k_cache", "v_cache", "k_block", "v_block", "attended")]
-        inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, cache) for name in names[:2]]
-        outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, block) for name in names[2:4]]
+        names = [
+            f"{name}.{layer:02d}"
+            for name in ("k_cache", "v_cache", "k_block", "v_block", "attended")
+        ]
+        inputs += [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, cache) for name in names[:2]
+        ]
+        outputs += [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, block) for name in names[2:4]
+        ]
         described.append(helper.make_tensor_value_info(names[4], TensorProto.FLOAT, block))
         reads, writes = [before, before, before, *names[:2], "cache_len"], [names[4], *names[2:4]]
-        nodes.append(helper.make_node(NAME, reads, writes, f"attention.{layer}", domain=DOMAIN, **attributes))
+        nodes.append(
+            helper.make_node(NAME, reads, writes, f"attention.{layer}", domain=DOMAIN, **attributes)
+        )
         before = names[4]
     nodes.append(helper.make_node("Identity", [before], ["clean"], "last"))
     outputs.append(helper.make_tensor_value_info("clean", TensorProto.FLOAT, block))
-    graph = helper.make_graph(nodes, "generator", [*inputs, *product.input], outputs, [*product.initializer], value_info=described)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, 1)], ir_version=10)
+    graph = helper.make_graph(
+        nodes,
+        "generator",
+        [*inputs, *product.input],
+        outputs,
+        [*product.initializer],
+        value_info=described,
+    )
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=10,
+    )
 
 
 def plain_graph(signature: GraphSignature) -> onnx.ModelProto:
     """The graph's inputs and outputs, each made of the first input."""
-    inputs = [helper.make_tensor_value_info(spec.name, ONNX_TYPES[spec.dtype], spec.shape) for spec in (*signature.inputs, *signature.state)]
-    outputs = [helper.make_tensor_value_info(spec.name, ONNX_TYPES[spec.dtype], spec.shape) for spec in signature.outputs]
-    nodes = [helper.make_node("Cast", [inputs[0].name], [output.name], f"to.{output.name}", to=TensorProto.FLOAT) for output in outputs]
-    return helper.make_model(helper.make_graph(nodes, signature.name, inputs, outputs), opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+    inputs = [
+        helper.make_tensor_value_info(spec.name, ONNX_TYPES[spec.dtype], spec.shape)
+        for spec in (*signature.inputs, *signature.state)
+    ]
+    outputs = [
+        helper.make_tensor_value_info(spec.name, ONNX_TYPES[spec.dtype], spec.shape)
+        for spec in signature.outputs
+    ]
+    nodes = [
+        helper.make_node(
+            "Cast", [inputs[0].name], [output.name], f"to.{output.name}", to=TensorProto.FLOAT
+        )
+        for output in outputs
+    ]
+    return helper.make_model(
+        helper.make_graph(nodes, signature.name, inputs, outputs),
+        opset_imports=[helper.make_opsetid("", 24)],
+        ir_version=10,
+    )
 
 
 class Rig:
     """A bundle, a machine, and the builder over fakes."""
 
-    def __init__(self, trt: ModuleType, registry: Any, release: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def __init__(
+        self,
+        trt: ModuleType,
+        registry: Any,
+        release: str,
+        monkeypatch: pytest.MonkeyPatch,
+        folder: Path,
+    ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         self.trt, self.registry, self.profile = trt, registry, small()
         stubs = Stubs(type_stubs.type_stubs(release) / "tensorrt" / "__init__.pyi")
@@ -107,14 +161,23 @@ class Rig:
 
     def _bundle(self, path: Path) -> bundles.Bundle:
         heads, dim = self.profile.model.heads, self.profile.head_dim
-        one = hopper_fp8.Scales(*(np.ones(heads, np.float32),) * 2, np.zeros((heads, dim), np.float32), np.ones((heads, dim), np.float32))
+        one = hopper_fp8.Scales(
+            *(np.ones(heads, np.float32),) * 2,
+            np.zeros((heads, dim), np.float32),
+            np.ones((heads, dim), np.float32),
+        )
         self.scales = [one] * self.profile.model.depth
         with bundles.create(path, self.profile) as draft:
             for name, signature in signatures(self.profile).items():
-                model = generator_graph(self.profile) if name == "generator" else plain_graph(signature)
+                model = (
+                    generator_graph(self.profile) if name == "generator" else plain_graph(signature)
+                )
                 (draft.path / f"{name}.onnx").write_bytes(model.SerializeToString())
             scales.save(scales.Scales({}, self.scales), draft.path / scales.FILE)
-            draft.manifest |= {"precision": "fp8", "source": {"checkpoint": "made.safetensors", "sha256": "0" * 64}}
+            draft.manifest |= {
+                "precision": "fp8",
+                "source": {"checkpoint": "made.safetensors", "sha256": "0" * 64},
+            }
         return bundles.Bundle.open(path)
 
     def _script(self) -> dict[str, Any]:
@@ -141,7 +204,11 @@ class Rig:
         return True
 
     def _known(self, node: onnx.NodeProto) -> bool:
-        return node.domain == DOMAIN and self.registry.get_creator(node.op_type, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None
+        return (
+            node.domain == DOMAIN
+            and self.registry.get_creator(node.op_type, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+            is not None
+        )
 
     def _layer(self, index: int) -> Any:
         kind = "PLUGIN_V3" if self._known(self.parsed.graph.node[index]) else "IDENTITY"
@@ -150,7 +217,12 @@ class Rig:
     def _tensor(self, value: Any) -> Any:
         kind = value.type.tensor_type
         shape = tuple(dim.dim_value for dim in kind.shape.dim)
-        return self.recorder.make("ITensor", name=value.name, dtype=getattr(self.trt.DataType, TRT_TYPES[kind.elem_type]), shape=shape)
+        return self.recorder.make(
+            "ITensor",
+            name=value.name,
+            dtype=getattr(self.trt.DataType, TRT_TYPES[kind.elem_type]),
+            shape=shape,
+        )
 
     def _deserialise(self, plan: Any) -> Any:
         self.opened = onnx.load_from_string(bytes(plan))
@@ -165,14 +237,28 @@ class Rig:
     def _inspect(self) -> str:
         layers = []
         for node in self.opened.graph.node:
-            kind = "PluginV3" if node.domain == DOMAIN else {"Attention": "fmha", "MatMul": "gemm"}.get(node.op_type, "kgen")
+            kind = (
+                "PluginV3"
+                if node.domain == DOMAIN
+                else {"Attention": "fmha", "MatMul": "gemm"}.get(node.op_type, "kgen")
+            )
             dtype = "FP8" if node.name == "product" else "BF16"
             if kind not in self.lose and dtype not in self.lose:
-                layers.append({"Name": node.name, "LayerType": kind, "Inputs": [{"Name": "x", "DataType": dtype}], "Outputs": [], "TacticName": "t"})
+                layers.append(
+                    {
+                        "Name": node.name,
+                        "LayerType": kind,
+                        "Inputs": [{"Name": "x", "DataType": dtype}],
+                        "Outputs": [],
+                        "TacticName": "t",
+                    }
+                )
         return json.dumps({"Layers": layers})
 
     def order(self, choice: Choice) -> Any:
-        return self.module.Order(self.bundle, "fp8", choice, self.here, self.scales, self.said.append)
+        return self.module.Order(
+            self.bundle, "fp8", choice, self.here, self.scales, self.said.append
+        )
 
     def plans(self, *choices: Choice) -> Any:
         with self.bundle.add_engine("tensorrt-fp8") as stage:
@@ -186,8 +272,14 @@ class Rig:
         for raw in self.recorder.journal:
             line = MANY.sub(r"\1(...)", re.sub(r"'[^']*/", "'", raw))
             line = re.sub(r"<\d\d+ bytes>", "<plan>", line)
-            lines = [*lines[:-1], (line, lines[-1][1] + 1)] if lines and lines[-1][0] == line else [*lines, (line, 1)]
-        text = "".join(f"{line}\n" if count == 1 else f"{line} x {count}\n" for line, count in lines)
+            lines = (
+                [*lines[:-1], (line, lines[-1][1] + 1)]
+                if lines and lines[-1][0] == line
+                else [*lines, (line, 1)]
+            )
+        text = "".join(
+            f"{line}\n" if count == 1 else f"{line} x {count}\n" for line, count in lines
+        )
         file = GOLDEN / f"{name}.txt"
         if write:
             file.write_text(text)

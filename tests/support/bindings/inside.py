@@ -16,7 +16,11 @@ from tests.support.bindings import load, wheels
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--release", required=True, choices=list(wheels.RELEASES))
-    parser.addoption("--write-golden", action="store_true", help="write the golden call logs anew; read the difference before you keep it")
+    parser.addoption(
+        "--write-golden",
+        action="store_true",
+        help="write the golden call logs anew; read the difference before you keep it",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,7 +48,12 @@ class Registry:
         self.creators: dict[tuple[str, str, str], Any] = {}
 
     def register_creator(self, creator: Any, plugin_namespace: str = "") -> bool:
-        return self.creators.setdefault((creator.name, creator.plugin_version, plugin_namespace), creator) is creator
+        return (
+            self.creators.setdefault(
+                (creator.name, creator.plugin_version, plugin_namespace), creator
+            )
+            is creator
+        )
 
     def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> Any:
         return self.creators.get((type, version, plugin_namespace))
@@ -87,10 +96,19 @@ class Builder:
         return self._make(value, value)
 
     def operation(self, kind: Any, first: Any, second: Any) -> Any:
-        known = {"SUM": lambda a, b: a + b, "PROD": lambda a, b: a * b, "CEIL_DIV": lambda a, b: -(-a // b), "FLOOR_DIV": lambda a, b: a // b}
+        known = {
+            "SUM": lambda a, b: a + b,
+            "PROD": lambda a, b: a * b,
+            "CEIL_DIV": lambda a, b: -(-a // b),
+            "FLOOR_DIV": lambda a, b: a // b,
+        }
         known |= {"SUB": lambda a, b: a - b}
         assert isinstance(kind, self.trt.DimensionOperation)
-        value = None if None in (first.value, second.value) else known[kind.name](first.value, second.value)
+        value = (
+            None
+            if None in (first.value, second.value)
+            else known[kind.name](first.value, second.value)
+        )
         return self._make((kind.name, first.made, second.made), value)
 
 

@@ -20,9 +20,17 @@ RETURN = {  # machine -> (ELF number, code that returns 0, code that returns 1)
 INFER = (
     "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL", "getBuilderPluginRegistry", "getPluginRegistry",
 )  # fmt: skip
-PARSER = ("createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getNvOnnxParserVersion")
+PARSER = (
+    "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "getNvOnnxParserVersion",
+)
 PLUGIN = ("initLibNvInferPlugins",)
-LIBRARIES = {"libnvinfer": (INFER, 0), "libnvonnxparser": (PARSER, 0), "libnvinfer_plugin": (PLUGIN, 1)}  # functions, what they return
+LIBRARIES = {
+    "libnvinfer": (INFER, 0),
+    "libnvonnxparser": (PARSER, 0),
+    "libnvinfer_plugin": (PLUGIN, 1),
+}  # functions, what they return
 
 HEADER, PROGRAM, SYMBOL, ENTRY = 64, 56, 24, 16  # bytes of each record
 LOAD, DYNAMIC, GNU_STACK = 1, 2, 0x6474E551  # program header types
@@ -72,7 +80,9 @@ def library(soname: str, functions: tuple[str, ...], value: int) -> bytes:
             (LOAD, 5, 0, len(text), PAGE), (LOAD, 6, PAGE, len(dynamic), PAGE), (DYNAMIC, 6, PAGE, len(dynamic), 8), (GNU_STACK, 6, 0, 0, 16),
         )
     )  # fmt: skip
-    header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack("<HHIQQQIHHHHHH", 3, machine, 1, 0, HEADER, 0, 0, HEADER, PROGRAM, 4, 0, 0, 0)
+    header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack(
+        "<HHIQQQIHHHHHH", 3, machine, 1, 0, HEADER, 0, 0, HEADER, PROGRAM, 4, 0, 0, 0
+    )
     return (header + programs + text[symbols_at:]).ljust(PAGE, b"\0") + dynamic
 
 

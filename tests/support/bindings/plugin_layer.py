@@ -20,7 +20,11 @@ def descs(trt: ModuleType, shapes: list[tuple[int, ...]], types: list[str]) -> l
     for shape, kind in zip(shapes, types, strict=True):
         desc = trt.DynamicPluginTensorDesc()
         inner = trt.PluginTensorDesc()
-        inner.dims, inner.type, inner.format = trt.Dims(shape), getattr(trt.DataType, kind), trt.TensorFormat.LINEAR
+        inner.dims, inner.type, inner.format = (
+            trt.Dims(shape),
+            getattr(trt.DataType, kind),
+            trt.TensorFormat.LINEAR,
+        )
         desc.desc, desc.min, desc.opt, desc.max = inner, inner.dims, inner.dims, inner.dims
         made.append(desc)
     return made

@@ -48,15 +48,25 @@ METHODS = {  # that the C++ side supplies and stubgen does not see
 def type_stubs(release: str) -> Path:
     """The folder to put on MYPYPATH for `release`; it holds `tensorrt/__init__.pyi`."""
     bindings = wheels.bindings(release)
-    folder = bindings / f"types-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"  # made anew when this file changes
+    folder = (
+        bindings / f"types-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+    )  # made anew when this file changes
     if not (folder / "tensorrt").is_dir():
         with tempfile.TemporaryDirectory(dir=bindings, prefix=".types-") as new:
-            subprocess.run([sys.executable, "-m", __spec__.name, release, new], cwd=ROOT, check=True, capture_output=True, text=True)
+            subprocess.run(
+                [sys.executable, "-m", __spec__.name, release, new],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             package = Path(new, "tensorrt")
             (package / "plugin").mkdir(parents=True)
             raw = Path(new, "tensorrt_bindings", "tensorrt.pyi").read_text(encoding="utf-8")
             (package / "__init__.pyi").write_text(mended(raw), encoding="utf-8")
-            (package / "plugin" / "__init__.pyi").write_text("import typing\ndef __getattr__(name: str) -> typing.Any: ...\n", encoding="utf-8")
+            (package / "plugin" / "__init__.pyi").write_text(
+                "import typing\ndef __getattr__(name: str) -> typing.Any: ...\n", encoding="utf-8"
+            )
             folder.mkdir(exist_ok=True)
             package.rename(folder / "tensorrt")
     return folder
@@ -65,7 +75,11 @@ def type_stubs(release: str) -> Path:
 def mended(raw: str) -> str:
     """pybind11-stubgen's output as valid, checkable source without the documentation."""
     raw = re.sub(r"\btensorrt_bindings\.tensorrt\.", "", re.sub(r"\bin: ", "in_: ", raw))
-    raw = re.sub(r"(?m)^( *def \w+\()(.*)(\) -> .*:)$", lambda found: found[1] + _all_optional_behind_the_first(found[2]) + found[3], raw)
+    raw = re.sub(
+        r"(?m)^( *def \w+\()(.*)(\) -> .*:)$",
+        lambda found: found[1] + _all_optional_behind_the_first(found[2]) + found[3],
+        raw,
+    )
     tree = ast.fix_missing_locations(_Mend().visit(ast.parse(raw)))
     tree.body += ast.parse(ADDED).body
     return f"# mypy: ignore-errors\n{ast.unparse(tree)}\n"
@@ -76,7 +90,9 @@ def _all_optional_behind_the_first(parameters: str) -> str:
     mended: list[str] = []
     for part in re.split(r", (?=\*{0,2}\w+(?:: |=|$|,))", parameters):
         optional = any(" = " in before or "*" in before for before in mended)
-        mended.append(f"{part} = ..." if optional and " = " not in part and "*" not in part else part)
+        mended.append(
+            f"{part} = ..." if optional and " = " not in part and "*" not in part else part
+        )
     return ", ".join(mended)
 
 
@@ -84,7 +100,11 @@ class _Mend(ast.NodeTransformer):
     owner = ""
 
     def visit_Module(self, node: ast.Module) -> ast.Module:
-        node.body = [entry for entry in node.body if not (isinstance(entry, ast.AnnAssign) and ast.unparse(entry.target) == "bool")]
+        node.body = [
+            entry
+            for entry in node.body
+            if not (isinstance(entry, ast.AnnAssign) and ast.unparse(entry.target) == "bool")
+        ]
         self.generic_visit(node)
         return node
 
@@ -119,7 +139,11 @@ class _Mend(ast.NodeTransformer):
 
 
 def _undocumented(body: list[ast.stmt]) -> list[ast.stmt]:
-    return [entry for entry in body if not (isinstance(entry, ast.Expr) and isinstance(entry.value, ast.Constant))] or [ast.Expr(ast.Constant(...))]
+    return [
+        entry
+        for entry in body
+        if not (isinstance(entry, ast.Expr) and isinstance(entry.value, ast.Constant))
+    ] or [ast.Expr(ast.Constant(...))]
 
 
 class _Type(ast.NodeTransformer):
@@ -132,7 +156,11 @@ class _Type(ast.NodeTransformer):
         return ast.parse(CONVERTED[node.id], mode="eval").body if node.id in CONVERTED else node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        return ast.parse(CONVERTED[name], mode="eval").body if (name := ast.unparse(node)) in CONVERTED else node
+        return (
+            ast.parse(CONVERTED[name], mode="eval").body
+            if (name := ast.unparse(node)) in CONVERTED
+            else node
+        )
 
 
 def _type(annotation: ast.expr) -> ast.expr:
@@ -147,5 +175,11 @@ if __name__ == "__main__":
     load.load(wheels.bindings(sys.argv[1]))
     import pybind11_stubgen
 
-    sys.argv = ["pybind11-stubgen", "tensorrt_bindings.tensorrt", "--ignore-all-errors", "--output-dir", sys.argv[2]]
+    sys.argv = [
+        "pybind11-stubgen",
+        "tensorrt_bindings.tensorrt",
+        "--ignore-all-errors",
+        "--output-dir",
+        sys.argv[2],
+    ]
     pybind11_stubgen.main()

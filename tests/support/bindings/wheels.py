@@ -30,7 +30,9 @@ def bindings(release: str) -> Path:
 
     Raises Unavailable if it cannot be fetched.
     """
-    stubs = hashlib.sha256(Path(link_stubs.__file__).read_bytes()).hexdigest()  # made anew when that file changes
+    stubs = hashlib.sha256(
+        Path(link_stubs.__file__).read_bytes()
+    ).hexdigest()  # made anew when that file changes
     folder = FOLDER / f"{RELEASES[release]}-{sys.implementation.cache_tag}-{stubs[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / ".lock").open("w") as lock:
@@ -44,7 +46,18 @@ def bindings(release: str) -> Path:
 
 def _fetch(release: str, folder: Path) -> None:
     wanted = f"{PACKAGE}=={RELEASES[release]}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), wanted]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        wanted,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unavailable(
