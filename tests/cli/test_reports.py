@@ -118,7 +118,7 @@ def test_difference(printed: Printed) -> None:
     printed("difference", (reports.difference, (different,)), (reports.difference, (same,)))
 
 
-def planned(**changes: Any) -> Plan:
+def planned(**changes: Any) -> Cost:
     stages = [
         StageCost("generator", 12345.67, 890.12, 8.125, 0.75, 12.345, "compute"),
         StageCost("prompt", 0.5, 0.0, 0.25, 0.001, 0.05, "memory"),

@@ -143,7 +143,7 @@ def small_picture() -> Profile:
 def test_a_generator_that_memory_bounds_reads_its_weights_and_its_cache(
     small_picture: Profile,
 ) -> None:
-    planned = cost.plan(small_picture)
+    planned = cost.cost_of(small_picture)
     generator = stage(planned, "generator")
     bandwidth = cost.GPUS["H100"].bandwidth / 1e12  # GB a millisecond
     assert planned.cache_gb / generator.weights_gb > 0.01
@@ -157,7 +157,7 @@ def test_a_generator_that_memory_bounds_reads_its_weights_and_its_cache(
 def test_the_decoder_reads_its_weights_alone_in_the_compute_precision(
     small_picture: Profile,
 ) -> None:
-    decoder = stage(cost.plan(small_picture), "decoder")
+    decoder = stage(cost.cost_of(small_picture), "decoder")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Vae(small_picture).decoder.parameters())
     assert decoder.weights_gb == pytest.approx(2 * parameters / 1e9, abs=0.0006)
@@ -169,7 +169,7 @@ def test_the_decoder_reads_its_weights_alone_in_the_compute_precision(
 
 def test_the_floor_of_a_step_is_all_passes_and_one_decoding() -> None:
     twice = H100.replace(sampler=Sampler((1.0, 0.5, 0.25)))
-    planned = cost.plan(twice)
+    planned = cost.cost_of(twice)
     generator, decoder = (stage(planned, name).floor_ms for name in ("generator", "decoder"))
     assert generator is not None and decoder is not None
     assert planned.passes == 3
@@ -181,7 +181,7 @@ def test_the_floor_of_a_step_is_all_passes_and_one_decoding() -> None:
     }
 
 
-def test_what_is_resident_by_hand(planned: cost.Plan) -> None:
+def test_what_is_resident_by_hand(planned: cost.Cost) -> None:
     by_name = {s.name: s for s in planned.stages}
     memory = planned.memory_gb
     state = sum(math.prod(spec.shape) for spec in signatures(H100)["decoder"].state)
@@ -197,13 +197,13 @@ def test_what_is_resident_by_hand(planned: cost.Plan) -> None:
 
 def test_a_generator_without_text_reads_no_prompt(tiny: Profile) -> None:
     mute = tiny.replace(text=Text("vocabulary", 0, 16))
-    planned = cost.plan(mute)
+    planned = cost.cost_of(mute)
     assert [s.name for s in planned.stages] == ["encoder", "generator", "decoder"]
     assert planned.floors_ms == {}
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(0, True), (9, False), (10, True), (11, True)])
-def test_a_plan_fits_up_to_its_limit(planned: cost.Plan, limit: int, fits: bool) -> None:
+def test_a_plan_fits_up_to_its_limit(planned: cost.Cost, limit: int, fits: bool) -> None:
     full = dataclasses.replace(planned, memory_gb={"weights": 7.5, "runtime": 2.5}, limit_gb=limit)
     assert full.total_gb == 10.0 and full.fits is fits
     assert json.loads(full.json())["fits"] is fits
