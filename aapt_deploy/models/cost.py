@@ -198,9 +198,9 @@ def _used(graph: str, module: Any) -> list[nn.Parameter]:
     """
     if graph in ("encoder", "decoder"):
         return list(getattr(module.vae, graph).parameters())
+    text, wanted = ("text", "vocabulary"), graph == "prompt"
     named = module.generator.named_parameters()
-    is_text = lambda name: name.startswith(("text", "vocabulary"))  # noqa: E731
-    return [parameter for name, parameter in named if is_text(name) == (graph == "prompt")]
+    return [parameter for name, parameter in named if name.startswith(text) == wanted]
 
 
 def _attention_flops(

@@ -293,8 +293,8 @@ def check_tensors(
     if graph == "generator" and len(types) > 1:
         wrong.append("caches of different types")
     if wrong:
-        text = f"the plan of {graph} does not fit profile {profile.name}"
-        raise BundleError(f"{text}: {'; '.join(sorted(wrong))}", AGAIN)
+        misfit = f"the plan of {graph} does not fit profile {profile.name}"
+        raise BundleError(f"{misfit}: {'; '.join(sorted(wrong))}", AGAIN)
 
 
 def _is_tiled(found: "Tensor", spec: TensorSpec, profile: Profile) -> bool:
@@ -325,8 +325,9 @@ class Entry:
         raw = bundle.engines[f"{BACKEND}-{precision}"]
         files, receipts = raw.get("graphs"), raw.get("receipts")
         plugin, scales, captured = raw.get("plugin"), raw.get("scales"), raw.get("cuda_graph", True)
-        wanted, both = signatures(bundle.profile).keys(), isinstance(receipts, dict)
-        named = both and isinstance(files, dict) and files.keys() == receipts.keys() == wanted
+        wanted, named = signatures(bundle.profile).keys(), False
+        if isinstance(files, dict) and isinstance(receipts, dict):
+            named = files.keys() == receipts.keys() == wanted
         if not (
             named and files and receipts and all(isinstance(file, str) for file in files.values())
             and plugin in PLUGINS and isinstance(scales, str | None) and isinstance(captured, bool)
