@@ -338,8 +338,8 @@ class Plan:
     def _tensor(self, name: str) -> Tensor:
         engine = self._engine
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-        shape = tuple(engine.get_tensor_shape(name))
-        return Tensor(name, is_input, engine.get_tensor_dtype(name).name, shape)
+        dtype = engine.get_tensor_dtype(name).name
+        return Tensor(name, is_input, dtype, tuple(engine.get_tensor_shape(name)))
 
     def layers(self) -> list[PlanLayer]:
         """Return the layers that TensorRT made. Raises BundleError if it does not say."""

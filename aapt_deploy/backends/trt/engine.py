@@ -262,8 +262,8 @@ class TrtEngines:
             engine = self.engines[name]
             stream, context = engine.stream, engine.context
             with stream.mine():
-                times = context.timed(stream.handle, stream.wait, runs)
-                found[name] = join(self.plans[name].layers(), times)
+                layers = self.plans[name].layers()
+                found[name] = join(layers, context.timed(stream.handle, stream.wait, runs))
         return found
 
 

@@ -163,7 +163,7 @@ class Rig:
         return json.dumps({"Layers": layers})
 
     def order(self, choice: Choice) -> Any:
-        return self.module.Order(self.bundle, "fp8", choice, self.here, self.scales, self.said.append)
+        return self.module.Order(self.bundle, "fp8", choice, self.here, self.scales, self.said.append, None)
 
     def plans(self, *choices: Choice) -> Any:
         with self.bundle.add_engine("tensorrt-fp8") as stage:
