@@ -47,7 +47,7 @@ def _holder(lock: Path) -> str:
 
 @contextlib.contextmanager
 def writing(what: object, hint: str, *others: type[Exception]) -> Iterator[None]:
-    """Raise OutputError for the system's refusal to write `what`, and for `others` of a library."""
+    """Raise OutputError if the system refuses to write `what`; `others` are a library's errors."""
     refusals: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield

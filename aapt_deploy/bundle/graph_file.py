@@ -95,11 +95,12 @@ def _dtype(elem_type: int) -> str:
 
 
 def refuse_outside(model: onnx.ModelProto, path: Path, listed_bytes: int | None = None) -> None:
-    """Raise BundleError unless every external constant is in the file beside the graph at `path`.
+    """Raise BundleError unless every external constant is in the file beside the graph.
 
-    A graph may come from a stranger, and its readers open whatever file it names. So only plain
-    initializers may be external. Each must be in `<name>.onnx.data`, a regular file, inside its
-    size and inside `listed_bytes`, its size in the bundle's manifest (None if there is none).
+    A graph may come from a stranger, and its readers open any file that it names. So only plain
+    initializers may be external. Each must be in `<name>.onnx.data` beside `path`, a regular
+    file, inside its size and inside `listed_bytes`, its size in the manifest (None if there is
+    none).
     """
     beside = path.with_name(f"{path.name}.data")
     if any(map(_hides, _attributes(model))) or model.graph.sparse_initializer:

@@ -150,7 +150,7 @@ def cost_of(profile: Profile) -> Cost:
 
 
 def _cache_bytes(profile: Profile) -> int:
-    """All layers' caches; the FP8 layout holds whole tiles."""
+    """Return the bytes of all layers' caches; the FP8 layout has whole tiles."""
     if profile.precision.kv_cache != "fp8_e4m3":
         return profile.kv_cache_bytes
     whole = math.ceil(profile.cache_tokens / TILE_KEYS) * TILE_KEYS

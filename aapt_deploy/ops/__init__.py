@@ -1,4 +1,4 @@
-"""Operators: the contract of block-causal attention, its layouts, and one file per framework.
+"""Operators: the contract of block-causal attention, and one file per framework.
 
 An op is one name with one file per framework and the same argument order in each. Its package
 docstring is its contract. Nothing is imported eagerly: importing the op loads NumPy at most.

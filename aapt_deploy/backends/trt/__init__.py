@@ -9,7 +9,7 @@ lower_attention.py   the operator as a plugin node, or in TensorRT's own operato
 build.py             build plans, keep what is finished, audit and compare them
 parity.py            compare plans with the graphs they were built from
 engine.py            open plans, check their receipts and run them
-state.py             what lies on the GPU between passes: caches, counters, buffers
+state.py             what stays on the GPU between passes: caches, counters, buffers
 plugin/              the attention kernels as TensorRT plugins
 doctor/              questions to TensorRT, each in a process of its own
 """

@@ -26,11 +26,11 @@ from aapt_deploy.backends.trt.plan_file import AGAIN, PlanLayer, read_layers
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
 
+INSTALL = "pip install 'aapt_deploy[tensorrt]'"
 try:
     import tensorrt as trt
 except (ImportError, OSError) as error:  # OSError: a library is missing
-    hint = "pip install 'aapt_deploy[tensorrt]'"
-    raise MachineError(f"TensorRT cannot be loaded: {error}", hint) from None
+    raise MachineError(f"TensorRT cannot be loaded: {error}", INSTALL) from None
 
 OLDEST, TOO_NEW = (10, 16), (12,)
 POLL_S = 0.2  # how often a build looks for Ctrl-C
@@ -337,8 +337,8 @@ class Plan:
     def _tensor(self, name: str) -> Tensor:
         engine = self._engine
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-        shape = tuple(engine.get_tensor_shape(name))
-        return Tensor(name, is_input, engine.get_tensor_dtype(name).name, shape)
+        dtype = engine.get_tensor_dtype(name).name
+        return Tensor(name, is_input, dtype, tuple(engine.get_tensor_shape(name)))
 
     def layers(self) -> list[PlanLayer]:
         """Return the layers that TensorRT made. Raises BundleError if it does not say."""

@@ -265,8 +265,8 @@ class TrtEngines(OneState):
             engine = self.engines[name]
             stream, context = engine.stream, engine.context
             with stream.mine():
-                times = context.timed(stream.handle, stream.wait, runs)
-                found[name] = join(self.plans[name].layers(), times)
+                layers = self.plans[name].layers()
+                found[name] = join(layers, context.timed(stream.handle, stream.wait, runs))
         return found
 
 
@@ -296,8 +296,8 @@ def check_tensors(
     if graph == "generator" and len(types) > 1:
         wrong.append("caches of different types")
     if wrong:
-        text = f"the plan of {graph} does not fit profile {profile.name}"
-        raise BundleError(f"{text}: {'; '.join(sorted(wrong))}", AGAIN)
+        misfit = f"the plan of {graph} does not fit profile {profile.name}"
+        raise BundleError(f"{misfit}: {'; '.join(sorted(wrong))}", AGAIN)
 
 
 def _is_tiled(found: "Tensor", spec: TensorSpec, profile: Profile) -> bool:
@@ -328,9 +328,11 @@ class Entry:
         raw = bundle.engines[f"{BACKEND}-{precision}"]
         files, receipts = raw.get("graphs"), raw.get("receipts")
         plugin, scales, captured = raw.get("plugin"), raw.get("scales"), raw.get("cuda_graph", True)
-        wanted = family_of(bundle.profile).signatures(bundle.profile).keys()
+        wanted, named = family_of(bundle.profile).signatures(bundle.profile).keys(), False
+        if isinstance(files, dict) and isinstance(receipts, dict):
+            named = files.keys() == receipts.keys() == wanted
         if not (
-            isinstance(files, dict) and isinstance(receipts, dict) and files.keys() == receipts.keys() == wanted and all(isinstance(file, str) for file in files.values())
+            named and files and receipts and all(isinstance(file, str) for file in files.values())
             and plugin in PLUGINS and isinstance(scales, str | None) and isinstance(captured, bool)
         ):  # fmt: skip
             entry = f"what its manifest says of its {BACKEND} engine in {precision}"

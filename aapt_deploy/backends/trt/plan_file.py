@@ -112,17 +112,19 @@ def audit(layers: list[PlanLayer], plugin_layers: int, fp8_layers: int = 0) -> A
     fp8 = [layer for layer in working if layer.reads_fp8]
     if len(plugins) != plugin_layers:
         elsewhere = [layer.name for layer in working if _sounds_like_attention(layer.name)]
-        found = f"in {len(plugins)} layers instead of {plugin_layers}"
+        found = len(plugins)
         others = ", ".join(elsewhere) or "none found"
         raise ParityError(
-            f"the plan runs our attention kernel {found}; attention elsewhere: {others}",
-            "build the engine again; if it stays, report it with the versions that aapt doctor shows",
+            f"the plan runs our attention kernel in {found} layers instead of {plugin_layers}; "
+            f"attention elsewhere: {others}",
+            "build the engine again; if it stays, report it with the versions that aapt doctor "
+            "shows",
         )
     if len(fp8) < fp8_layers:
         names = [layer.name for layer in working if not layer.reads_fp8 and layer.tactic]
-        found = f"{len(fp8)} layers in FP8 instead of {fp8_layers}"
         raise ParityError(
-            f"the plan computes {found}; not in FP8: {_first(names)}",
+            f"the plan computes {len(fp8)} layers in FP8 instead of {fp8_layers}; not in FP8: "
+            f"{_first(names)}",
             "export again with --precision fp8",
         )
     reformats = sum(layer.is_reformat for layer in layers)

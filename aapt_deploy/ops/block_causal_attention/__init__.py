@@ -1,4 +1,4 @@
-"""BlockCausalAttention: a block's queries against a flat cache of past K and V, kept as a ring.
+"""BlockCausalAttention: a block's queries against a flat cache of past K and V.
 
     BlockCausalAttention(q, k, v, k_cache, v_cache, cache_len) -> (out, k_block, v_block)
 

@@ -1,4 +1,4 @@
-"""BlockCausalAttention in numpy and float64: the truth that every other facet is measured against.
+"""BlockCausalAttention in NumPy, float64: every other facet is measured against it.
 
 Written to be read, not to be fast: nothing is fused and the prefix of the cache is copied.
 """

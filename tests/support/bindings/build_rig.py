@@ -257,7 +257,7 @@ class Rig:
 
     def order(self, choice: Choice) -> Any:
         return self.module.Order(
-            self.bundle, "fp8", choice, self.here, self.scales, self.said.append
+            self.bundle, "fp8", choice, self.here, self.scales, self.said.append, None
         )
 
     def plans(self, *choices: Choice) -> Any:

@@ -1,4 +1,4 @@
-"""Ask TensorRT on this machine what could not be tried elsewhere, and keep the answers.
+"""Check what TensorRT does on this machine, and keep the answers.
 
 ask.py               start one process per question, collect the answers
 probes.py            the questions

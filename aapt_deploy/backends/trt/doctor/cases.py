@@ -169,7 +169,7 @@ def fp8_attention() -> Case:
     nodes.append(node("Cast", ["heads"], ["out"], "out.cast", to=TensorProto.FLOAT))
     tensors = [_tensor(name, shape) for name in (*names, "out")]
     graph = helper.make_graph(nodes, "probe", tensors[:3], tensors[3:], constants)
-    q, k, v = (array.swapaxes(1, 2) for array in given.values())
+    q, k, v = (given[name].swapaxes(1, 2) for name in names)
     empty = np.zeros((1, 0, HEADS, HEAD_DIM), np.float32)
     out, _, _ = block_causal_attention(q, k, v, empty, empty, np.array([0], np.int32))
     return Case(_model(graph), given, 0, out.swapaxes(1, 2))

@@ -1,6 +1,6 @@
 """BlockCausalAttention as two ahead-of-time TensorRT plugins (`tensorrt.plugin`).
 
-The plan then holds the kernels and needs no Python to run.
+The plan contains the kernels and needs no Python to run.
 
     aapt::BlockCausalAttentionPack    (k, v, k_scale, k_mean, v_scale) -> (k_block, v_block)
     aapt::BlockCausalAttentionAttend  (q, k_block, v_block, k_cache, v_cache, cache_len, q_scale,
@@ -36,7 +36,7 @@ Sizes3 = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Compiled:
-    """Kernel as the plan will hold it, for given sizes."""
+    """Kernel inside the plan, for given sizes."""
 
     name: str  # as the PTX spells it
     ptx: str

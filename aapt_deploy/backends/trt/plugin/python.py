@@ -162,7 +162,7 @@ def _kept(method: Callable[P, R]) -> Callable[P, R]:
 class BlockCausalAttention(
     trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
 ):
-    """One node. TensorRT clones it freely; clones share the launchers and the list of failures."""
+    """One node. TensorRT clones it; clones share the launchers and the failures."""
 
     def __init__(self, scale: float, launchers: Launchers, failures: list[Exception]) -> None:
         trt.IPluginV3.__init__(self)

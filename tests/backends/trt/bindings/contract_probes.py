@@ -113,8 +113,8 @@ def fake(probes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Fake:
     from aapt_deploy.backends.trt.doctor import smallest_plugin
 
     made = Fake(Driver())
-    monkeypatch.setattr(probes.trt_api, "build", made.build)
-    monkeypatch.setattr(probes.trt_api, "open_plan", made.open_plan)
+    monkeypatch.setattr(probes.api, "build", made.build)
+    monkeypatch.setattr(probes.api, "open_plan", made.open_plan)
     monkeypatch.setattr(
         smallest_plugin, "define", lambda size, dynamic: made.defined.append((size, dynamic))
     )
