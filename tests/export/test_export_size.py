@@ -15,15 +15,14 @@ from aapt_deploy.profiles import Profile
 from tests.support.commands import ENVIRONMENT
 
 EXPORT = """
-import json, resource, sys
-from pathlib import Path
-from aapt_deploy.export.export import export
-from aapt_deploy.models import checkpoint
-rows = export.export_bundle(checkpoint.stored(Path(sys.argv[1])), Path(sys.argv[2]), False, lambda text: None)
-used = resource.getrusage(resource.RUSAGE_SELF)
-# Not ru_maxrss: that begins with the memory of the process which started this one.
-(peak,) = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-print(json.dumps({"peak": 1024 * peak, "cpu_s": used.ru_utime + used.ru_stime, "cases": [row.case for row in rows if row.ok]}))
+import json, resource, sys from pathlib import Path from aapt_deploy.export.export import export
+from aapt_deploy.models import checkpoint rows =
+export.export_bundle(checkpoint.stored(Path(sys.argv[1])), Path(sys.argv[2]), False, lambda text:
+None) used = resource.getrusage(resource.RUSAGE_SELF) # Not ru_maxrss: that begins with the memory
+of the process which started this one. (peak,) = [int(line.split()[1]) for line in
+Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(json.dumps({"peak": 1024 * peak, "cpu_s": used.ru_utime + used.ru_stime, "cases": [row.case
+for row in rows if row.ok]}))
 """
 
 
@@ -41,7 +40,7 @@ def run(profile: Profile, folder: Path) -> tuple[int, dict[str, float]]:
 def test_a_hundred_million_parameters_take_a_minute_and_three_times_their_weights(
     tiny: Profile, tmp_path: Path
 ) -> None:
-    """CPU seconds, which on a quiet machine are the time it takes; memory is everything, Python and PyTorch included."""
+    """CPU seconds equal the time on a quiet machine; memory includes Python and PyTorch."""
     count, found = run(
         tiny.replace(model=dataclasses.replace(tiny.model, dim=768, depth=7, heads=12)), tmp_path
     )
@@ -52,7 +51,7 @@ def test_a_hundred_million_parameters_take_a_minute_and_three_times_their_weight
 
 @pytest.mark.slow
 def test_a_billion_parameters_are_streamed_into_their_files(tiny: Profile, tmp_path: Path) -> None:
-    """Most of the memory is the check's, which holds one graph twice; the weights of both graphs are never in memory together."""
+    """The check takes most of the memory; it has one graph twice, never both graphs."""
     if shutil.disk_usage(tmp_path).free < 12e9:
         pytest.skip("needs 12 GB of disk")
     try:

@@ -1,4 +1,7 @@
-"""Two processes give what one does: batches shared, weights sharded (FSDP2), tokens and heads of one batch shared; over gloo, on the CPU."""
+"""Test that two processes give what one does, over gloo on the CPU.
+
+They share batches, weights (FSDP2), and the tokens and heads of one batch.
+"""
 
 import json
 import socket
@@ -24,23 +27,19 @@ FILES = [
 ]
 
 RUN = """
-import dataclasses, sys
-from pathlib import Path
-import torch
-from tests.support.toys import TINY, toy_latents
-from aapt_deploy.models.aapt.generator import Generator
-from aapt_deploy.train import loop
-from aapt_deploy.train.stages import GeneratorStages
-from aapt_deploy.train.recipe import *
-from aapt_deploy.train.processes import joined
-setup = joined("cpu", False, sys.argv[3] == "checkpointing", int(sys.argv[2]))
-folder, two = Path(sys.argv[1]), dict(accumulate=2)
-game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2, unjudged=1, penalty=10.0)
-recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5),),
+import dataclasses, sys from pathlib import Path import torch from tests.support.toys import TINY,
+toy_latents from aapt_deploy.models.aapt.generator import Generator from aapt_deploy.train import
+loop from aapt_deploy.train.stages import GeneratorStages from aapt_deploy.train.recipe import *
+from aapt_deploy.train.processes import joined setup = joined("cpu", False, sys.argv[3] ==
+"checkpointing", int(sys.argv[2])) folder, two = Path(sys.argv[1]), dict(accumulate=2) game =
+AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2,
+unjudged=1, penalty=10.0) recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2,
+2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5),),
                 (ConsistencyStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2),),
-                (TrajectoryStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, worn=0.5, fade_blocks=2),),
-                (dataclasses.replace(game, attention="bidirectional"),),
-                (AnchoredStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, flights=3, flight_blocks=4),))
+                (TrajectoryStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, worn=0.5,
+                fade_blocks=2),), (dataclasses.replace(game, attention="bidirectional"),),
+                (AnchoredStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, flights=3,
+                flight_blocks=4),))
 loop.LOG_EVERY = 1
 torch.manual_seed(0)
 generator, latents = Generator(TINY), toy_latents()
