@@ -167,9 +167,8 @@ def test_floors_stand_beside_their_stages(
     assert "roofline" not in capsys.readouterr().err
     half = real.steady["step"].p50_ms / 2
     reports.latency(replace(real, floor_ms={"step": half}))
-    rows = [
-        line for line in capsys.readouterr().err.splitlines() if "step" in line and "50%" in line
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    rows = [line for line in lines if line.startswith("step ") and "50%" in line]
     assert len(rows) == 1 and f"{half:.2f}" in rows[0]
 
 
