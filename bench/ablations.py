@@ -1,15 +1,21 @@
-"""What the choices of the adversarial stage do: one generator trained with each, judged side by side. Resumable; a record at the end.
+"""Compare the choices of the adversarial stage: one generator trained with each.
+
+They are judged side by side. Resumable; writes a record at the end.
 
     python bench/ablations.py LATENTS OUT --from ADAPTED --distilled ONE_STEP
-    python bench/ablations.py LATENTS OUT --from ADAPTED --distilled ONE_STEP --variants horizon-0 --train-only     # to be judged later
+    python bench/ablations.py LATENTS OUT --from ADAPTED --distilled ONE_STEP \\
+        --variants horizon-0 --train-only     # to be judged later
 
-    heads       what a logit may look at, causal or bidirectional, and what it is about, a frame or the clip; the paper's is causal, about a frame
+    heads       what a logit sees, causal or bidirectional, and what it is about, a frame or the
+                clip; the paper's is causal, about a frame
     horizons    streams of up to 0, 6 or 24 segments of a second before the one that is judged
-    recycling   a generator that gets no recycled latent after its first block, as in the paper's ablation, and one that does; both are first taught
-                by regression along their own rollouts, because without its input the one-step generator knows nothing
+    recycling   a generator that gets no recycled latent after its first block, as in the paper's
+                ablation, and one that does; both are first taught by regression along their own
+                rollouts, because without its input the one-step generator knows nothing
 
-LATENTS is the cache of a training run (`latents.safetensors`); the checkpoints are those before its adversarial stages: `checkpoint-adapted` and the
-last `checkpoint-trajectory`. Several processes with one thread each (OMP_NUM_THREADS=1) and variants of their own use a CPU best.
+LATENTS is the cache of a training run (`latents.safetensors`). The checkpoints are those before
+its adversarial stages: `checkpoint-adapted` and the last `checkpoint-trajectory`. A CPU does best
+with several processes of one thread each (OMP_NUM_THREADS=1) and variants of their own.
 """
 
 import argparse
@@ -66,10 +72,14 @@ VARIANTS = {
 
 
 class Unrecycled(Generator):
-    """Blind to the recycled latent after the first block. The past reaches it through the cache alone."""
+    """A generator without the recycled latent after the first block.
 
-    def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor, rope_time: Tensor, k_cache: list[Tensor],
-             v_cache: list[Tensor], cache_len: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    The past reaches it through the cache alone.
+    """
+
+    def step(self, noisy: Tensor, previous: Tensor, condition: Tensor, t: Tensor,
+             rope_time: Tensor, k_cache: list[Tensor], v_cache: list[Tensor],
+             cache_len: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
         if int(cache_len[0]) > self.profile.text.tokens:
             previous = torch.zeros_like(previous)
         return super().step(noisy, previous, condition, t, rope_time, k_cache, v_cache, cache_len)
@@ -109,7 +119,7 @@ def teach(
     told: StepProgress,
     updates: int,
 ) -> None:
-    """Regression of the generator's own rollouts on the true clips, with the gradient through the cache."""
+    """Regress the generator's own rollouts onto true clips, with gradient through the cache."""
 
     def loss(rng: torch.Generator) -> Tensor:
         real = latents.clips(stage.optimiser.batch, stage.blocks, rng)
@@ -155,21 +165,27 @@ def play(
 def how(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     """Everything that a variant is made from, as the record says it."""
     made = {
-        "variant": dataclasses.asdict(variant), "stage": dataclasses.asdict(stage_of(variant, options)), "seed": SEED,
+        "variant": dataclasses.asdict(variant),
+        "stage": dataclasses.asdict(stage_of(variant, options)), "seed": SEED,
         "regression_updates": options.regression if variant.taught else 0,
-        "from": {name: checkpoint.stored(getattr(options, name)).sha256 for name in ("adapted", "distilled")},
+        "from": {name: checkpoint.stored(getattr(options, name)).sha256
+                 for name in ("adapted", "distilled")},
     }  # fmt: skip
     same: dict[str, Any] = json.loads(json.dumps(made))
     return same
 
 
 def trained(name: str, variant: Variant, latents: Latents, options: argparse.Namespace) -> Path:
-    """The checkpoint of one variant, made now unless it is there. Ends the program when `options.out` holds one that was made otherwise."""
+    """Return the checkpoint of one variant, made now unless it is there.
+
+    Exit if `options.out` has one that was made otherwise.
+    """
     path, told_how = options.out / f"{name}.safetensors", options.out / f"{name}.json"
     wanted = how(variant, options)
     if told_how.exists() and json.loads(told_how.read_text()) != wanted:
         sys.exit(
-            f"error: {name} in {options.out} was made, or begun, otherwise than these options say\nhint: {told_how} tells how; or give another OUT"
+            f"error: {name} in {options.out} was made, or begun, otherwise than these options say\n"
+            f"hint: {told_how} tells how; or give another OUT"
         )
     told_how.write_text(json.dumps(wanted, indent=1))
     if path.exists():
@@ -262,10 +278,15 @@ def main() -> None:
         candidates, options.out / "evaluation", options.flights, options.seconds, say
     )
     record = {
-        "what": "heads and horizons of the adversarial stage, and input recycling, from one generator", "date": today,
+        "what": "heads and horizons of the adversarial stage, and input recycling, "
+                "from one generator",
+        "date": today,
         "versions": {"torch": torch.__version__.split("+")[0]},
-        "clips": len(latents.z), "variants": {name: json.loads((options.out / f"{name}.json").read_text()) for name in chosen},
-        "curves": {path.stem: curve(path) for path in sorted(options.out.glob("*.jsonl"))}, "evaluation": judged,
+        "clips": len(latents.z),
+        "variants": {name: json.loads((options.out / f"{name}.json").read_text())
+                     for name in chosen},
+        "curves": {path.stem: curve(path) for path in sorted(options.out.glob("*.jsonl"))},
+        "evaluation": judged,
     }  # fmt: skip
     options.record.write_text(json.dumps(record, indent=1) + "\n")
     say(f"record: {options.record}")

@@ -1,4 +1,4 @@
-"""Frames of a rollout from every start frame of a bundle, as one picture: a row per start, a column per second.
+"""Draw frames of a rollout as one picture: a row per start frame, a column per second.
 
 python bench/contact_sheet.py BUNDLE OUT.png [--seconds 0 1 2 3 5] [--controls FILE] [--scale 2]
 """

@@ -1,14 +1,17 @@
-"""Speed and memory of the whole path on a CPU, as one command: `make bench`. Writes docs/measurements/cpu-<date>.json.
+"""Measure speed and memory of the whole path on a CPU (`make bench`).
 
-What it claims, and how it knows:
+Writes docs/measurements/cpu-<date>.json. What it claims, and how it knows:
 
-    ratios       ONNX Runtime, torch eager and torch eager without a cache make the same blocks in turn, in one process, so that a machine that
-                 slows down slows all of them down
-    flat cost    one stream of 5000 blocks, resident memory at both ends; then its blocks from 5000 on in turn with blocks 1 to 100 of a new stream,
-                 because a machine's own speed shifts by more over minutes than what is looked for
-    commit       ONNX Runtime's own profile of the generator: time in TensorScatter (the commit) against the whole run, with the cache bound in
-                 place and, as a control, with a second buffer, which makes it copy
-    start        wall clock of fresh processes: `aapt --help`, and `aapt stream` to its first block; and what they imported
+    ratios       ONNX Runtime, torch eager and torch eager without a cache make the same blocks in
+                 turn, in one process: a machine that slows down slows all of them down
+    flat cost    one stream of 5000 blocks, resident memory at both ends; then its blocks from 5000
+                 on in turn with blocks 1 to 100 of a new stream, because a machine's own speed
+                 shifts by more over minutes than the effect
+    commit       ONNX Runtime's own profile of the generator: time in TensorScatter (the commit)
+                 against the whole run, with the cache bound in place and, as a control, with a
+                 second buffer, which makes it copy
+    start        wall clock of fresh processes: `aapt --help`, and `aapt stream` to its first
+                 block; and what they imported
 """
 
 import argparse
@@ -61,7 +64,10 @@ def resident_mb() -> float:
 
 
 class Uncached:
-    """A step without a cache: the window's blocks are computed again with every pass, in torch, as one parallel call."""
+    """A step without a cache, in torch.
+
+    The window's blocks are computed again with every pass, as one parallel call.
+    """
 
     def __init__(self, loaded: Checkpoint) -> None:
         self.generator, self.profile = loaded.generator, loaded.profile
@@ -89,7 +95,10 @@ class Uncached:
 
 
 def paired(bundle: Bundle, loaded: Checkpoint) -> dict[str, Any]:
-    """The same blocks by three engines in turn; the decoder of the cached ones is part of a step."""
+    """Make the same blocks by three engines in turn.
+
+    The decoder of the cached ones is part of a step.
+    """
     start, steering = all_starts(bundle)[0], None
     names = [
         ("onnxruntime fp32", "onnxruntime", "fp32"),
@@ -155,7 +164,8 @@ def flat(bundle: Bundle, blocks: int) -> dict[str, Any]:
             memory[block] = round(resident_mb(), 2)
         if block % 500 == 499:
             say(
-                f"long stream: {block + 1} of {blocks} blocks, {times[block - 499 : block + 1].mean():.1f} ms a step, {resident_mb():.1f} MB"
+                f"long stream: {block + 1} of {blocks} blocks, "
+                f"{times[block - 499 : block + 1].mean():.1f} ms a step, {resident_mb():.1f} MB"
             )
     growth = memory[blocks - 1] - memory[2 * AROUND]
     hundreds = [round(float(np.median(part)), 2) for part in np.array_split(times, blocks // 100)]
@@ -167,13 +177,17 @@ def flat(bundle: Bundle, blocks: int) -> dict[str, Any]:
             turn[i] = 1000 * (time.perf_counter() - before)
     early, late = np.median(turns, axis=0)
     return {
-        "blocks": blocks, "median_ms_around_50": round(early, 2), f"median_ms_around_{blocks}": round(late, 2), "ratio": round(late / early, 3),
+        "blocks": blocks, "median_ms_around_50": round(early, 2),
+        f"median_ms_around_{blocks}": round(late, 2), "ratio": round(late / early, 3),
         "resident_mb": memory, "growth_mb": round(growth, 2), "median_ms_per_100_blocks": hundreds,
     }  # fmt: skip
 
 
 def commit(bundle: Bundle) -> dict[str, Any]:
-    """Where a generator pass spends its time, by operator, with the cache in place and with a second buffer."""
+    """Measure where a generator pass spends its time, by operator.
+
+    With the cache in place and with a second buffer.
+    """
     entry = bundle.engines["onnxruntime-fp32"]
     path = bundle.checked(entry["graphs"]["generator"])
     found: dict[str, Any] = {}
@@ -210,9 +224,11 @@ def commit(bundle: Bundle) -> dict[str, Any]:
                     operator = event["args"]["op_name"]
                     spent[operator] = spent.get(operator, 0.0) + event["dur"] / 1000 / 60
             total = sum(spent.values())
+            longest = sorted(spent.items(), key=lambda item: -item[1])
             found[name] = {
-                "pass_ms": round(total, 3), "scatter_ms": round(spent["TensorScatter"], 4), "scatter_share": round(spent["TensorScatter"] / total, 5),
-                "operators_ms": {k: round(v, 4) for k, v in sorted(spent.items(), key=lambda item: -item[1])[:8]},
+                "pass_ms": round(total, 3), "scatter_ms": round(spent["TensorScatter"], 4),
+                "scatter_share": round(spent["TensorScatter"] / total, 5),
+                "operators_ms": {k: round(v, 4) for k, v in longest[:8]},
             }  # fmt: skip
     cache_mb = sum(a.nbytes for a in generator.caches.values()) / 2**20
     return {"cache_mb": round(cache_mb, 2), **found}
@@ -246,7 +262,8 @@ def start(bundle: Path) -> dict[str, Any]:
         ]
         whole_s, done = best(command, 5)
         said = "print([m for m in ('torch', 'onnx') if m in sys.modules])"
-        probe = f"import sys\nfrom aapt_deploy.cli.commands import main\ntry:\n    main()\nfinally:\n    {said}"
+        start_main = "import sys\nfrom aapt_deploy.cli.commands import main"
+        probe = f"{start_main}\ntry:\n    main()\nfinally:\n    {said}"
         imported = subprocess.run(
             [python, "-c", probe, *command[3:-1]],
             capture_output=True,
@@ -256,7 +273,8 @@ def start(bundle: Path) -> dict[str, Any]:
         ).stdout
     first = json.loads(done.stdout)["first_frame_ms"]
     return {
-        "help_s": round(help_s, 3), "stream_first_block_ms": first, "stream_0.2s_process_s": round(whole_s, 3),
+        "help_s": round(help_s, 3), "stream_first_block_ms": first,
+        "stream_0.2s_process_s": round(whole_s, 3),
         "stream_imports_torch_or_onnx": imported.strip().splitlines()[-1],
     }  # fmt: skip
 
@@ -297,11 +315,14 @@ def main() -> None:
         say("step latency")
         latency = measure_bundle(bundle, "onnxruntime", None, 200, say, lambda text: None)
         record = {
-            "what": "aapt_deploy on a CPU", "date": today, "git": revision(), "machine": machine(), "load_before": os.getloadavg(),
-            "versions": {"torch": torch.__version__.split("+")[0], "numpy": np.__version__}, "seed": 0,
+            "what": "aapt_deploy on a CPU", "date": today, "git": revision(), "machine": machine(),
+            "load_before": os.getloadavg(),
+            "versions": {"torch": torch.__version__.split("+")[0], "numpy": np.__version__},
+            "seed": 0,
             "profile": profile_record(loaded.profile), "engines": bundle.engines,
             "latency": {**json.loads(latency.json())},
-            "side_by_side": paired(bundle, loaded), "commit": commit(bundle), "start": start(path), "long_stream": flat(bundle, options.blocks),
+            "side_by_side": paired(bundle, loaded), "commit": commit(bundle), "start": start(path),
+            "long_stream": flat(bundle, options.blocks),
         }  # fmt: skip
     out = options.out or ROOT / "docs" / "measurements" / f"cpu-{today}.json"
     out.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Accuracy of the FP8 attention kernel before it has seen a GPU, as one command. Writes docs/measurements/emulator-accuracy-<date>.json.
+"""Measure the accuracy of the FP8 attention kernel's arithmetic, in the emulator.
 
 The emulator (aapt_deploy/ops/block_causal_attention/emulator.py) runs the kernel's arithmetic on the
 bytes of its own cache layout, over the data of tests/support/attention_data.py, and with one thing
@@ -56,9 +56,12 @@ def row(kind: str, sink_score: float, ring: Ring, head_dim: int, seed: int) -> d
     alone = {name: made.arithmetic_error(ARITHMETICS[name]) for name in SINK_ORDERS}
     case.cache_clear()  # one set at a time in memory
     return {
-        "data": name(kind, sink_score, head_dim), "keys": ring.tokens + ring.frame_tokens, "head_dim": head_dim, "rows": len(made.q),
+        "data": name(kind, sink_score, head_dim), "keys": ring.tokens + ring.frame_tokens,
+        "head_dim": head_dim, "rows": len(made.q),
         "relative_rmse": {name: round(error, 5) for name, error in errors.items()},
-        "relative_rmse_of_the_arithmetic_alone": {name: round(error, 5) for name, error in alone.items()},
+        "relative_rmse_of_the_arithmetic_alone": {
+            name: round(error, 5) for name, error in alone.items()
+        },
     }  # fmt: skip
 
 
@@ -124,8 +127,11 @@ def main() -> None:
         rows.append(row(kind, sink_score, ring, head_dim, options.seed))
         say(f"{rows[-1]['data']}, {rows[-1]['keys']} keys: {rows[-1]['relative_rmse']}")
     record = {
-        "what": "accuracy of the FP8 attention kernel's arithmetic, emulated in NumPy on a CPU; no GPU took part", "date": today, "git": revision(),
-        "machine": machine(), "versions": {"numpy": np.__version__}, "seed": options.seed, "heads": HEADS,
+        "what": "accuracy of the FP8 attention kernel's arithmetic, emulated in NumPy on a CPU; "
+                "no GPU took part",
+        "date": today, "git": revision(),
+        "machine": machine(), "versions": {"numpy": np.__version__}, "seed": options.seed,
+        "heads": HEADS,
         "block_tokens": SHORT.frame_tokens, "accumulator_bits": HOPPER_BITS, "rows": rows,
     }  # fmt: skip
     out = options.out or ROOT / "docs" / "measurements" / f"emulator-accuracy-{today}.json"

@@ -1,7 +1,10 @@
-"""What FP8 costs the embedded checkpoint in pictures, as one command. Writes docs/measurements/fp8-demo-<date>.json.
+"""Measure what FP8 costs the embedded checkpoint in pictures.
 
-python bench/fp8_quality.py [--seconds 5]: exports in FP8 (calibrating), builds ONNX Runtime's FP8 engine and torch in bf16, and compares the two by
-`aapt quality`. A CPU does it, in about five minutes of two cores; no time is recorded. ONNX Runtime computes attention in float32, so that the
+Writes docs/measurements/fp8-demo-<date>.json.
+
+python bench/fp8_quality.py [--seconds 5]: exports in FP8 (calibrating), builds ONNX Runtime's FP8
+engine and torch in bf16, and compares the two by `aapt quality`. A CPU does it, in about five
+minutes of two cores; no time is recorded. ONNX Runtime computes attention in float32, so that the
 FP8 cache of our kernels is not in these figures.
 """
 
@@ -61,8 +64,10 @@ def main() -> None:
             seconds,
         )
     record = {
-        "what": "FP8 against bf16, embedded checkpoint, on a CPU", "date": date, "git": git, "checkpoint_sha256": assets.checkpoint_sha256(),
-        "seed": 0, "coverage": exported["coverage"], "parity": exported["parity"], "quality": quality,
+        "what": "FP8 against bf16, embedded checkpoint, on a CPU", "date": date, "git": git,
+        "checkpoint_sha256": assets.checkpoint_sha256(),
+        "seed": 0, "coverage": exported["coverage"], "parity": exported["parity"],
+        "quality": quality,
     }  # fmt: skip
     path = ROOT / "docs" / "measurements" / f"fp8-demo-{date}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,10 +1,14 @@
-"""What each discriminator head notices: trained alone against one fixed generator, then shown clips that stand still or crawl. Writes a record.
+"""Measure what each discriminator head notices, and write a record.
+
+Each is trained alone against one fixed generator, then sees clips that stand still or crawl.
 
     python bench/heads.py LATENTS --from ADAPTED --distilled ONE_STEP [--updates 60]
 
-LATENTS is the cache of a training run (`latents.safetensors`), whose last clips are held out. For each head and each kind of clip: by how many
-deviations of its logits of true clips a clip's mean logit lies below theirs, and in how many pairs it does. A published criticism of causal
-discriminators with a logit per frame is that they reward still video; `bench/ablations.py` trains the generator with each head, which takes hours.
+LATENTS is the cache of a training run (`latents.safetensors`), whose last clips are held out. For
+each head and each kind of clip: by how many deviations of its logits of true clips a clip's mean
+logit lies below theirs, and in how many pairs it does. A published criticism of causal
+discriminators with a logit per frame is that they reward still video; `bench/ablations.py` trains
+the generator with each head, which takes hours.
 """
 
 import argparse
@@ -122,8 +126,11 @@ def main() -> None:
         print(list(found.items())[-1], file=sys.stderr, flush=True)
     today = datetime.date.today().isoformat()
     record = {
-        "what": "what discriminator heads notice", "date": today, "machine": machine(), "updates": options.updates, "clips": 96, "seed": 1,
-        "from": {"adapted": checkpoint.load(options.adapted).sha256, "distilled": checkpoint.load(options.distilled).sha256}, "heads": found,
+        "what": "what discriminator heads notice", "date": today, "machine": machine(),
+        "updates": options.updates, "clips": 96, "seed": 1,
+        "from": {"adapted": checkpoint.load(options.adapted).sha256,
+                 "distilled": checkpoint.load(options.distilled).sha256},
+        "heads": found,
     }  # fmt: skip
     out = ROOT / "docs" / "measurements" / f"heads-{today}.json"
     out.write_text(json.dumps(record, indent=1) + "\n")

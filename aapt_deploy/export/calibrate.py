@@ -1,4 +1,4 @@
-"""Calibrate FP8 scales: measure a checkpoint's activations while it streams, with modelopt.
+"""Calibrate FP8 scales: modelopt measures a checkpoint's activations while it streams.
 
 The generator runs on its own output (student-forced) from every start frame while its window fills
 and turns over. It flies in all directions, and prompts change on the way. Largest magnitudes, times

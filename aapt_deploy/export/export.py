@@ -78,7 +78,7 @@ def export_bundle(
     report: Report,
     fp8_scales: Scales | None = None,
 ) -> list[Parity]:
-    """Export every graph of `checkpoint` into a new bundle at `folder`. Return the parity table.
+    """Export every graph of `checkpoint` into a new bundle. Return the parity table.
 
     Raises ParityError, and leaves nothing behind, if a graph disagrees with PyTorch.
     Raises OutputError if `folder` cannot be written.
@@ -228,7 +228,7 @@ def _free_bytes() -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch's exporter, which prints to both streams and warns about its own internals.
+    """Silence torch's exporter, which prints to both streams and warns of its internals.
 
     None of it is about the user's checkpoint.
     """

@@ -218,19 +218,31 @@ def measure(
         layers = engines.layer_times(LAYER_RUNS) if isinstance(engines, Layered) else {}
     finally:
         engines.close()
+    return _summary(profile, engines, stages, cold, (first, opened - start), layers)
+
+
+def _summary(
+    profile: Profile,
+    engines: Engines,
+    stages: dict[str, list[float]],
+    cold: list[float],
+    start_s: tuple[float, float],
+    layers: dict[str, list[LayerTime]],
+) -> Latency:
+    """Summarise times in seconds. start_s: to the first frame, and of that to open the engines."""
     steps = stages["step"]
     return Latency(
         profile=profile.name,
         backend=engines.backend,
         precision=engines.precision,
-        blocks=blocks,
+        blocks=len(steps),
         passes_per_block=len(profile.sampler.timesteps),
         budget_ms=round(profile.step_budget_ms, 1),
         steady={name: StageTimes.of(times) for name, times in stages.items() if times},
         cold_step_ms=[round(1000 * s, 2) for s in cold],
-        first_frame_ms=round(1000 * first, 1),
-        open_ms=round(1000 * (opened - start), 1),
-        sustained_fps=round(video.temporal_stride * len(steps) / sum(steps), 1),
+        first_frame_ms=round(1000 * start_s[0], 1),
+        open_ms=round(1000 * start_s[1], 1),
+        sustained_fps=round(profile.video.temporal_stride * len(steps) / sum(steps), 1),
         deadline_misses=sum(1000 * s > profile.step_budget_ms for s in steps),
         machine=machine(),
         samples_ms=[round(1000 * s, 3) for s in steps],

@@ -1,4 +1,4 @@
-"""Compare two engines of a checkpoint, pass by pass and over a whole rollout (`aapt quality`).
+"""Compare two engines of a checkpoint, by pass and over a rollout (`aapt quality`).
 
     teacher-forced   both get the same inputs, block by block, along the reference's rollout; each
                      keeps its own cache. Error of the clean latent, relative to the latent's own

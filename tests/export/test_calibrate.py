@@ -165,7 +165,7 @@ def test_the_same_seed_gives_the_same_scales(
 
 
 def test_rounding_is_that_of_the_other_facets(three: Checkpoint, calibrated: Scales) -> None:
-    """torch's e4m3, the cache's encoder and modelopt's fake quantisation agree: on the codes, and on what a layer computes."""
+    """Codes and products agree in torch's e4m3, the cache's encoder and modelopt."""
     rng = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(4000, generator=rng) * 10**s for s in (-4, -2, 0, 2, 4)])
     codes = fp8.encode(x, torch.tensor(0.5)).view(torch.uint8).numpy()
@@ -196,7 +196,8 @@ def test_rounding_is_that_of_the_other_facets(three: Checkpoint, calibrated: Sca
 def test_products_in_bf16_read_multiply_and_give_bf16() -> None:
     torch.manual_seed(0)
     linear, x = nn.Sequential(nn.Linear(64, 48), nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 8, 64)
-    expected = (x.bfloat16() @ linear[0].weight.bfloat16().T).float() + linear[0].bias  # type: ignore[union-attr,operator]
+    weight, bias = linear[0].state_dict().values()
+    expected = (x.bfloat16() @ weight.bfloat16().T).float() + bias
     before = linear[0](x)
     round_products(linear)
     found = linear[0](x)
@@ -343,7 +344,7 @@ def test_the_plugin_takes_the_scales_of_the_bundle(exported: Exported) -> None:
 def test_one_wrong_code_or_scale_is_found(
     exported: Exported, three: Checkpoint, calibrated: Scales, tmp_path: Path, what: str
 ) -> None:
-    """One bit of one weight, or one scale by a hundredth: too little for the whole graph's tolerance."""
+    """Change one bit, or a scale by a hundredth: too little for the whole graph."""
     graph = onnx.load(exported.path / "generator.onnx")
     for tensor in graph.graph.initializer:
         if tensor.name == f"generator.visual.1.w1.{what}" == "generator.visual.1.w1.weight":
@@ -385,7 +386,7 @@ def test_coverage_is_counted_from_the_shapes(three: Checkpoint, calibrated: Scal
 def test_a_generator_too_large_to_check_is_checked_in_part(
     three: Checkpoint, calibrated: Scales, tmp_path: Path
 ) -> None:
-    """Its first and last block make a small generator, with the weights and the scales that these have."""
+    """The first and last block make a small generator with their weights and scales."""
     last = {
         path.replace(".1.", ".2."): own
         for path, own in calibrated.linear.items()

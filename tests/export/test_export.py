@@ -1,4 +1,4 @@
-"""Export: graphs that say what they are, agree with PyTorch, and never reach a bundle when they do not."""
+"""Test that exported graphs agree with PyTorch, or never reach a bundle."""
 
 import os
 import signal
@@ -41,7 +41,8 @@ def graph(bundle: Path, name: str) -> onnx.ModelProto:
 
 def test_every_graph_agrees_with_pytorch(made: Made) -> None:
     assert [(row.graph, row.case) for row in made.parity] == [
-        ("encoder", "random"), ("prompt", "random"), ("generator", "empty cache"), ("generator", "half-full cache"), ("generator", "full cache"),
+        ("encoder", "random"), ("prompt", "random"), ("generator", "empty cache"),
+        ("generator", "half-full cache"), ("generator", "full cache"),
         ("decoder", "random"),
     ]  # fmt: skip
     assert [row for row in made.parity if not row.ok] == []
@@ -82,8 +83,10 @@ def test_graphs_carry_the_op_its_meaning_and_where_they_come_from(
             entry.domain: entry.version for entry in model.opset_import if entry.domain == ""
         } == {"": 24}
         assert (model.producer_name, model.producer_version) == ("aapt_deploy", __version__)
-        assert {entry.key: entry.value for entry in model.metadata_props if entry.key.startswith("aapt.")} == {
-            "aapt.version": __version__, "aapt.profile": "tiny-cpu", "aapt.checkpoint_sha256": loaded.sha256,
+        facts = {entry.key: entry.value for entry in model.metadata_props}
+        assert {key: value for key, value in facts.items() if key.startswith("aapt.")} == {
+            "aapt.version": __version__, "aapt.profile": "tiny-cpu",
+            "aapt.checkpoint_sha256": loaded.sha256,
         }  # fmt: skip
         nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)]
         functions = [(f.domain, f.name) for f in model.functions if f.domain == DOMAIN]
@@ -141,7 +144,7 @@ def test_progress_names_every_graph(made: Made) -> None:
 
 
 def tampered(model: onnx.ModelProto) -> None:
-    """Make one weight of the graph one tenth larger: the largest there is, in the tensor that has most of them."""
+    """Enlarge a graph's largest weight by a tenth, in the tensor that has most."""
     weights = max(
         (w for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT),
         key=lambda w: np.prod(w.dims),

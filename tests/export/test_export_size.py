@@ -41,7 +41,7 @@ def run(profile: Profile, folder: Path) -> tuple[int, dict[str, float]]:
 def test_a_hundred_million_parameters_take_a_minute_and_three_times_their_weights(
     tiny: Profile, tmp_path: Path
 ) -> None:
-    """CPU seconds, which on a quiet machine are the time it takes; memory is everything, Python and PyTorch included."""
+    """CPU seconds equal the time on a quiet machine; memory includes Python and PyTorch."""
     count, found = run(
         tiny.replace(model=dataclasses.replace(tiny.model, dim=768, depth=7, heads=12)), tmp_path
     )
@@ -52,7 +52,7 @@ def test_a_hundred_million_parameters_take_a_minute_and_three_times_their_weight
 
 @pytest.mark.slow
 def test_a_billion_parameters_are_streamed_into_their_files(tiny: Profile, tmp_path: Path) -> None:
-    """Most of the memory is the check's, which holds one graph twice; the weights of both graphs are never in memory together."""
+    """The check takes most of the memory; it has one graph twice, never both graphs."""
     if shutil.disk_usage(tmp_path).free < 12e9:
         pytest.skip("needs 12 GB of disk")
     try:

@@ -1,4 +1,4 @@
-"""Two records of `aapt profile --json`, compared: real ones of this machine, and made-up ones with layers."""
+"""Compare records of `aapt profile --json`: real ones, and made-up ones with layers."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,8 @@ def test_layers_are_sorted_by_what_changed_and_new_and_gone_ones_are_told(
     )
     found = difference(a, b)
     assert found.layers["generator"] == [
-        Change("attention", 5.0, 2.0), Change("reformat", 1.0, None), Change("gemm", 3.0, 3.5), Change("fused", None, 0.2),
+        Change("attention", 5.0, 2.0), Change("reformat", 1.0, None), Change("gemm", 3.0, 3.5),
+        Change("fused", None, 0.2),
     ]  # fmt: skip
     assert [change.delta_ms for change in found.layers["generator"]] == [-3.0, -1.0, 0.5, 0.2]
     assert [change.ratio for change in found.layers["generator"]] == [
@@ -88,11 +89,15 @@ def test_layers_are_sorted_by_what_changed_and_new_and_gone_ones_are_told(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[]", "no object"), ("{", "not JSON"), ("{}", "lacks profile"), (json.dumps(record(steady={"step": {"p50_ms": "fast"}})), "stage step"),
-        (json.dumps(record(steady={"step": {"p50_ms": 1, "p95_ms": float("nan")}})), "stage step"), (json.dumps(record(machine=3)), "no object"),
-        (json.dumps(record(layers={"generator": [{"name": 3, "ms": 1}]})), "layers of generator"), ("[" * 100_000, "not JSON"),
+        ("[]", "no object"), ("{", "not JSON"), ("{}", "lacks profile"),
+        (json.dumps(record(steady={"step": {"p50_ms": "fast"}})), "stage step"),
+        (json.dumps(record(steady={"step": {"p50_ms": 1, "p95_ms": float("nan")}})), "stage step"),
+        (json.dumps(record(machine=3)), "no object"),
+        (json.dumps(record(layers={"generator": [{"name": 3, "ms": 1}]})), "layers of generator"),
+        ("[" * 100_000, "not JSON"),
         (json.dumps(record(steady={"step": {"p50_ms": 10**400, "p95_ms": 1}})), "stage step"),
-        (json.dumps(record(layers={"generator": [{"name": "gemm", "ms": 10**400}]})), "layers of generator"),
+        (json.dumps(record(layers={"generator": [{"name": "gemm", "ms": 10**400}]})),
+         "layers of generator"),
     ],
 )  # fmt: skip
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str, reason: str) -> None:

@@ -1,4 +1,7 @@
-"""doctor: what is there is found, what is missing comes with its fix, and only what streaming needs makes the verdict bad."""
+"""Test the doctor: it finds what is there, and names a fix for what is missing.
+
+Only what streaming needs makes the verdict bad.
+"""
 
 import hashlib
 import importlib
@@ -31,7 +34,8 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str, error: Exception) -> 
 def test_what_this_test_runs_on_is_found() -> None:
     checks = {check.name: check for check in examine()}
     assert list(checks) == [
-        "python", "cpu cores", "numpy", "onnxruntime", "av", "safetensors", "torch", "onnx", "onnxscript", "tensorrt", "demo checkpoint",
+        "python", "cpu cores", "numpy", "onnxruntime", "av", "safetensors", "torch", "onnx",
+        "onnxscript", "tensorrt", "demo checkpoint",
         "onnxruntime runs", "ffmpeg", "nvidia driver",
     ]  # fmt: skip
     for name in (

@@ -1,4 +1,4 @@
-"""Latency: the parts add up, the verdict follows from the numbers, and the record can be read by a program."""
+"""Test latency: parts add up, the verdict follows the numbers, programs read records."""
 
 import json
 import time
@@ -84,7 +84,7 @@ def test_every_stage_is_there_and_the_step_holds_them_all(real: Latency, tiny: P
 
 
 def test_the_step_is_the_sum_of_its_parts(slow: Latency) -> None:
-    """With one long and known part: two passes of SLEEP_S in the generator, next to nothing elsewhere."""
+    """Two passes of SLEEP_S in the generator are long and known; the rest is short."""
     wanted = 2000 * SLEEP_S
     assert wanted <= slow.steady["generator"].p50_ms < 2 * wanted
     assert wanted <= slow.steady["step"].p50_ms < slow.steady["generator"].p50_ms + 20
@@ -167,9 +167,8 @@ def test_floors_stand_beside_their_stages(
     assert "roofline" not in capsys.readouterr().err
     half = real.steady["step"].p50_ms / 2
     reports.latency(replace(real, floor_ms={"step": half}))
-    rows = [
-        line for line in capsys.readouterr().err.splitlines() if "step" in line and "50%" in line
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    rows = [line for line in lines if line.startswith("step ") and "50%" in line]
     assert len(rows) == 1 and f"{half:.2f}" in rows[0]
 
 

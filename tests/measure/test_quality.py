@@ -1,4 +1,4 @@
-"""`aapt quality`: known losses are found at their size, and real engines pass or fail by the profile's thresholds."""
+"""Test `aapt quality`: known losses have their size, real engines pass or fail."""
 
 import dataclasses
 import json
@@ -259,10 +259,12 @@ def test_the_command_reports_plots_and_passes(
 @pytest.mark.parametrize(
     ("place", "code", "words"),
     [
-        ("nodir/q.png", OutputError.exit_code, "nodir/q.png cannot be written: No such file or directory"),
+        ("nodir/q.png", OutputError.exit_code,
+         "nodir/q.png cannot be written: No such file or directory"),
         ("file/q.png", OutputError.exit_code, "file/q.png cannot be written: Not a directory"),
         ("folder.png", OutputError.exit_code, "folder.png exists and is not a regular file"),
-        ("q.xyz", UsageError.exit_code, "q.xyz has the suffix '.xyz' of no picture"), ("q", UsageError.exit_code, "has the suffix ''"),
+        ("q.xyz", UsageError.exit_code, "q.xyz has the suffix '.xyz' of no picture"),
+        ("q", UsageError.exit_code, "has the suffix ''"),
     ],
 )  # fmt: skip
 def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(

@@ -1,4 +1,7 @@
-"""Two processes give what one does: batches shared, weights sharded (FSDP2), tokens and heads of one batch shared; over gloo, on the CPU."""
+"""Test that two processes give what one does, over gloo on the CPU.
+
+They share batches, weights (FSDP2), and the tokens and heads of one batch.
+"""
 
 import json
 import socket
@@ -38,9 +41,10 @@ two = dict(accumulate=2)
 game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2, unjudged=1, penalty=10.0)
 recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5),),
                 (ConsistencyStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2),),
-                (TrajectoryStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, worn=0.5, fade_blocks=2),),
-                (dataclasses.replace(game, attention="bidirectional"),),
-                (AnchoredStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, flights=3, flight_blocks=4),))
+                (TrajectoryStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, worn=0.5,
+                fade_blocks=2),), (dataclasses.replace(game, attention="bidirectional"),),
+                (AnchoredStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, flights=3,
+                flight_blocks=4),))
 loop.LOG_EVERY = 1
 for folder, context, checkpointing, port in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)

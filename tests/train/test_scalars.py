@@ -1,4 +1,4 @@
-"""Event files are what TensorBoard reads: checksums of the standard, records and protocol buffers decoded here by hand."""
+"""Test that event files are TensorBoard's: standard checksums, decoded by hand."""
 
 import struct
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The generator's stages, one behind the other: what each leaves, how each resumes to the bit, and how a run starts from checkpoints."""
+"""Test the generator's stages: their files, resuming to the bit, starts from checkpoints."""
 
 import dataclasses
 import json
@@ -100,7 +100,8 @@ def test_every_stage_changes_the_generator_and_leaves_its_files(straight: Path) 
     assert not list(straight.glob("*.tmp"))
 
 
-KILL = [  # function that a stage calls once per batch, the call that is the last, stages before, and the files these leave
+# Function that a stage calls once per batch, the last call, stages before, the files these leave.
+KILL = [
     ("generator_loss", 6, 0, 0),
     ("consistency_loss", 3, 1, 1),
     ("trajectory_loss", 3, 2, 2),
@@ -289,8 +290,10 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
     """App. B: updates, clips per update, rates and schedules, and a last stage of 55 s."""
     paper = recipe.PAPER
     stages_of = [*paper.flow, *paper.consistency, *paper.adversarial]
-    assert [(s.optimiser.steps, s.optimiser.batch * s.optimiser.accumulate, s.optimiser.learning_rate) for s in stages_of] == [
-        (20_000, 256, 1e-5), (4_000, 32, 1e-5), (5_000, 32, 1e-5), (500, 256, 3e-6), (500, 64, 1e-5), (500, 64, 1e-5),
+    optimisers = [stage.optimiser for stage in stages_of]
+    assert [(o.steps, o.batch * o.accumulate, o.learning_rate) for o in optimisers] == [
+        (20_000, 256, 1e-5), (4_000, 32, 1e-5), (5_000, 32, 1e-5), (500, 256, 3e-6),
+        (500, 64, 1e-5), (500, 64, 1e-5),
     ]  # fmt: skip
     assert {s.shift for s in (*paper.flow, *paper.consistency)} == {24.0} and {
         s.intervals for s in paper.consistency

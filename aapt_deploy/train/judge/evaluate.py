@@ -78,8 +78,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise UsageError(
-        f"one of {', '.join(map(str, paths))} is named twice",
-        "name each bundle or checkpoint once",
+        f"one of {', '.join(map(str, paths))} is named twice", "name each bundle or checkpoint once"
     )
 
 
@@ -93,7 +92,7 @@ def evaluate(
     warn: Report,
     report: Report,
 ) -> dict[str, Any]:
-    """`judge` bundles and checkpoints. Raises UsageError as it does, and for a path given twice."""
+    """`judge` bundles and checkpoints. Raises UsageError if a path is given twice."""
     named = zip(_names(bundles), bundles, strict=True)
     candidates = {name: _candidate(path, backend, precision, warn) for name, path in named}
     return judge(candidates, out, flights, seconds, report)

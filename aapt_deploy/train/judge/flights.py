@@ -29,7 +29,7 @@ TURNS = 40  # ways on to try in every later stretch, before another start is tri
 
 @dataclass(frozen=True)
 class FlightPlan:
-    """One flight: the world's seed and prompt, a start, and the camera's command in every block."""
+    """One flight: a world's seed and prompt, a start, the camera's command in every block."""
 
     seed: int
     look: Look

@@ -1,4 +1,4 @@
-"""Score generated flights: by window of five seconds, and by second against the true pictures.
+"""Score generated flights, by window of five seconds and by second against the truth.
 
 By windows, over all flights:
 

@@ -1,4 +1,4 @@
-"""Distil the generator into itself, and pull strayed light and colour back with every block.
+"""Distil the generator into itself; pull strayed light and colour back, block by block.
 
 After the adversarial stages a rollout is sharp and keeps moving, but the level of every channel
 walks at random (docs/log.md). Nothing compares a frame with what it should look like, and a segment

@@ -1,4 +1,4 @@
-"""Match flows in a block-causal generator (AAPT App. B, stage 1), on histories like its own.
+"""Match flows in a block-causal generator on histories like its own (App. B, stage 1).
 
 x_t = (1 - t) x0 + t eps. The network predicts x0. The loss is its squared error in units of the
 posterior deviation given the previous frame (`layers.posterior`). At small t that is the squared

@@ -1,4 +1,4 @@
-"""Train the generator on its own rollouts (AAPT section 3.3), with the step and cache of inference.
+"""Train the generator on its own rollouts, as inference runs them (AAPT section 3.3).
 
 Here student forcing serves flow matching. At every block of a rollout the loss wants the true next
 block, given the generator's own frames so far. Teacher forcing never shows a picture that has lost

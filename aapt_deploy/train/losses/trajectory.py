@@ -1,4 +1,4 @@
-"""Distil by regression: one pass of the student gives the end of the teacher's whole sampler.
+"""Distil by regression: one pass of the student ends where the teacher's sampler ends.
 
 Teacher and student start from the same noise. So the loss averages nothing that noise decides, and
 texture survives. A student's answers are still a little too smooth, and in a rollout that
@@ -100,7 +100,7 @@ def worn(previous: Tensor, fade: Tensor, share: float, rng: torch.Generator) -> 
 def measure_fade(
     generator: Generator, latents: Latents, stage: TrajectoryStage, rng: torch.Generator
 ) -> Tensor:
-    """Measure what a rollout leaves of each channel's deviation around its mean: [C] in [0.05, 1].
+    """Measure what a rollout leaves of each channel's deviation: [C] in [0.05, 1].
 
     The rollouts take one step a block, `stage.fade_blocks` blocks. They start at true frames and
     follow the cameras of one clip after the other.

@@ -130,7 +130,7 @@ def _is_clip(path: Path, profile: Profile, blocks: int) -> bool:
 
 
 def render_world(folder: Path, profile: Profile, seed: int, blocks: int = BLOCKS) -> int:
-    """Render the clips of world `seed`, unless the folder has them all, of this length and size.
+    """Render the clips of world `seed`, unless the folder has them all at this size.
 
     Return the number of clips written.
     """

@@ -1,4 +1,4 @@
-"""Render the world to learn: an endless landscape, a free camera, a look chosen by a prompt.
+"""Render the world to learn: endless land, a free camera, a look chosen by a prompt.
 
 A voxel-space renderer in plain NumPy. The ground is a height map on a torus; each picture column
 casts one ray over the ground, samples heights at log-spaced depths and keeps, per pixel, the first

@@ -1,4 +1,4 @@
-"""The evaluation: each figure against a case whose answer is known, then the whole command on the tiny bundle."""
+"""Test each figure against a known case, then the whole command on the tiny bundle."""
 
 import json
 from itertools import pairwise
@@ -80,7 +80,10 @@ def test_a_picture_without_texture_does_not_move() -> None:
 
 
 def test_a_turn_moves_the_true_picture_against_it() -> None:
-    """One rad is a focal length of pixels, 125 at 192 pixels and 75 degrees, in the middle, and 1.6 times that at the edges."""
+    """One rad is a focal length of pixels in the middle: 125 at 192 pixels and 75 degrees.
+
+    At the edges it is 1.6 times that.
+    """
     world, pose = World(3, Look(weather="clear")), Pose(z=90.0)
     turned = [world.render(pose), world.render(pose.moved(Velocity(yaw=0.25), 1 / 24))]
     right, down, zoom = measure_frames(turned[1][None], before=turned[0]).motion[0]
@@ -175,7 +178,7 @@ def test_a_response_is_recovered_from_commands_and_motion() -> None:
 
 
 def test_the_error_of_a_gain_is_that_of_flights_drawn_anew() -> None:
-    """Flights that answer with gains of deviation 0.3: their mean is known to 0.3 / sqrt(flights)."""
+    """Gains of deviation 0.3 have a mean that is known to 0.3 / sqrt(flights)."""
     rng = np.random.default_rng(2)
     true = Response(np.ones((4, 3)))
 
@@ -272,7 +275,10 @@ def test_a_long_plan_stays_above_the_ground_to_its_end_and_shows_it() -> None:
 
 
 def test_true_and_generated_cameras_are_one(planned: list[FlightPlan]) -> None:
-    """Commands are counted from a level camera, where a stream begins; the true flight meets the stops of pitch at the same moments."""
+    """Commands count from a level camera, where a stream begins.
+
+    The true flight meets the stops of pitch at the same moments.
+    """
     for plan in planned:
         poses = [plan.start]
         for velocity in plan.velocities:
@@ -339,7 +345,8 @@ def test_a_perfect_generator_scores_one(planned: list[FlightPlan]) -> None:
     seen = stacked([track.rows(slice(1, None)) for track in tracks])
     commands = [plan.commands(DEMO) for plan in planned]
     truth = scores.Truth(
-        planned, tracks, [], Crowd(seen.features), Response.fit(np.concatenate(commands), seen.motion),
+        planned, tracks, [], Crowd(seen.features),
+        Response.fit(np.concatenate(commands), seen.motion),
         Classifier(seen.features, [plan.look for plan in planned for _ in range(6)]), commands,
     )  # fmt: skip
     judged = scores.score([scores.Flown(track, np.zeros(0)) for track in tracks], truth, DEMO)

@@ -1,4 +1,7 @@
-"""Stages 2 to 4 of the recipe: losses against closed forms and slow references, where gradients go, who sees whom, and what a segment is made of."""
+"""Test stages 2 to 4: losses against closed forms and slow references, and gradients.
+
+Also who sees whom, and what a segment is made of.
+"""
 
 import dataclasses
 import math
@@ -95,7 +98,7 @@ def test_the_fixed_times_are_shifted_and_end_at_data_and_noise() -> None:
 
 
 class Known(nn.Module):
-    """Answers a constant above t = 0 and its input at t = 0, and remembers what it was asked, and how."""
+    """Answer a constant above t = 0 and the input at t = 0; record the calls."""
 
     step_spread = torch.ones(1)
 
@@ -124,7 +127,8 @@ def test_the_consistency_loss_against_a_slow_reference() -> None:
     ends = 0
     for seed in range(6):
         batch, student, teacher = batch_of(seed=seed), Known(0.5), Known(-0.2)
-        loss = consistency_loss(student, teacher, batch, DISTIL, seeded(seed))  # type: ignore[arg-type]
+        rng = seeded(seed)
+        loss = consistency_loss(student, teacher, batch, DISTIL, rng)  # type: ignore[arg-type]
         (x, _, now, quiet), (nearer, previous, after, target_quiet), (again, _, later, learning) = (
             teacher.calls[0],
             *student.calls,
@@ -183,7 +187,10 @@ def test_distillation_leaves_every_gradient_alive_under_autocast() -> None:
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("logits", LOGITS)
 def test_what_a_logit_sees(attention: str, logits: str) -> None:
-    """Each frame is changed in turn; the logits that answer are the later ones, within the layers' reach, or all."""
+    """Change each frame in turn.
+
+    The logits that answer are the later ones, within the layers' reach, or all.
+    """
     discriminator, clips = drawn_discriminator(attention, logits), clips_of(BLOCKS, batch=1)
     t = torch.tensor([0.4])
 
@@ -220,7 +227,7 @@ def test_the_discriminator_starts_as_the_generators_backbone() -> None:
 
 
 def test_the_discriminators_tokens_are_the_generators_at_time_zero() -> None:
-    """Same input, same attention: what the backbone finds in a real clip is what it learned to find."""
+    """The backbone sees in a real clip what it learned to see."""
     generator, discriminator, clips = drawn_generator(), drawn_discriminator(), clips_of(3, batch=1)
     discriminator.start_from(generator)
     seen: dict[str, Tensor] = {}
@@ -308,7 +315,10 @@ def test_without_a_penalty_two_clips_of_a_pair_go_through() -> None:
 
 
 def test_the_generators_loss_and_where_its_gradient_goes() -> None:
-    """softplus(real - made) of the same logits as the discriminator's loss; none of it reaches the discriminator's weights."""
+    """softplus(real - made) of the same logits as the discriminator's loss.
+
+    None of it reaches the discriminator's weights.
+    """
     generator, discriminator = drawn_generator(), drawn_discriminator()
     stage = dataclasses.replace(GAME, extensions=0, penalty=0.0)
     figures = adversarial_update(generator, discriminator, toy_latents(), stage, seeded(), 0, 1.0)
@@ -327,8 +337,10 @@ def test_the_generators_loss_and_where_its_gradient_goes() -> None:
     for name, value in expected.items():
         assert figures[name].item() == pytest.approx(value.item(), rel=1e-4)
     discriminator.zero_grad()
-    nn.functional.softplus(margin.detach() * 0 + discriminator(torch.cat([real.frames[:, :1], made.detach()], dim=1), real.condition, t, real.text)
-                           - discriminator(real.frames, real.condition, t, real.text)).mean().backward()  # fmt: skip
+    fake = torch.cat([real.frames[:, :1], made.detach()], dim=1)
+    made_logits = discriminator(fake, real.condition, t, real.text)
+    true_logits = discriminator(real.frames, real.condition, t, real.text)
+    nn.functional.softplus(margin.detach() * 0 + made_logits - true_logits).mean().backward()
     for name, p in discriminator.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(given[name], p.grad, rtol=1e-3, atol=1e-6)
@@ -363,8 +375,10 @@ def test_a_frozen_network_passes_gradients_on() -> None:
 
 
 def test_a_segment_is_the_rollout_of_streams_bit_for_bit() -> None:
-    """`Streams` equals inference (tests/train/losses/test_student_forcing.py); the training rollout equals `Streams`, gradient checkpointing or
-    not."""
+    """The training rollout equals `Streams`, with gradient checkpointing or not.
+
+    `Streams` equals inference (tests/train/losses/test_student_forcing.py).
+    """
     generator, clips = drawn_generator(), clips_of(BLOCKS)
     stage = dataclasses.replace(GAME, timesteps=(1.0, 0.5))
     with torch.no_grad():
@@ -407,7 +421,10 @@ def test_recomputed_blocks_give_the_same_gradients_where_the_ring_wraps() -> Non
 
 
 def test_gradients_pass_through_the_cache_and_not_through_the_recycled_frame() -> None:
-    """The first block's camera moves the last block's latent; with its keys and values cut off, no gradient is left."""
+    """The first block's camera moves the last block's latent.
+
+    Without its keys and values, no gradient is left.
+    """
     found = {}
     for cut in (False, True):
         generator, clips = drawn_generator(), clips_of(3)
@@ -481,7 +498,8 @@ def test_some_segments_may_be_streamed_before_the_first_that_is_judged() -> None
     stage, counts = dataclasses.replace(GAME, extensions=0, penalty=0.0, unjudged=2), set()
     for step in range(12):
         judge, generator, rng = Judge(), drawn_generator(), numbers(3, step, 0)
-        adversarial_update(generator, judge, toy_latents(), stage, rng, 0, 1.0)  # type: ignore[arg-type]
+        latents = toy_latents()
+        adversarial_update(generator, judge, latents, stage, rng, 0, 1.0)  # type: ignore[arg-type]
         rng = numbers(3, step, 0)
         before = int(coin(rng, 3) * 3)
         counts.add(before)

@@ -1,4 +1,7 @@
-"""Colour that holds: what strays beyond the natural band is measured and taken back, and the teacher's answer stays what it is otherwise."""
+"""Test that what strays beyond the natural band is measured and pulled back.
+
+Otherwise the teacher's answer stays what it is.
+"""
 
 import dataclasses
 
@@ -145,7 +148,7 @@ def test_the_student_sees_the_errors_and_only_it_learns() -> None:
 
 
 def test_a_student_that_takes_the_asked_part_back_has_no_loss() -> None:
-    """The teacher repeats its history, so what is asked is: 0.8 of the error, and 0.75 of what lies outside the band."""
+    """The teacher repeats its history: 0.8 of the error, 0.75 of what is out of band."""
     teacher, errors, anchor = (
         AnsweringGenerator(lambda x, previous, t: previous),
         torch.full((2, 1, CHANNELS, *SIZE), 0.4),

@@ -1,4 +1,7 @@
-"""The flow loss is the paper's, its histories are the generator's own and carry no gradient, and its batches are what they say."""
+"""Test that the flow loss is the paper's and its batches are what they say.
+
+Its histories are the generator's own and carry no gradient.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -43,7 +46,7 @@ class Oracle:
 
 
 def test_flow_loss_against_a_slow_reference() -> None:
-    """Element by element: the squared error in units of the posterior deviation, with times bounded by SMALLEST_T."""
+    """Element by element, in posterior deviations, with times bounded by SMALLEST_T."""
     clipped = 0
     for seed in range(8):
         batch, fake = batch_of(seed=seed), ConstantGenerator(0.3)
@@ -73,8 +76,9 @@ def test_the_loss_is_zero_for_the_right_answer_alone() -> None:
     batch = batch_of()
     oracle = Oracle(lambda t: batch.clean)
     off = Oracle(lambda t: batch.clean + 0.1)
-    assert float(flow_loss(oracle, batch, STAGE, torch.Generator().manual_seed(0))) == 0  # type: ignore[arg-type]
-    assert float(flow_loss(off, batch, STAGE, torch.Generator().manual_seed(0))) > 0.1**2 * 0.99  # type: ignore[arg-type]
+    rng = lambda: torch.Generator().manual_seed(0)
+    assert float(flow_loss(oracle, batch, STAGE, rng())) == 0  # type: ignore[arg-type]
+    assert float(flow_loss(off, batch, STAGE, rng())) > 0.1**2 * 0.99  # type: ignore[arg-type]
 
 
 def test_the_noisy_input_is_the_straight_path() -> None:
@@ -209,7 +213,7 @@ def test_a_resampled_history_carries_no_gradient() -> None:
 
 
 def test_resampling_leaves_every_gradient_alive_under_autocast() -> None:
-    """Autocast caches cast weights; one cached without a gradient must not serve the pass that needs it."""
+    """A weight that autocast cached without gradient must not serve the next pass."""
     torch.manual_seed(0)
     generator = Generator(TINY)
     with torch.no_grad():

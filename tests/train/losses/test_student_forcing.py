@@ -1,4 +1,4 @@
-"""The rollout under training is the rollout of inference, its past is its own, and gradients go where they should."""
+"""Test that training's rollout is inference's, and where its gradients go."""
 
 import dataclasses
 import subprocess
@@ -32,8 +32,12 @@ BLOCKS = RING.sink_frames + 2 * RING.window_frames + 2  # fills the ring and wra
 
 
 def test_the_op_runs_wherever_training_does() -> None:
-    """No GPU here: the dispatcher says whether a rollout on CUDA tensors would find a kernel, without one for inference being loaded."""
-    asked = "torch._C._dispatch_has_computed_kernel_for_dispatch_key('aapt::block_causal_attention', 'CUDA')"
+    """The dispatcher shows whether a rollout on CUDA tensors would find a kernel.
+
+    No kernel for inference is loaded for it.
+    """
+    name = "torch._C._dispatch_has_computed_kernel_for_dispatch_key"
+    asked = f"{name}('aapt::block_causal_attention', 'CUDA')"
     code = f"import torch, aapt_deploy.train.losses.student_forcing\nprint({asked})"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -73,7 +77,7 @@ def test_the_gradient_of_the_op_is_that_of_its_arithmetic(cached: int) -> None:
 def test_the_rollout_under_training_equals_that_of_inference_bit_for_bit(
     loaded: Checkpoint,
 ) -> None:
-    """Same image, noise, camera and prompt through `aapt_deploy.rollout.loop` and through Streams."""
+    """Same image, noise, camera and prompt in `rollout.loop` and in Streams."""
     profile, seed, velocity, text = (
         loaded.profile,
         3,
@@ -140,7 +144,7 @@ def test_streams_of_a_batch_do_not_meet() -> None:
 
 
 def test_gradients_flow_through_the_cache() -> None:
-    """The second block's loss reaches the first block's input by way of the committed keys and values alone."""
+    """The second block's loss reaches the first block's input by keys and values alone."""
     generator, batch = drawn_generator(), batch_of(blocks=2, batch=1)
     noise = batch.clean[:, 0].clone().requires_grad_()
     streams = Streams(generator, batch.text)
@@ -168,11 +172,10 @@ class Recorder(Generator):
         super().__init__(TINY)
         self.passes: list[tuple[bool, tuple[Tensor, ...], int]] = []
 
-    def step(self, noisy, previous, condition, t, rope_time, k_cache, v_cache, cache_len):  # type: ignore[no-untyped-def]
-        self.passes.append(
-            (torch.is_grad_enabled(), (noisy.detach(), previous, condition, t), int(cache_len))
-        )
-        return super().step(noisy, previous, condition, t, rope_time, k_cache, v_cache, cache_len)
+    def step(self, noisy, previous, condition, t, *rest):  # type: ignore[no-untyped-def]
+        given = (noisy.detach(), previous, condition, t)
+        self.passes.append((torch.is_grad_enabled(), given, int(rest[-1])))  # the cache's length
+        return super().step(noisy, previous, condition, t, *rest)
 
 
 def test_the_forced_loss_asks_for_the_truth_and_shows_its_own_past() -> None:
@@ -200,7 +203,7 @@ def test_the_forced_loss_asks_for_the_truth_and_shows_its_own_past() -> None:
 
 
 def test_the_first_block_of_the_loss_in_closed_form() -> None:
-    """Heads at zero predict the posterior mean, so the loss of a batch of one block is known from its times and its noise."""
+    """Heads at zero predict the posterior mean, so times and noise fix the loss."""
     torch.manual_seed(0)
     generator, batch = Generator(TINY), batch_of(blocks=1)
     generator.step_spread.fill_(0.7)

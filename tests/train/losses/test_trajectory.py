@@ -1,4 +1,7 @@
-"""Regression on the teacher's samples: the target is the sampler's end from true histories, and the student alone sees worn ones."""
+"""Test regression on the teacher's samples.
+
+The target is the sampler's end from true histories, and the student alone sees worn ones.
+"""
 
 import dataclasses
 
@@ -21,11 +24,12 @@ FADE = torch.linspace(0.9, 0.3, CHANNELS)
 def run(
     student: AnsweringGenerator, teacher: AnsweringGenerator, stage: TrajectoryStage, seed: int = 0
 ) -> Tensor:
-    return trajectory_loss(student, teacher, batch_of(), stage, FADE, numbers(seed, 0, 0))  # type: ignore[arg-type]
+    rng = numbers(seed, 0, 0)
+    return trajectory_loss(student, teacher, batch_of(), stage, FADE, rng)  # type: ignore[arg-type]
 
 
 def test_a_student_that_knows_the_samplers_end_has_no_loss() -> None:
-    """For velocities constant along the path the sampler is exact: it ends at the mean of noise and past."""
+    """For constant velocities the sampler ends at the mean of noise and past."""
     halfway = lambda x, previous, t: (
         x - t[..., None, None, None] * (x - previous) / (1 + t[..., None, None, None])
     )

@@ -1,4 +1,7 @@
-"""Clips on disk: rendered ones resume where a run stopped, broken ones are skipped and named, and a user's videos become clips."""
+"""Test clips on disk: rendering resumes, videos become clips.
+
+Broken clips are skipped and named.
+"""
 
 import dataclasses
 import os
@@ -209,7 +212,7 @@ def broken_clips() -> dict[str, Callable[[Path], None]]:
 
 @pytest.mark.parametrize("kind", sorted(broken_clips().keys() - {"folder", "nan-poses"}))
 def test_a_broken_clip_is_rendered_again(kind: str, rendered: Path, tmp_path: Path) -> None:
-    """By its header, so bad numbers go unseen; a folder of that name is its owner's to clear away."""
+    """By its header, so bad numbers pass; a folder of that name is its owner's."""
     for name, data in contents(rendered).items():
         (tmp_path / name).write_bytes(data)
     path = tmp_path / "clip-00000007-0.safetensors"
@@ -278,7 +281,7 @@ def make_video(path: Path, frames: int) -> None:
 
 
 def check_clips(folder: Path, *firsts: int, blocks: int = BLOCKS) -> None:
-    """The clips of `folder` must be pieces of `make_video`'s videos that begin at the frames `firsts`."""
+    """Check that the clips are pieces of `make_video`'s videos that begin at `firsts`."""
     clips = [file.read(TINY) for file in clip_files(folder, unexpected)]
     levels = sorted(
         [float(frame.mean()) for frame in clip["frames"]] for clip in clips if clip is not None
@@ -302,9 +305,9 @@ def test_videos_become_clips_and_broken_ones_are_named(tmp_path: Path) -> None:
     (source / "notes.txt").write_text("no video")
     assert import_videos(source, folder, TINY, noting(skipped), BLOCKS) == 3
     assert [name for name, _ in skipped] == ["b.mp4", "folder.mp4"]
-    check_clips(
-        folder, 0, 0, 8
-    )  # the second clip opens with the frame that closed the first; the next video does not continue the last one
+    # The second clip opens with the frame that closed the first. The next video does not continue
+    # the last one.
+    check_clips(folder, 0, 0, 8)
     for file in clip_files(folder, unexpected):
         clip = file.read(TINY)
         assert clip is not None

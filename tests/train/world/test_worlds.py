@@ -1,4 +1,4 @@
-"""The world to learn: the same seed gives the same pictures, the prompt gives the look, and no flight goes through a hill."""
+"""Test the world: seeds fix pictures, prompts the look, and flights clear the hills."""
 
 import dataclasses
 import itertools
