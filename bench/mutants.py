@@ -9,7 +9,7 @@ its changes of texts: what a person reads is checked by the golden files. `train
 
 Each mutant is planted in a copy of the tree. The tests that run are found by imports, so no table
 has to be kept: first the files that import the module, the one of its own name before the others,
-on a shared bundle of the unchanged code; then, if none fails, the same files with nothing shared;
+on a shared bundle of the unchanged code; then, if none fails, those that use it, with their own;
 then the files that reach the module through one other. The record is written after each mutant, and
 a second call with the same record goes on where the first stopped. A survivor that cannot be told
 from the original is marked by hand: --equivalent ID --reason TEXT.
@@ -40,6 +40,10 @@ NOT_MUTATED = ("aapt_deploy/train/", "aapt_deploy/assets/", "aapt_deploy/cli/tra
 SKIPPED_OPERATORS = ("operator_string", "operator_dict_arguments")
 SKIPPED_CALLS = ("len", "isinstance", "super", "cast", "TypeVar")
 KILLED, SURVIVED, TIMEOUT, EQUIVALENT = "killed", "survived", "timeout", "equivalent"
+LARGE = 1000  # one more would be no mistake that anything could notice: twice as much is
+SHARED = re.compile(
+    r"\b(?:bundle|copied|bare|made|exported|calibrated)\b: "
+)  # fixtures that are made once
 NO_TESTS, ALL_SELECTED = 5, "not slow and not gpu"
 
 
@@ -81,6 +85,11 @@ def changes(source: str) -> Iterator[tuple[tuple[int, int, str, int], Any, Any]]
             if plain or operator.__name__ in SKIPPED_OPERATORS or not isinstance(node, kind):
                 continue
             for number, mutated in enumerate(operator(node)):
+                if (
+                    isinstance(node, libcst.Integer | libcst.Float)
+                    and node.evaluated_value >= LARGE
+                ):
+                    mutated = node.with_changes(value=repr(2 * node.evaluated_value))
                 start = places[node].start
                 yield (start.line, start.column, operator.__name__, number), node, mutated
         for child in node.children:
@@ -222,12 +231,12 @@ class Tree:
         file = self.folder / mutant.module
         original = file.read_text(encoding="utf-8")
         file.write_text(planted(mutant), encoding="utf-8")
+        alone = [
+            name for name in near if SHARED.search((self.folder / name).read_text(encoding="utf-8"))
+        ]
+        rings = (("near", near, True), ("near, alone", alone, False), ("far", far, False))
         try:
-            for ring, files, shared in (
-                ("near", near, True),
-                ("near, alone", near, False),
-                ("far", far, False),
-            ):
+            for ring, files, shared in rings:
                 if shared:
                     shutil.rmtree(self.once)
                     shutil.copytree(self.clean, self.once)

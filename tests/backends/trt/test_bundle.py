@@ -125,7 +125,7 @@ def test_a_foreign_or_stale_plan_is_refused_before_anything_is_deserialised(
 ) -> None:
     """Whichever plan it is: the first of the bundle, or the last."""
     change, kind, reason = FOREIGN[case]
-    for graph in ("encoder", "prompt"):
+    for graph in ("decoder", "prompt"):
         opened = built(copied, lambda entry, graph=graph: entry["receipts"][graph].update(change))
         with pytest.raises(kind, match=reason) as caught:
             open_engines(opened, "tensorrt")
