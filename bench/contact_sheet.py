@@ -11,7 +11,7 @@ import numpy as np
 from aapt_deploy import assets
 from aapt_deploy.backends.table import open_engines
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.models.aapt.camera import CRUISE
+from aapt_deploy.models.aapt.camera import CRUISE, LIMITS
 from aapt_deploy.rollout.loop import Steering, rollout
 from aapt_deploy.rollout.starts import all_starts
 from aapt_deploy.stream.controls import open_controls
@@ -25,7 +25,7 @@ def row(
 ) -> np.ndarray:
     """The frames of one start at `seconds`, side by side: uint8 [H, W', 3]."""
     start, video = all_starts(bundle)[index], bundle.profile.video
-    controls = open_controls(controls_file, CRUISE, print)
+    controls = open_controls(controls_file, CRUISE, LIMITS, print)
     engines = open_engines(bundle, "onnxruntime", None, print)
     block_s = video.temporal_stride / video.fps
     frames: list[np.ndarray] = []

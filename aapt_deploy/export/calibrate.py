@@ -28,9 +28,8 @@ from aapt_deploy.backends.trial import Report
 from aapt_deploy.bundle.scales import FORMAT, LinearScales, Scales
 from aapt_deploy.errors import ProfileError
 from aapt_deploy.models import fp8
-from aapt_deploy.models.aapt.camera import CRUISE, LIMITS, Velocity
-from aapt_deploy.models.aapt.prompts import ATTRIBUTES, Look, parse, token_ids
 from aapt_deploy.models.checkpoint import Checkpoint
+from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.loop import Steering, rollout
@@ -38,13 +37,6 @@ from aapt_deploy.rollout.starts import Start, coarse_picture
 
 SPARE_BLOCKS = 2  # that a rollout goes on once its window is full
 PROMPT_BLOCKS = 3  # blocks between two prompts
-FLIGHTS = (  # of a start frame, one after the other, block by block
-    CRUISE,
-    Velocity(CRUISE.forward, yaw=LIMITS.yaw / 2),
-    Velocity(LIMITS.forward, strafe=LIMITS.strafe, yaw=-LIMITS.yaw),
-    Velocity(-CRUISE.forward, strafe=-LIMITS.strafe / 2, pitch=LIMITS.pitch),
-    Velocity(yaw=LIMITS.yaw, pitch=-LIMITS.pitch),
-)
 
 
 def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
@@ -118,12 +110,13 @@ def _rollouts(checkpoint: Checkpoint, seed: int, report: Report) -> int:
     profile, starts = checkpoint.profile, _starts(checkpoint, seed)
     blocks = profile.window.sink_frames + profile.window.frames + SPARE_BLOCKS
     engines = EagerEngines(checkpoint, torch.get_num_threads(), "fp32")
+    flights = family_of(profile).flights
     for number, start in enumerate(starts):
         report(f"calibrating on rollout {number + 1} of {len(starts)}, {blocks} blocks")
 
         def steer(block: int, number: int = number) -> Steering:
             text = starts[(number + block // PROMPT_BLOCKS) % len(starts)].text
-            return Steering(FLIGHTS[(number + block // 2) % len(FLIGHTS)], text)
+            return Steering(flights[(number + block // 2) % len(flights)], text)
 
         frames = rollout(engines, profile, start.image, steer, seed + number)
         for _ in itertools.islice(frames, 1 + blocks):
@@ -137,25 +130,13 @@ def _starts(checkpoint: Checkpoint, seed: int) -> list[Start]:
     Embedded prompts are drawn, because there is no text encoder.
     """
     profile, rng = checkpoint.profile, np.random.default_rng(seed)
-    text, given = profile.text, list(checkpoint.start_frames.values())
-    images = [frame.image.numpy() for frame in given]
-    looks = [parse(frame.prompt) for frame in given if text.kind == "vocabulary"]
-    if not looks:
-        images = images or [coarse_picture(profile, rng)]
-        looks = [_random_look(rng) for _ in images]
-
-    def prompt(look: Look) -> np.ndarray | None:
-        if not text.tokens:
-            return None
-        if text.kind == "vocabulary":
-            return token_ids(look)
-        return rng.standard_normal((1, text.tokens, text.dim), np.float32)
-
-    return [Start(image, "", prompt(look)) for image, look in zip(images, looks, strict=True)]
-
-
-def _random_look(rng: np.random.Generator) -> Look:
-    return Look(**{name: str(rng.choice(words)) for name, words in ATTRIBUTES.items()})
+    family, given = family_of(profile), list(checkpoint.start_frames.values())
+    if given and profile.text.kind == "vocabulary":
+        prompts = [family.text_of(profile, frame.prompt) for frame in given]
+    images = [frame.image.numpy() for frame in given] or [coarse_picture(profile, rng)]
+    if not given or profile.text.kind != "vocabulary":
+        prompts = [family.random_text(profile, rng) for _ in images]
+    return [Start(image, "", text) for image, text in zip(images, prompts, strict=True)]
 
 
 class AttentionRanges(TorchDispatchMode):

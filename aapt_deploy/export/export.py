@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import onnx
 import torch
@@ -38,9 +38,9 @@ from aapt_deploy.errors import InputError, ParityError
 from aapt_deploy.export.parity import Parity, check_parity, check_products
 from aapt_deploy.models import checkpoint as checkpoints
 from aapt_deploy.models import fp8
-from aapt_deploy.models.aapt.graphs import GeneratorGraph, graph_modules, random_inputs
-from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.checkpoint import Stored
+from aapt_deploy.models.family import family_of
+from aapt_deploy.models.inputs import random_inputs
 from aapt_deploy.ops.block_causal_attention import NEXT, onnx_function
 from aapt_deploy.profiles import Profile
 from aapt_deploy.video.pictures import write_image
@@ -64,7 +64,8 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         place = lambda m: f"{m[1]}{self.blocks.get(int(m[2]), int(m[2]))}"
-        source = re.sub(r"^(generator\.(?:text|visual)\.)(\d+)", place, name)
+        stacks = "|".join(family_of(self.stored.profile).stacks)
+        source = re.sub(rf"^(generator\.(?:{stacks})\.)(\d+)", place, name)
         value = self.stored.tensor(source)
         path = source.removeprefix("generator.").removesuffix(".weight")
         own = self.scales.linear.get(path) if self.scales and source.endswith(".weight") else None
@@ -89,7 +90,7 @@ def export_bundle(
     table: list[Parity] = []
     with bundle.create(folder, profile, overwrite=overwrite) as draft:
         modules = hollow_graphs(profile, fp8_scales)
-        for name, signature in signatures(profile).items():
+        for name, signature in family_of(profile).signatures(profile).items():
             report(f"exporting {name}")
             path = draft.path / f"{name}.onnx"
             model = to_onnx(modules[name], signature, profile)
@@ -150,7 +151,7 @@ def hollow_graphs(profile: Profile, fp8_scales: Scales | None) -> dict[str, nn.M
                 f"these scales are not of this checkpoint: {error}",
                 "calibrate again: leave --scales out",
             ) from None
-    return graph_modules(profile, generator, vae)
+    return family_of(profile).networks().graph_modules(profile, generator, vae)
 
 
 def coverage(profile: Profile, fp8_scales: Scales | None) -> list[fp8.Coverage]:
@@ -158,7 +159,7 @@ def coverage(profile: Profile, fp8_scales: Scales | None) -> list[fp8.Coverage]:
     if fp8_scales is None:
         return []
     modules = hollow_graphs(profile, fp8_scales)
-    return fp8.coverage(profile, modules, cast("GeneratorGraph", modules["generator"]).generator)
+    return fp8.coverage(profile, modules, cast("Any", modules["generator"]).generator)
 
 
 def to_onnx(module: nn.Module, signature: GraphSignature, profile: Profile) -> onnx.ModelProto:
@@ -293,8 +294,8 @@ def _check_reduced(folder: Path, graph: str, profile: Profile, weights: Weights)
     depth = profile.model.depth
     small = profile.replace(model=dataclasses.replace(profile.model, depth=2))
     few = Weights(weights.stored, weights.scales, {1: depth - 1})
-    module = hollow_graphs(small, _reduced(weights.scales, depth))[graph]
-    signature = signatures(small)[graph]
+    module = hollow_graphs(small, _reduced(weights.scales, profile))[graph]
+    signature = family_of(small).signatures(small)[graph]
     with tempfile.TemporaryDirectory(prefix=".check-", dir=folder) as scratch:
         path = Path(scratch) / f"{graph}.onnx"
         used = _write(to_onnx(module, signature, small), path, module, few)
@@ -302,15 +303,15 @@ def _check_reduced(folder: Path, graph: str, profile: Profile, weights: Weights)
     return [row._replace(case=f"{row.case}, 2 of {depth} blocks") for row in rows]
 
 
-def _reduced(whole: Scales | None, depth: int) -> Scales | None:
+def _reduced(whole: Scales | None, profile: Profile) -> Scales | None:
     """Return the scales of the first and the last block, as a generator's with two."""
     if whole is None:
         return None
-    linear = {}
+    linear, stacks, last = {}, family_of(profile).stacks, profile.model.depth - 1
     for path, own in whole.linear.items():
         stream, index, *rest = [*path.split("."), ""]
-        if stream not in ("text", "visual"):
+        if stream not in stacks:
             linear[path] = own
-        elif int(index) in (0, depth - 1):
+        elif int(index) in (0, last):
             linear[".".join([stream, str(int(bool(int(index)))), *rest[:-1]])] = own
     return Scales(linear, [whole.attention[0], whole.attention[-1]], whole.metadata)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_deploy.bundle.signature import GraphSignature
-from aapt_deploy.models.aapt.graphs import random_inputs
 from aapt_deploy.models.fp8 import Linear8
+from aapt_deploy.models.inputs import random_inputs
 from aapt_deploy.profiles import Profile
 
 # Largest difference relative to the output's largest value; fp32 graphs differ by about 1e-6.

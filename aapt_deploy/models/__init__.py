@@ -2,6 +2,7 @@
 
 checkpoint.py       read and write checkpoints
 family.py           the interface of a family of checkpoints, and the table of families
+inputs.py           random inputs of realistic scale, for tracing and parity
 fp8.py              linear layers in FP8, as they are exported
 cost.py             memory and the least time of each stage, by arithmetic
 random_weights.py   a checkpoint of random weights, of any shape

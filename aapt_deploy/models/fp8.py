@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from aapt_deploy.bundle.scales import LinearScales, Scales
 from aapt_deploy.models.aapt.generator import Generator
-from aapt_deploy.models.aapt.graphs import random_inputs
 from aapt_deploy.models.family import family_of
+from aapt_deploy.models.inputs import random_inputs
 from aapt_deploy.ops.block_causal_attention import OPSET
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import E4M3_MAX as E4M3_MAX
 from aapt_deploy.profiles import Profile

@@ -27,27 +27,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from aapt_deploy.errors import InputError
-from aapt_deploy.models.aapt.camera import LIMITS, Velocity
 
 _STDIN = 0
 _LONGEST_LINE_BYTES = 64 << 10
 _WAITING_LINES = 256  # kept until their time comes; the pipe blocks a writer that is further ahead
 _WARNED_LINES = 20  # malformed lines reported one by one
 _SAME_TIME_S = 1e-6  # block times are sums of floats
-_FIELDS = tuple(field.name for field in dataclasses.fields(Velocity))
 
 
 class Control(NamedTuple):
     """What steers one block."""
 
-    velocity: Velocity
+    velocity: Any  # what the family is steered by
     prompt: str | None  # None: no line has set one
 
 
 class Controls(Protocol):
     """An open source of controls.
 
-    controls = open_controls("flight.jsonl", CRUISE, warn=print)
+    controls = open_controls("flight.jsonl", CRUISE, LIMITS, warn=print)
     controls.at(block=0, seconds=0.0)  # Control(velocity=Velocity(forward=22.0, ...), prompt=None)
     """
 
@@ -63,28 +61,31 @@ class Controls(Protocol):
         ...
 
 
-def open_controls(source: str | None, default: Velocity, warn: Callable[[str], None]) -> Controls:
+def open_controls(
+    source: str | None, default: Any, limits: Any, warn: Callable[[str], None]
+) -> Controls:
     """Open controls from the file `source`, from stdin ("-"), or none (None).
 
-    `default` applies until a line changes it. `warn` is called with one line of text, and only
+    `default` applies until a line changes it; both are of one frozen dataclass of floats, whose
+    fields are the keys that steer. `limits` are their largest magnitudes. `warn` is called with one line of text, and only
     inside `at` and `close`. Raises InputError if the file is missing or cannot be read.
     """
     if source is None:
         return _Script(iter(()), default, _Warnings("controls", warn))
     if source == "-":
-        return _Live(_STDIN, default, _Warnings("stdin", warn))
+        return _Live(_STDIN, default, limits, _Warnings("stdin", warn))
     warnings = _Warnings(source, warn)
     try:
         kind = os.stat(source).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-            return _Live(source, default, warnings)
+            return _Live(source, default, limits, warnings)
         if stat.S_ISDIR(kind):
             raise IsADirectoryError(0, "is a folder")
         fd = os.open(source, os.O_RDONLY)
     except OSError as error:
         hint = 'give a file with one JSON object per line, or "-" for stdin'
         raise InputError(f"controls {source}: {error.strerror or error}", hint) from None
-    return _Script(_changes(fd, warnings), default, warnings)
+    return _Script(_changes(fd, limits, warnings), default, warnings)
 
 
 class _Change(NamedTuple):
@@ -143,7 +144,7 @@ class _Warnings:
 class _Script:
     """Lines that exist already: a file's, read as they are needed, or none."""
 
-    def __init__(self, changes: Iterator[_Change], default: Velocity, warnings: _Warnings) -> None:
+    def __init__(self, changes: Iterator[_Change], default: Any, warnings: _Warnings) -> None:
         self._changes = changes
         self._next = next(changes, None)
         self._now = Control(default, None)
@@ -175,9 +176,9 @@ class _Live:
     sees the newest state however fast the sender is.
     """
 
-    def __init__(self, source: str | int, default: Velocity, warnings: _Warnings) -> None:
+    def __init__(self, source: str | int, default: Any, limits: Any, warnings: _Warnings) -> None:
         self._now = Control(default, None)
-        self._warnings = warnings
+        self._limits, self._warnings = limits, warnings
         self._waiting: deque[_Change] = deque()
         self._room = threading.Condition()
         self._closed = False
@@ -206,7 +207,7 @@ class _Live:
         except OSError as error:
             self._warnings.ended(error.strerror or str(error))
             return
-        for change in _changes(fd, self._warnings):
+        for change in _changes(fd, self._limits, self._warnings):
             with self._room:
                 self._room.wait_for(lambda: self._closed or len(self._waiting) < _WAITING_LINES)
                 if self._closed:
@@ -218,14 +219,14 @@ class _Live:
                 self._waiting.append(change)
 
 
-def _changes(fd: int, warnings: _Warnings) -> Iterator[_Change]:
+def _changes(fd: int, limits: Any, warnings: _Warnings) -> Iterator[_Change]:
     """Yield the lines of `fd`, parsed. Closes it at the end unless it is stdin."""
     try:
         for number, line in enumerate(_lines(fd), start=1):
             if not line.strip() or line.lstrip().startswith(b"#"):
                 continue
             try:
-                yield _parse(line, number, warnings)
+                yield _parse(line, number, limits, warnings)
             except _Malformed as error:
                 warnings.malformed(number, str(error))
                 yield _Change({})
@@ -258,8 +259,9 @@ def _lines(fd: int) -> Iterator[bytes]:
         yield buffer
 
 
-def _parse(line: bytes, number: int, warnings: _Warnings) -> _Change:
-    """Return one line's change, clamped to LIMITS. Raises _Malformed."""
+def _parse(line: bytes, number: int, limits: Any, warnings: _Warnings) -> _Change:
+    """Return one line's change, clamped to `limits`. Raises _Malformed."""
+    names = [field.name for field in dataclasses.fields(limits)]
     if len(line) > _LONGEST_LINE_BYTES:
         raise _Malformed(f"longer than {_LONGEST_LINE_BYTES} bytes")
     try:
@@ -271,9 +273,10 @@ def _parse(line: bytes, number: int, warnings: _Warnings) -> _Change:
     except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
         raise _Malformed("not valid JSON: nested too deeply, or too large a number") from None
     if not isinstance(raw, dict):
-        raise _Malformed(f'not a JSON object such as {{"forward": {LIMITS.forward / 2:g}}}')
-    if unknown := [key for key in raw if key not in (*_FIELDS, "prompt", "at")]:
-        known = f"{', '.join(_FIELDS)}, prompt, at"
+        example = f'{{"{names[0]}": {getattr(limits, names[0]) / 2:g}}}'
+        raise _Malformed(f"not a JSON object such as {example}")
+    if unknown := [key for key in raw if key not in (*names, "prompt", "at")]:
+        known = f"{', '.join(names)}, prompt, at"
         raise _Malformed(f"unknown key {unknown[0][:40]!r}, known are {known}")
     prompt = raw.get("prompt", "")
     if not isinstance(prompt, str):
@@ -283,7 +286,7 @@ def _parse(line: bytes, number: int, warnings: _Warnings) -> _Change:
     if at is not None and at < 0:
         raise _Malformed(f"at = {at:g} lies before the stream's start")
     for key, value in numbers.items():
-        limit = getattr(LIMITS, key)
+        limit = getattr(limits, key)
         if abs(value) > limit:
             warnings.clamped(number, key, value, limit)
             numbers[key] = math.copysign(limit, value)

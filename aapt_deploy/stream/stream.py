@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from aapt_deploy.backends.table import open_engines
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import UsageError
-from aapt_deploy.models.aapt.camera import CRUISE
+from aapt_deploy.models.family import family_of
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.starts import start
 from aapt_deploy.stream.controls import open_controls
@@ -64,10 +64,10 @@ def stream(
     output file survives them.
     """
     profile, began = bundle.profile, time.perf_counter()
-    video = profile.video
+    video, family = profile.video, family_of(profile)
     begin = start(bundle, request.image, request.prompt)
     wanted = frame_count(profile, request.seconds)
-    controls = open_controls(request.controls, CRUISE, warn)
+    controls = open_controls(request.controls, family.cruise, family.limits, warn)
     session = Session(profile, begin, controls, warn, request.seed, wanted, request.realtime)
     made, ended = 0, "done"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from aapt_deploy.bundle import files as lock
 from aapt_deploy.bundle.files import LOCK, locked, refuse_irregular, whole, writing
 from aapt_deploy.errors import BusyError, OutputError
 
@@ -47,7 +46,7 @@ def test_a_lock_that_its_holder_has_just_removed_is_not_held(
             (tmp_path / LOCK).touch()
         real(descriptor, how)
 
-    monkeypatch.setattr(lock.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(BusyError):
         enter(tmp_path)
 

@@ -92,9 +92,10 @@ def test_live_bytes_follow_what_is_freed_and_leave_out_what_was_given() -> None:
 
 def test_activations_are_those_of_a_real_run() -> None:
     """The decoder's peak on the meta device is the peak of the same module on real tensors."""
-    from aapt_deploy.models.aapt.graphs import graph_modules, random_inputs
+    from aapt_deploy.models.aapt.graphs import graph_modules
     from aapt_deploy.models.aapt.signature import decoder
     from aapt_deploy.models.aapt.vae import Vae
+    from aapt_deploy.models.inputs import random_inputs
 
     demo = load("demo-cpu")
     signature = decoder(demo)

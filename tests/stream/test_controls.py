@@ -23,7 +23,7 @@ def drive(path: Path, text: str | bytes, blocks: int) -> tuple[list[Control], li
     """The controls of `blocks` blocks steered by a file that holds `text`, and the warnings."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     warnings: list[str] = []
-    controls = open_controls(str(path), CRUISE, warnings.append)
+    controls = open_controls(str(path), CRUISE, LIMITS, warnings.append)
     got = [controls.at(block, block * BLOCK_S) for block in range(blocks)]
     controls.close()
     return got, warnings
@@ -42,7 +42,7 @@ def wait_for(controls: Controls, wanted: Callable[[Control], bool]) -> Control:
 
 
 def test_without_a_source_the_default_holds() -> None:
-    controls = open_controls(None, CRUISE, pytest.fail)
+    controls = open_controls(None, CRUISE, LIMITS, pytest.fail)
     assert [controls.at(block, block * BLOCK_S) for block in range(3)] == [
         Control(CRUISE, None)
     ] * 3
@@ -75,7 +75,7 @@ def test_a_file_gives_one_line_per_block_and_keeps_the_last(tmp_path: Path) -> N
 def test_a_block_that_is_asked_for_twice_takes_no_second_line(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"forward": 1}\n{"forward": 2}\n')
-    controls = open_controls(str(path), CRUISE, pytest.fail)
+    controls = open_controls(str(path), CRUISE, LIMITS, pytest.fail)
     assert [controls.at(block, 0).velocity.forward for block in (0, 0, 1, 1)] == [1, 1, 2, 2]
 
 
@@ -101,7 +101,7 @@ def test_at_waits_for_stream_time(tmp_path: Path) -> None:
 def test_at_is_met_although_block_times_are_sums_of_floats(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"forward": 1, "at": 1}\n')
-    controls = open_controls(str(path), CRUISE, pytest.fail)
+    controls = open_controls(str(path), CRUISE, LIMITS, pytest.fail)
     times = list(itertools.accumulate([0.1] * 10))  # the last is 0.9999999999999999
     assert [
         controls.at(block, seconds).velocity.forward for block, seconds in enumerate(times)
@@ -193,7 +193,7 @@ def test_a_flood_of_malformed_lines_is_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing.jsonl", ".", "missing/c.jsonl"])
 def test_a_file_that_cannot_be_read_is_refused_at_once(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="controls") as caught:
-        open_controls(str(tmp_path / name), CRUISE, pytest.fail)
+        open_controls(str(tmp_path / name), CRUISE, LIMITS, pytest.fail)
     assert "JSON object per line" in caught.value.hint
 
 
@@ -211,7 +211,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 def test_a_named_pipe_steers_live(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    controls = open_controls(str(path), CRUISE, pytest.fail)  # does not wait for a writer
+    controls = open_controls(str(path), CRUISE, LIMITS, pytest.fail)  # does not wait for a writer
     assert controls.at(0, 0.0) == Control(CRUISE, None)
     with path.open("w") as writer:
         writer.write('{"forward": 3}\n')
@@ -226,9 +226,9 @@ def test_a_named_pipe_steers_live(tmp_path: Path) -> None:
 # it sees, and a prompt stops it.
 STREAM = """
 import sys, time
-from aapt_deploy.models.aapt.camera import CRUISE
+from aapt_deploy.models.aapt.camera import CRUISE, LIMITS
 from aapt_deploy.stream.controls import open_controls
-controls = open_controls("-", CRUISE, lambda text: print("warning", text, flush=True))
+controls = open_controls("-", CRUISE, LIMITS, lambda text: print("warning", text, flush=True))
 seen, block, slowest = None, 0, 0.0
 print("ready", flush=True)
 while block < 4000:
@@ -357,7 +357,7 @@ def test_stdin_that_was_closed_before_the_start() -> None:
 def piped(path: Path, *lines: dict[str, object]) -> Controls:
     """Controls from a named pipe whose lines have all arrived, and whose reader is done."""
     os.mkfifo(path)
-    controls = open_controls(str(path), CRUISE, pytest.fail)
+    controls = open_controls(str(path), CRUISE, LIMITS, pytest.fail)
     (reader,) = (thread for thread in threading.enumerate() if thread.name == "controls")
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     reader.join(10)
@@ -397,7 +397,7 @@ def test_a_time_typed_to_six_digits_acts_in_its_own_block(tmp_path: Path, live: 
         controls = piped(tmp_path / "pipe", *typed)
     else:
         (tmp_path / "file").write_text("\n".join(map(json.dumps, typed)))
-        controls = open_controls(str(tmp_path / "file"), CRUISE, pytest.fail)
+        controls = open_controls(str(tmp_path / "file"), CRUISE, LIMITS, pytest.fail)
     found = [controls.at(block, block * BLOCK_S).velocity.forward for block in range(30)]
     assert found == [block + 1 for block in range(30)]
     controls.close()

@@ -13,6 +13,7 @@ import pytest
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.models.aapt.camera import CRUISE, Velocity
 from aapt_deploy.rollout.loop import Steering
+from aapt_deploy.stream import session
 from aapt_deploy.stream import stream as streams
 from aapt_deploy.stream.stream import Request, Streamed, stream
 
@@ -68,9 +69,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         def write(self, frames: np.ndarray) -> None:
             made.shown.append((made.now, len(frames)))
 
-    monkeypatch.setattr(streams, "time", made)
+    for module in (streams, session):
+        monkeypatch.setattr(module, "time", made)
     monkeypatch.setattr(streams, "open_engines", open_engines)
-    monkeypatch.setattr(streams, "rollout", rollout)
+    monkeypatch.setattr(session, "rollout", rollout)
     monkeypatch.setattr(streams, "open_sink", lambda *arguments: Sink())
     return made
 
@@ -100,14 +102,14 @@ def test_without_pacing_nothing_waits(bundle: Path, clock: Clock) -> None:
 def test_a_block_that_is_late_is_shown_at_once_and_the_next_ones_catch_up(
     bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = streams.rollout
+    real = session.rollout
 
     def stalling(*arguments: Any) -> Iterator[np.ndarray]:
         for number, frames in enumerate(real(*arguments)):
             clock.now += 0.25 if number == 2 else 0
             yield frames
 
-    monkeypatch.setattr(streams, "rollout", stalling)
+    monkeypatch.setattr(session, "rollout", stalling)
     run(bundle, seconds=1.0, realtime=True)
     opened = 1000.0 + OPEN_S
     late = opened + 2 * BLOCK_S + 0.25 + BLOCK_S
@@ -151,17 +153,17 @@ def test_without_a_length_it_runs_until_a_signal_and_finishes_the_block_in_hand(
 
 
 def test_a_signal_that_is_not_heeded_interrupts_after_a_grace(bundle: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), streams._signals() as caught:
+    with pytest.raises(KeyboardInterrupt), session.stop_signals() as caught:
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         left, again = signal.getitimer(signal.ITIMER_REAL)
-        assert streams.GRACE_S - 1 < left <= streams.GRACE_S == 3.0 and again == 0
+        assert session.GRACE_S - 1 < left <= session.GRACE_S == 3.0 and again == 0
         signal.raise_signal(signal.SIGALRM)  # as the timer would
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_a_second_signal_interrupts_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), streams._signals():
+    with pytest.raises(KeyboardInterrupt), session.stop_signals():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
@@ -174,9 +176,9 @@ def test_a_line_acts_from_the_block_that_begins_at_its_time(
     flight = tmp_path / "flight.jsonl"
     flight.write_text('{"yaw": 0.1, "at": 0.333333}\n{"yaw": 0.2, "at": 0.51}\n')
     run(bundle, seconds=1.0, controls=str(flight))
-    yaws = [steering.velocity.yaw for steering in clock.steered]
+    yaws = [steering.controls.yaw for steering in clock.steered]
     assert yaws == [0, 0, 0.1, 0.1, 0.2, 0.2]
-    assert clock.steered[0].velocity == CRUISE
+    assert clock.steered[0].controls == CRUISE
     assert clock.steered[2].velocity == Velocity(CRUISE.forward, yaw=0.1)
 
 

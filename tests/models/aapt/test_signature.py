@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, layer_names
 from aapt_deploy.models.aapt import signature
-from aapt_deploy.models.aapt.graphs import graph_modules, random_inputs
+from aapt_deploy.models.aapt.graphs import graph_modules
 from aapt_deploy.models.aapt.signature import GRAPHS, signatures
 from aapt_deploy.models.aapt.vae import to_pixels
 from aapt_deploy.models.checkpoint import build
+from aapt_deploy.models.inputs import random_inputs
 from aapt_deploy.ops.block_causal_attention import NEXT, Ring
 from aapt_deploy.profiles import Profile, Text, Vae, Window, load, preset_folder
 
