@@ -1,4 +1,7 @@
-"""When a stream shows its blocks, and the figures it reports, on a clock that only moves when it is told to."""
+"""When a stream shows its blocks, and the figures it reports.
+
+The clock only moves when it is told to.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -151,7 +154,8 @@ def test_without_a_length_it_runs_until_a_signal_and_finishes_the_block_in_hand(
 
 
 def test_a_signal_that_is_not_heeded_interrupts_after_a_grace(bundle: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), streams._signals() as caught:
+    # What comes before the interrupt is checked where it holds.
+    with pytest.raises(KeyboardInterrupt), streams._signals() as caught:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         left, again = signal.getitimer(signal.ITIMER_REAL)
@@ -161,7 +165,8 @@ def test_a_signal_that_is_not_heeded_interrupts_after_a_grace(bundle: Path) -> N
 
 
 def test_a_second_signal_interrupts_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), streams._signals():
+    # Two signals are needed.
+    with pytest.raises(KeyboardInterrupt), streams._signals():  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
