@@ -1,8 +1,8 @@
 """The kernel's arithmetic against float64.
 
 It is right for every length, accurate enough at the lengths of real streams, and for the reasons we
-think. attention_data.py describes the data and the error. bench/emulator_accuracy.py records the
-same numbers for more heads.
+think. tests/support/attention_data.py describes the data and the error.
+bench/emulator_accuracy.py records the same numbers for more heads.
 """
 
 import itertools
@@ -202,9 +202,9 @@ def test_a_stream(ring: Ring) -> None:
 
 
 def among_garbage(images: tuple[Bytes, Bytes], tokens: int, more_tiles: int) -> tuple[Bytes, Bytes]:
-    """Put random finite bytes into `images`.
+    """Return `images` with random finite bytes around them.
 
-    They go into every token from `tokens` on, and into `more_tiles` behind.
+    They are in every token from `tokens` on, and in `more_tiles` behind.
     """
     heads, tiles, tile_bytes = images[0].shape
     k, v = np.random.default_rng(tokens).integers(

@@ -61,7 +61,7 @@ TRT_TYPES = {
 
 
 def generator_graph(profile: Profile) -> onnx.ModelProto:
-    """Make attention in every layer, each fed by the layer before it.
+    """Return a graph with attention in every layer, each fed by the layer before it.
 
     The FP8 product of the doctor's micro-graph stands beside it.
     """

@@ -154,7 +154,7 @@ def _undocumented(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 class _Type(ast.NodeTransformer):
-    """Mend the types of an annotation.
+    """Mends the types of an annotation.
 
     `...` inside one is a type that could not be named; some types stand for what is converted to
     them.
