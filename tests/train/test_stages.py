@@ -15,8 +15,7 @@ from aapt_deploy.cli import train
 from aapt_deploy.errors import CheckpointError, InputError, UsageError
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.generator import Generator
-from aapt_deploy.train import loop, recipe
-from aapt_deploy.train import run as stages
+from aapt_deploy.train import loop, recipe, stages
 from aapt_deploy.train.judge import evaluate
 from aapt_deploy.train.processes import ALONE, Setup
 from aapt_deploy.train.recipe import (
@@ -29,8 +28,9 @@ from aapt_deploy.train.recipe import (
     TrajectoryStage,
     gan,
 )
+from aapt_deploy.train.run import WarmStart
 from aapt_deploy.train.run import train as run_all
-from aapt_deploy.train.stages import GeneratorStages, WarmStart
+from aapt_deploy.train.stages import GeneratorStages
 from tests.support.toys import RECIPE, TINY, clips, quiet, toy_latents
 
 __all__ = ["clips"]  # a fixture
