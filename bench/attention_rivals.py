@@ -1,6 +1,7 @@
-"""The time of a call on a GPU, with clocks and power, and the other attention kernels that bench/attention.py times its own beside.
+"""Time a call on a GPU, with clocks and power, and the attention kernels of others.
 
-None of the others is a dependency: what is not installed or refuses the shape is reported and left out.
+bench/attention.py times its own kernel beside them. None of them is a dependency: what is not
+installed or refuses the shape is reported and left out.
 """
 
 import statistics
@@ -43,7 +44,10 @@ def timed(call: Callable[[], object], seconds: float) -> list[float]:
 
 
 class Meter:
-    """SM clock (MHz), power (W) and temperature (C), twenty times a second while it is entered; with nvidia-ml-py, else nothing."""
+    """SM clock (MHz), power (W) and temperature (C), twenty times a second while it is entered.
+
+    Needs nvidia-ml-py; without it there are none.
+    """
 
     told = False  # that there are none
 
@@ -173,8 +177,9 @@ def rivals(drawn: Callable[[], Case]) -> dict[str, Callable[[], Callable[[], obj
             graph.tensor(dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=single) for _ in range(6)
         ]
         out, _, amax_s, amax_o = graph.sdpa_fp8(
-            q=nodes[0], k=nodes[1], v=nodes[2], descale_q=scales[0], descale_k=scales[1], descale_v=scales[2], descale_s=scales[3],
-            scale_s=scales[4], scale_o=scales[5], is_inference=True, attn_scale=scale, use_causal_mask=False, name="sdpa",
+            q=nodes[0], k=nodes[1], v=nodes[2], descale_q=scales[0], descale_k=scales[1],
+            descale_v=scales[2], descale_s=scales[3], scale_s=scales[4], scale_o=scales[5],
+            is_inference=True, attn_scale=scale, use_causal_mask=False, name="sdpa",
         )  # fmt: skip
         made = torch.empty_like(inputs[0])
         out.set_output(True).set_dim(list(made.shape)).set_stride(
@@ -198,7 +203,9 @@ def rivals(drawn: Callable[[], Case]) -> dict[str, Callable[[], Callable[[], obj
         return lambda: graph.execute(pack, workspace, handle=handle)
 
     return {
-        "PyTorch flash bf16": lambda: sdpa(SDPBackend.FLASH_ATTENTION), "PyTorch cuDNN bf16": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
-        "Triton bf16 (ours)": ours_bf16, "FlashAttention-3 bf16": lambda: flash3(lambda x: x), "FlashAttention-3 FP8": lambda: flash3(fp8),
+        "PyTorch flash bf16": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+        "PyTorch cuDNN bf16": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
+        "Triton bf16 (ours)": ours_bf16, "FlashAttention-3 bf16": lambda: flash3(lambda x: x),
+        "FlashAttention-3 FP8": lambda: flash3(fp8),
         "SageAttention INT8 + FP8": sage, "cuDNN FP8": cudnn_fp8,
     }  # fmt: skip

@@ -1,9 +1,9 @@
 """Measure the accuracy of the FP8 attention kernel's arithmetic, in the emulator.
 
-The emulator (aapt_deploy/ops/block_causal_attention/emulator.py) runs the kernel's arithmetic on the
-bytes of its own cache layout, over the data of tests/support/attention_data.py, and with one thing
-changed at a time. Prints the two tables of plugins/block_causal_attention/README.md. No speed: this
-is NumPy. Takes some minutes on one core, and needs no package that the tests do not.
+The emulator (aapt_deploy/ops/block_causal_attention/emulator.py) runs the kernel's arithmetic on
+the bytes of its own cache layout, over the data of tests/support/attention_data.py, and with one
+thing changed at a time. Prints the two tables of plugins/block_causal_attention/README.md. No
+speed: this is NumPy. Takes some minutes on one core, and needs no package that the tests do not.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""What headline.py expects before it measures, and what must hold: each stage's work over the rate that was assumed, before any GPU had run it.
+"""What headline.py expects before it measures, and what must hold.
 
-Work comes from `aapt_deploy.models.cost`; rates are the data sheet's times an efficiency. A wrong prediction says where to look.
+A stage is expected to take its work over an assumed rate; the rates were assumed before any GPU had
+run it. Work comes from `aapt_deploy.models.cost`; rates are the data sheet's times an efficiency. A
+wrong prediction says where to look.
 """
 
 import functools
@@ -33,7 +35,10 @@ planned = functools.cache(cost_of)
 
 
 def predicted(profile: Profile, precision: str, variant: str = "as it is") -> dict[str, float]:
-    """Milliseconds of generator, decoder, hand-off and an overlapped step, and the parts of the generator's."""
+    """Milliseconds of generator, decoder, hand-off and an overlapped step.
+
+    And of the generator's parts.
+    """
     stages = {stage.name: stage for stage in planned(profile).stages}
     work, wide = stages["generator"], precision == "bf16" or variant in ("bf16", RIVAL)
     kind = "bf16" if wide else "fp8"
@@ -61,7 +66,8 @@ def predicted(profile: Profile, precision: str, variant: str = "as it is") -> di
     )
     video = profile.video
     hand_off = video.temporal_stride * video.height * video.width * 3 / (PINNED_GB_S * 1e6)
-    # Side by side they share the multiprocessors: the sum of their work, less a fifth of the shorter one that fills the other's gaps.
+    # Side by side they share the multiprocessors: the sum of their work, less a fifth of the
+    # shorter one, which fills the other's gaps.
     step = generator + decoder - 0.2 * min(generator, decoder) + hand_off
     whole = {
         "generator": generator,
@@ -92,7 +98,10 @@ def goal_ratio() -> float:
 
 
 def share_of_floor(of: Cost, measured_ms: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """TFLOP/s that a stage attained, and its floor over its time; no floor where the target's rates are not known."""
+    """TFLOP/s that a stage attained, and its floor over its time.
+
+    No floor where the target's rates are not known.
+    """
     found = {}
     for stage in of.stages:
         if stage.name in measured_ms:

@@ -4,8 +4,8 @@
     make mutants                                    mutants on the lines that differ from `main`
     python bench/mutants.py --sample 300 --seed 0 --out record.json
 
-The mistakes are those of mutmut (an operator, number, name, argument or assignment changed), but for
-its changes of texts: what a person reads is checked by the golden files. `train` is left out.
+The mistakes are those of mutmut (an operator, number, name, argument or assignment changed), but
+for its changes of texts: what a person reads is checked by the golden files. `train` is left out.
 
 Each mutant is planted in a copy of the tree. The tests that run are found by imports, so no table
 has to be kept: first the files that import the module, the one of its own name before the others,
@@ -118,7 +118,10 @@ def planted(mutant: Mutant) -> str:
 
 
 def modules_named(source: str, folder: Path = ROOT) -> set[str]:
-    """The files of the package and of tests/ that a source imports, also in text for a child process."""
+    """Return the files of the package and of tests/ that a source imports.
+
+    Imports in text for a child process count too.
+    """
     names = set(re.findall(r"\b(?:from|import|-m)[ \"',]+((?:aapt_deploy|tests)[\w.]*)", source))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -152,7 +155,10 @@ def import_graph(folder: Path = ROOT) -> dict[str, set[str]]:
 
 
 def tests_of(module: str, graph: dict[str, set[str]]) -> tuple[list[str], list[str]]:
-    """The test files that import `module`, also through tests/support, and those one step further."""
+    """Return the test files that import `module`, and those that are one step further.
+
+    Imports through tests/support count. One step further is a module that imports `module`.
+    """
     tests = [name for name in graph if Path(name).name.startswith("test_")]
 
     def reached(test: str) -> set[str]:
@@ -180,7 +186,7 @@ def tests_of(module: str, graph: dict[str, set[str]]) -> tuple[list[str], list[s
 
 
 class Tree:
-    """A copy of the tree in which mistakes are planted, and its shared bundle of the unchanged code."""
+    """A copy of the tree to plant mistakes in, and its shared bundle of the unchanged code."""
 
     def __init__(self, folder: Path, limit_s: float) -> None:
         self.folder, self.once, self.limit_s = folder / "tree", folder / "once", limit_s

@@ -1,7 +1,10 @@
-"""What several test files share: one tiny bundle with every engine, made once, and the command line inside this process.
+"""What several test files share.
 
-The generator's weights are random, but tamed: its linear predictor pulls every latent towards zero, so that frames stay in the visible range
-however long a rollout is, and a difference between two engines is not hidden by white or black.
+One tiny bundle with every engine is made once; the command line runs inside this process.
+
+The generator's weights are random, but tamed: its linear predictor pulls every latent towards zero.
+So frames stay in the visible range however long a rollout is, and a difference between two engines
+is not hidden by white or black.
 """
 
 import dataclasses
@@ -34,7 +37,8 @@ from tests.support.cuda_emulator import Driver
 from tests.support.tiny import FEW_BLOCKS, Exported, Made, frames_of, make_checkpoint, picture
 from tests.support.trt_plans import by_onnx, opened_over
 
-# A shell starts its background jobs with Ctrl-C ignored, and processes started from there inherit that: those under test must hear it.
+# A shell starts its background jobs with Ctrl-C ignored, and processes started from there inherit
+# that: those under test must hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -52,7 +56,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoin
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, loaded: Checkpoint) -> Made:
-    """Exported, and built for onnxruntime (fp32, int8) and torch, on one thread: threads that wait for a busy core take seconds."""
+    """Exported, and built for onnxruntime (fp32, int8) and torch.
+
+    It has one thread: threads that wait for a busy core take seconds.
+    """
 
     def make(folder: Path) -> Made:
         path, said = folder / "bundle", list[str]()
@@ -97,7 +104,10 @@ def bare(made: Made, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint:
-    """A checkpoint of three blocks with heads of 64 channels, which the FP8 cache takes. Do not change it."""
+    """A checkpoint of three blocks with heads of 64 channels, which the FP8 cache takes.
+
+    Do not change it.
+    """
     model = dataclasses.replace(tiny.model, depth=3, dim=128)
     return make_checkpoint(
         tmp_path_factory.mktemp("three") / "three.safetensors", tiny.replace(model=model)

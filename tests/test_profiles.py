@@ -1,4 +1,7 @@
-"""Profiles: every shipped preset loads, round-trips and builds; everything that is wrong in a file is named, with its value, at once."""
+"""Profiles: every shipped preset loads, round-trips and builds.
+
+Everything that is wrong in a file is named, with its value, at once.
+"""
 
 import re
 import subprocess
@@ -36,7 +39,10 @@ def refusal(text: str) -> str:
 
 
 def edited(**lines: str) -> str:
-    """The tiny preset with the line of each key replaced; an empty replacement removes it. `section__key` names a key."""
+    """Return the tiny preset with the line of each key replaced.
+
+    An empty replacement removes it. `section__key` names a key.
+    """
     section, out = "", []
     for line in TINY_TOML.splitlines():
         if match := re.match(r"\[(\w+)\]", line):
@@ -78,7 +84,10 @@ def test_a_profile_is_frozen() -> None:
 
 
 def test_reading_a_profile_imports_nothing_heavy() -> None:
-    code = "import sys, aapt_deploy.profiles; print(sorted({'numpy', 'torch', 'onnx', 'av'} & set(sys.modules)))"
+    code = (
+        "import sys, aapt_deploy.profiles; "
+        "print(sorted({'numpy', 'torch', 'onnx', 'av'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,7 @@
-"""Engines: every backend gives the frames of the torch modules, over a ring that wraps, with prompts that change; caches stay where they are."""
+"""Engines: every backend gives the frames of the torch modules.
+
+The ring wraps, prompts change, and caches stay where they are.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +74,11 @@ def worst(a: list[np.ndarray], b: list[np.ndarray]) -> tuple[int, float]:
 
 
 def by_forward(loaded: Checkpoint, opened: Bundle, blocks: int, seed: int) -> list[np.ndarray]:
-    """The same rollout without any cache: `Generator.forward` over the whole history under its block-causal mask, for every pass of every block."""
+    """The same rollout without any cache.
+
+    `Generator.forward` runs over the whole history under its block-causal mask, for every pass of
+    every block.
+    """
     profile, generator, vae = loaded.profile, loaded.generator, loaded.vae
     begin, rng, pose = start(opened, "dunes", None), np.random.default_rng(seed), Pose()
     assert begin.text is not None
@@ -91,11 +98,12 @@ def by_forward(loaded: Checkpoint, opened: Bundle, blocks: int, seed: int) -> li
             passes: list[torch.Tensor] = []
 
             def clean(x: torch.Tensor, t: float) -> torch.Tensor:
-                passes.append(x)
+                passes.append(x)  # noqa: B023  denoise calls it in this turn of the loop only
                 stacked = [
                     torch.stack(parts, dim=1) for parts in ([*noisy, x], latents, conditions)
                 ]  # [1, n, C, h, w]
-                return generator(*stacked, torch.tensor([[*times, t]]), text, rope)[:, -1]
+                at = torch.tensor([[*times, t]])
+                return generator(*stacked, at, text, rope)[:, -1]  # noqa: B023  as above
 
             latents.append(denoise(clean, x, profile.sampler.timesteps))
             noisy.append(passes[-1])
@@ -108,7 +116,10 @@ def by_forward(loaded: Checkpoint, opened: Bundle, blocks: int, seed: int) -> li
 def test_rollouts_are_those_of_the_training_forward(
     loaded: Checkpoint, opened: Bundle, fp32: Engines, eager: Engines
 ) -> None:
-    """Largest difference: one grey level, where a value lies on the edge of two; that is at most one value in 500."""
+    """Largest difference: one grey level, where a value lies on the edge of two.
+
+    That is at most one value in 500.
+    """
     wanted = by_forward(loaded, opened, BLOCKS, seed=3)
     assert np.concatenate(wanted[1:]).std() > 10, "a flat picture proves nothing"
     for engines in (fp32, eager):
@@ -173,7 +184,10 @@ def test_a_new_prompt_changes_later_frames_only(
 def test_a_new_prompt_keeps_the_past(
     opened: Bundle, fp32: Engines, eager: Engines, backend: str
 ) -> None:
-    """Only the text rows of the caches change; with the old prompt back, the next pass is as if nothing had been."""
+    """Only the text rows of the caches change.
+
+    With the old prompt back, the next pass is as if nothing had been.
+    """
     engines, profile = of(backend, fp32, eager), opened.profile
     frames_of(engines, opened, 6, text=lambda block: DAY)
     generator = engines["generator"]
@@ -192,7 +206,8 @@ def pass_inputs(profile: Profile, block: int, seed: int = 0) -> dict[str, np.nda
     condition = condition_map(profile, Pose(), Pose().moved(turning(block), 1 / 6))
     noisy, previous = (rng.standard_normal(latent, np.float32) for _ in range(2))
     return {
-        "noisy": noisy, "previous": previous, "condition": condition, "time": np.ones(1, np.float32),
+        "noisy": noisy, "previous": previous, "condition": condition,
+        "time": np.ones(1, np.float32),
         "rope_time": temporal_rope(profile, block)[None],
     }  # fmt: skip
 
@@ -234,7 +249,7 @@ def test_caches_stay_in_place_and_only_the_blocks_own_rows_change(
 def test_a_pass_sees_what_the_ring_says_and_nothing_else(
     opened: Bundle, fp32: Engines, eager: Engines, backend: str
 ) -> None:
-    """Whatever lies outside a block's sight may be anything; what lies inside changes its output."""
+    """What lies outside a block's sight may be anything; what lies inside changes its output."""
     engines, profile = of(backend, fp32, eager), opened.profile
     generator, ring = engines["generator"], Ring.of(profile, in_place=backend == "onnxruntime")
     tokens = profile.frame_tokens
@@ -366,9 +381,9 @@ def test_what_was_not_built_is_named_with_the_command_that_builds_it(
     assert unknown.value.hint == "precisions: fp32, int8, fp8"
     with pytest.raises(BundleError, match="no onnxruntime engine in fp8") as caught:
         open_engines(opened, "onnxruntime", "fp8")
-    assert (
-        caught.value.hint
-        == "built: fp32, int8; export another bundle for it with: aapt export CKPT -o OTHER --precision fp8"
+    assert caught.value.hint == (
+        "built: fp32, int8; export another bundle for it with: "
+        "aapt export CKPT -o OTHER --precision fp8"
     )
     other = Bundle.open(copied)
     del other.engines["torch-fp32"]
@@ -393,8 +408,10 @@ def test_the_command_in_the_hint_builds_the_engine(
 @pytest.mark.parametrize(
     "damage",
     [
-        {"graphs": {}}, {"graphs": {"generator": "profile.toml"}}, {"graphs": None}, {"threads": None}, {"threads": "many"}, {"threads": -1},
-        {"precision": None}, {"backend": 3}, {"graphs": dict.fromkeys(("encoder", "prompt", "generator", "decoder"), "../secret")},
+        {"graphs": {}}, {"graphs": {"generator": "profile.toml"}}, {"graphs": None},
+        {"threads": None}, {"threads": "many"}, {"threads": -1}, {"precision": None},
+        {"backend": 3},
+        {"graphs": dict.fromkeys(("encoder", "prompt", "generator", "decoder"), "../secret")},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("asked", ["fp32", None])
@@ -477,7 +494,7 @@ def test_a_graph_that_onnx_runtime_refuses_is_a_bundle_error(
 
 
 def reseal(path: Path, *names: str) -> Bundle:
-    """Put today's hashes of files into the manifest, as somebody would who also knows how to seal it."""
+    """Put today's hashes of files into the manifest, as somebody would who can also seal it."""
     rewrite_manifest(
         path,
         lambda manifest: manifest["files"].update(
@@ -493,12 +510,14 @@ def reseal(path: Path, *names: str) -> Bundle:
         (
             "generator",
             "decoder",
-            "is not the generator of its bundle: input 'condition' is missing, by the profile float32 [1, 6, ",
+            "is not the generator of its bundle: input 'condition' is missing, "
+            "by the profile float32 [1, 6, ",
         ),
         (
             "decoder",
             "encoder",
-            "is not the decoder of its bundle: input 'image' is uint8 [32, 64, 3], by the profile none",
+            "is not the decoder of its bundle: input 'image' is uint8 [32, 64, 3], "
+            "by the profile none",
         ),
         (
             "prompt",

@@ -1,4 +1,8 @@
-"""bench/ablations.py on postage stamps: without recycling a generator is blind to what it should not see; the whole comparison runs and resumes."""
+"""bench/ablations.py on postage stamps.
+
+Without recycling a generator is blind to what it should not see. The whole comparison runs and
+resumes.
+"""
 
 import json
 import sys
@@ -88,7 +92,8 @@ def test_all_variants_are_trained_once_and_judged(
     )
     save_file({
         "z": torch.randn(5, 8, profile.video.latent_channels, *shape, generator=rng).half(),
-        "conditions": torch.randn(5, 7, 6, *shape, generator=rng).half(), "tokens": torch.zeros(5, profile.text.tokens, dtype=torch.int64),
+        "conditions": torch.randn(5, 7, 6, *shape, generator=rng).half(),
+        "tokens": torch.zeros(5, profile.text.tokens, dtype=torch.int64),
         "key": torch.zeros(32, dtype=torch.uint8),
     }, latents)  # fmt: skip
 

@@ -444,13 +444,14 @@ def test_an_error_or_ctrl_c_leaves_nothing_half_written(
         make(path)
     before = tree(path.parent)
     # The error comes in the middle of the work.
-    with pytest.raises(type(error)), create(path, TINY, overwrite=True) as draft:
+    with pytest.raises(type(error)), create(path, TINY, overwrite=True) as draft:  # noqa: PT012
         (draft.path / "encoder.onnx").write_bytes(b"half")
         raise error
     assert tree(path.parent) == before
     if existing:
         opened = Bundle.open(path)
-        with pytest.raises(type(error)), opened.add_engine("torch-fp32") as stage:
+        # As above.
+        with pytest.raises(type(error)), opened.add_engine("torch-fp32") as stage:  # noqa: PT012
             (stage.path / "plan").write_bytes(b"half")
             raise error
         assert tree(path.parent) == before

@@ -37,7 +37,10 @@ def test_a_holder_without_a_number_is_another_process(tmp_path: Path) -> None:
 def test_a_lock_that_its_holder_has_just_removed_is_not_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    """Between our open and our flock the file may go, and another process may make a new one: two would write."""
+    """Between our open and our flock the file may go, and another process may make a new one.
+
+    Then two would write.
+    """
     real = fcntl.flock
 
     def late(descriptor: int, how: int) -> None:
@@ -142,7 +145,8 @@ def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(
 ) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), whole(path) as temporary:
+    # The error comes in the middle of the work.
+    with pytest.raises(error), whole(path) as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]

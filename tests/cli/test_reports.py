@@ -64,8 +64,9 @@ LAYERS = [
 def measured(**changes: Any) -> Latency:
     steady = {name: StageTimes(100, ms, 1.25 * ms, 1.5 * ms, 2 * ms) for name, ms in STAGES.items()}
     good = Latency(
-        profile="demo-cpu", backend="onnxruntime", precision="fp32", blocks=100, passes_per_block=5, budget_ms=166.7,
-        steady=steady, cold_step_ms=[31.0, 45.5, 20.0], first_frame_ms=512.25, open_ms=245.5, sustained_fps=228.57,
+        profile="demo-cpu", backend="onnxruntime", precision="fp32", blocks=100, passes_per_block=5,
+        budget_ms=166.7, steady=steady, cold_step_ms=[31.0, 45.5, 20.0], first_frame_ms=512.25,
+        open_ms=245.5, sustained_fps=228.57,
         deadline_misses=0, machine=MACHINE, samples_ms=[17.5],
     )  # fmt: skip
     return dataclasses.replace(good, **changes)
@@ -108,7 +109,9 @@ def test_latency_beside_its_floors_and_layer_by_layer(printed: Printed) -> None:
 def test_difference(printed: Printed) -> None:
     layers = [Change(f"layer {index:02d}", 1.0 + index, 2.0 + index) for index in range(20)]
     stages = {
-        "p50_ms": [Change("step", 20.0, 17.5), Change("prompt", None, 0.5), Change("encode", 2.0, None)],
+        "p50_ms": [
+            Change("step", 20.0, 17.5), Change("prompt", None, 0.5), Change("encode", 2.0, None),
+        ],
         "p95_ms": [Change("step", 25.0, 25.0)],
     }  # fmt: skip
     different = Difference(
@@ -211,7 +214,8 @@ def test_evaluation(printed: Printed) -> None:
     }
     short = {"engine": "int8", "windows": [window(0)], "seconds": seconds[:1]}
     record = {
-        "made": {"demo": full, "other": short}, "true": {"window": window(0), "last": window(55)}, "window_s": 5, "flights": 8,
+        "made": {"demo": full, "other": short}, "true": {"window": window(0), "last": window(55)},
+        "window_s": 5, "flights": 8,
     }  # fmt: skip
     printed("evaluation", (reports.evaluation, (record, Path("runs/evaluation"))))
 

@@ -19,11 +19,15 @@ import json, resource, sys
 from pathlib import Path
 from aapt_deploy.export import export
 from aapt_deploy.models import checkpoint
-rows = export.export_bundle(checkpoint.stored(Path(sys.argv[1])), Path(sys.argv[2]), False, lambda text: None)
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
+rows = export.export_bundle(checkpoint.stored(source), target, False, lambda text: None)
 used = resource.getrusage(resource.RUSAGE_SELF)
 # Not ru_maxrss: that begins with the memory of the process which started this one.
-(peak,) = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-print(json.dumps({"peak": 1024 * peak, "cpu_s": used.ru_utime + used.ru_stime, "cases": [row.case for row in rows if row.ok]}))
+status = Path("/proc/self/status").read_text().splitlines()
+(peak,) = [int(line.split()[1]) for line in status if line.startswith("VmHWM")]
+cpu_s = used.ru_utime + used.ru_stime
+cases = [row.case for row in rows if row.ok]
+print(json.dumps({"peak": 1024 * peak, "cpu_s": cpu_s, "cases": cases}))
 """
 
 

@@ -1,6 +1,9 @@
-"""The rules of the code's own form: who imports whom, where heavy packages come in, how long things get, and what no file may mention.
+"""The rules of the code's own form.
 
-The tables below are the design's (docs/design.md, "Who may import whom"). A new room needs a row; a new file needs a line in its room's `__init__`.
+Who imports whom, where heavy packages come in, how long things get, and what no file may mention.
+
+The tables below are the design's (docs/design.md, "Who may import whom"). A new room needs a row; a
+new file needs a line in its room's `__init__`.
 """
 
 import ast
@@ -19,7 +22,8 @@ from tests.support import ROOT
 
 PACKAGE = ROOT / "aapt_deploy"
 
-# Thirteen rooms. A room imports from rooms of a lower rank only; rooms of one rank never import each other. Anyone may import `assets`.
+# Thirteen rooms. A room imports from rooms of a lower rank only; rooms of one rank never import
+# each other. Anyone may import `assets`.
 RANKS = {
     "cli": 9,
     "train": 8,
@@ -41,7 +45,8 @@ BESIDE = {
 }  # files at the root that are no room: `python -m aapt_deploy`, the version
 ANYONE = ("assets",)
 
-# Files -> heavy packages that they may import while they are imported; ruff's exceptions are these nine globs.
+# Files -> heavy packages that they may import while they are imported. ruff's exceptions are these
+# nine globs.
 AT_MODULE_LEVEL = {
     "models/*": ("torch",),
     "train/*": ("torch",),
@@ -89,7 +94,8 @@ WITHOUT_NUMPY = (
     "bundle/bundle",
 )
 
-# Where modules are chosen by name: its strings go between rooms as any import does, and make no circle inside its own room.
+# Where modules are chosen by name: its strings go between rooms as any import does, and make no
+# circle inside its own room.
 CHOOSES = ("backends/table",)
 
 MAX_FILE_LINES = 400
@@ -104,7 +110,10 @@ class Import(NamedTuple):
 
 
 def imports(source: str) -> list[Import]:
-    """All imports of a module but those under `if TYPE_CHECKING`, which never run; and all strings that name a module of the package."""
+    """Return all imports of a module, and all strings that name a module of the package.
+
+    Imports under `if TYPE_CHECKING` never run and are left out.
+    """
 
     def visit(node: ast.AST, at_module_level: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -137,7 +146,11 @@ def imports(source: str) -> list[Import]:
 
 
 def name_of(path: Path) -> str:
-    """aapt_deploy/backends/ort/engine.py -> backends/ort/engine; aapt_deploy/models/__init__.py -> models/__init__."""
+    """Name a file as the tables do.
+
+    aapt_deploy/backends/ort/engine.py -> backends/ort/engine; aapt_deploy/models/__init__.py ->
+    models/__init__.
+    """
     return path.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
@@ -173,7 +186,10 @@ def room_of(name: str) -> str:
 
 
 def own(target: str) -> str | None:
-    """The module of this package that an imported dotted name means, as in FILES; None for other packages."""
+    """Return the module of this package that an imported dotted name means, as in FILES.
+
+    None for other packages.
+    """
     if target.split(".")[0] != "aapt_deploy":
         return None
     parts = target.split(".")[1:]
@@ -224,7 +240,10 @@ def test_imports_go_downward() -> None:
 
 
 def circle(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What is left of a graph without whatever has no arrow out of it or none into it: its circles, and what lies between them."""
+    """Take from a graph whatever has no arrow out of it or none into it.
+
+    Its circles are left, and what lies between them.
+    """
     while ends := {name for name, others in graph.items() if not others} | graph.keys() - {
         other for others in graph.values() for other in others
     }:
@@ -257,13 +276,18 @@ def test_the_tables_name_no_file_that_is_gone() -> None:
 @pytest.mark.parametrize(
     ("name", "other", "wrong"),
     [
-        ("export/export", "backends/build", False), ("bundle/bundle", "bundle/signature", False), ("bundle/bundle", "ops/__init__", False),
-        ("backends/ort/engine", "models/checkpoint", False), ("models/checkpoint", "backends/table", True), ("errors", "profiles", True),
-        ("export/export", "measure/latency", True), ("stream/stream", "measure/latency", True), ("video/sinks", "rollout/loop", True),
-        ("profiles", "video/sinks", True), ("train/loop", "measure/latency", False), ("ops/fused", "models/checkpoint", True),
-        ("rollout/loop", "backends/table", True), ("rollout/starts", "rollout/loop", False), ("stream/stream", "cli/commands", True),
-        ("cli/commands", "stream/stream", False), ("measure/machine", "__init__", False), ("__main__", "cli/commands", False),
-        ("cli/commands", "__main__", False), ("errors", "__init__", False), ("bundle/files", "assets/__init__", False),
+        ("export/export", "backends/build", False), ("bundle/bundle", "bundle/signature", False),
+        ("bundle/bundle", "ops/__init__", False),
+        ("backends/ort/engine", "models/checkpoint", False),
+        ("models/checkpoint", "backends/table", True), ("errors", "profiles", True),
+        ("export/export", "measure/latency", True), ("stream/stream", "measure/latency", True),
+        ("video/sinks", "rollout/loop", True), ("profiles", "video/sinks", True),
+        ("train/loop", "measure/latency", False), ("ops/fused", "models/checkpoint", True),
+        ("rollout/loop", "backends/table", True), ("rollout/starts", "rollout/loop", False),
+        ("stream/stream", "cli/commands", True), ("cli/commands", "stream/stream", False),
+        ("measure/machine", "__init__", False), ("__main__", "cli/commands", False),
+        ("cli/commands", "__main__", False), ("errors", "__init__", False),
+        ("bundle/files", "assets/__init__", False),
         ("assets/__init__", "profiles", True),
     ],
 )  # fmt: skip
@@ -282,14 +306,18 @@ def test_the_import_finder_itself() -> None:
         "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import never\nelse:\n    import e\n"
     )
     source += "class K:\n    import f\n    def g(self):\n        import h\n"
-    source += "try:\n    import i\nexcept ImportError:\n    i = None\nasync def j():\n    from k import l\n"
-    source += "ROWS = {'x': ('aapt_deploy.errors', 'errors', 'aapt_deploy')}\ndef m():\n    import_module('aapt_deploy.bundle.files:whole')\n"
+    source += "try:\n    import i\nexcept ImportError:\n    i = None\n"
+    source += "async def j():\n    from k import l\n"
+    source += "ROWS = {'x': ('aapt_deploy.errors', 'errors', 'aapt_deploy')}\n"
+    source += "def m():\n    import_module('aapt_deploy.bundle.files:whole')\n"
     found = [(i.target, i.at_module_level) for i in imports(source)]
     assert found == [
-        ("a.b", True), ("c.d", True), ("e", True), ("f", True), ("h", False), ("i", True), ("k.l", False), ("aapt_deploy.errors", False),
+        ("a.b", True), ("c.d", True), ("e", True), ("f", True), ("h", False), ("i", True),
+        ("k.l", False), ("aapt_deploy.errors", False),
         ("aapt_deploy.bundle.files.whole", False),
     ]  # fmt: skip
-    assert [heavy(t) for t in ("torch.nn", "torchvision", "safetensors.torch.load_file", "safetensors.numpy", "onnx", "onnxruntime.x")] == [
+    names = ("torch.nn", "torchvision", "safetensors.torch.load_file", "safetensors.numpy")
+    assert [heavy(t) for t in (*names, "onnx", "onnxruntime.x")] == [
         "torch", None, "torch", None, "onnx", "onnxruntime",
     ]  # fmt: skip
 
@@ -320,7 +348,10 @@ def test_heavy_packages_come_in_only_where_their_job_is() -> None:
 
 
 def test_ruff_knows_the_same_table() -> None:
-    """ruff tells while one types; its exceptions are per file and not per package, so this test stays the judge."""
+    """ruff tells while one types, but its exceptions are per file and not per package.
+
+    So this test stays the judge.
+    """
     ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
     globs = {
         glob
@@ -385,7 +416,8 @@ def test_a_module_says_what_it_is_for_and_stays_readable() -> None:
                 length = (node.end_lineno or 0) - node.lineno + 1
                 if length > MAX_FUNCTION_LINES:
                     wrong.append(
-                        f"aapt_deploy/{name}.py:{node.lineno} {node.name} has {length} lines, more than {MAX_FUNCTION_LINES}"
+                        f"aapt_deploy/{name}.py:{node.lineno} {node.name} has {length} lines, "
+                        f"more than {MAX_FUNCTION_LINES}"
                     )
     assert wrong == [], "\n".join(wrong)
 
@@ -430,7 +462,8 @@ def test_every_other_python_file_says_what_it_is_for() -> None:
 
 # --- what no file may mention ---
 
-# Paths of one machine, and names of package hosts: both make a file useless elsewhere. Split, so that this file passes its own test.
+# Paths of one machine, and names of package hosts: both make a file useless elsewhere. They are
+# split, so that this file passes its own test.
 MACHINE_PATHS = (
     "/wo" + "rk/",
     "/ro" + "ot/",

@@ -462,7 +462,10 @@ def test_the_slope_is_the_steeper_one_of_sharpness_and_brightness(
 
 
 def test_the_figures_of_a_block_by_hand() -> None:
-    """Two frames of 8x9 with the frame before; the candidate is twice as bright and twice as sharp."""
+    """Two frames of 8x9 with the frame before.
+
+    The candidate is twice as bright and twice as sharp.
+    """
     ramp = np.arange(72.0).reshape(8, 9)
     a = np.stack([ramp, ramp + 1, ramp + 3])
     b = 2 * a

@@ -30,7 +30,10 @@ def stage(planned: cost.Cost, name: str) -> cost.StageCost:
 
 
 def test_the_generators_operations_by_hand(planned: cost.Cost) -> None:
-    """Per token and layer 12 dim^2 weights at two operations each; attention two products with each of S cached keys and the block's own."""
+    """Per token and layer 12 dim^2 weights at two operations each, and attention.
+
+    Attention is two products with each of S cached keys and the block's own.
+    """
     tokens, dim, depth = 46 * 26, 3072, 36
     generator = stage(planned, "generator")
     assert generator.products_gflop == pytest.approx(
@@ -137,7 +140,10 @@ def test_an_unknown_preset_is_named(aapt: Callable[..., Ran]) -> None:
 
 @pytest.fixture(scope="module")
 def small_picture() -> Profile:
-    """The H100's model over pictures of 128x64: 32 tokens a block, far fewer than its rates need."""
+    """The H100's model over pictures of 128x64.
+
+    A block has 32 tokens, far fewer than its rates need.
+    """
     return H100.replace(video=dataclasses.replace(H100.video, width=128, height=64))
 
 

@@ -295,7 +295,10 @@ def test_a_block_starts_from_noise_of_the_profile_s_temperature(
 def test_a_path_that_bends_evenly_is_followed_exactly_whatever_the_steps(
     timesteps: tuple[float, ...],
 ) -> None:
-    """Along x' = a + b t the first step is straight, and every later one exact: a parabola's own."""
+    """Along x' = a + b t the first step is straight, and every later one exact.
+
+    The path is a parabola, and a later step fits one.
+    """
     a, b, x = 0.3, 2.0, 1.0
     speed = lambda t: a + b * t
     travelled = lambda t: a * t + b * t * t / 2

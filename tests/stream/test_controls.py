@@ -367,7 +367,8 @@ def piped(path: Path, *lines: dict[str, object]) -> Controls:
 
 def test_of_live_lines_before_one_block_the_newest_value_of_a_key_counts(tmp_path: Path) -> None:
     lines: list[dict[str, object]] = [
-        {"forward": 3, "yaw": 0.1, "prompt": "rain"}, {"forward": 5}, {"prompt": "snow"}, {"pitch": 0.1},
+        {"forward": 3, "yaw": 0.1, "prompt": "rain"}, {"forward": 5}, {"prompt": "snow"},
+        {"pitch": 0.1},
     ]  # fmt: skip
     controls = piped(tmp_path / "pipe", *lines)
     assert controls.at(0, 0.0) == Control(Velocity(5, yaw=0.1, pitch=0.1), "snow")

@@ -1,4 +1,7 @@
-"""When a stream shows its blocks, and the figures it reports, on a clock that only moves when it is told to."""
+"""When a stream shows its blocks, and the figures it reports.
+
+The clock only moves when it is told to.
+"""
 
 import signal
 from collections.abc import Iterator

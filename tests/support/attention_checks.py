@@ -1,10 +1,14 @@
-"""What a GPU's kernels are held against, in torch and on the kernels' own device: their bytes, their arithmetic, and float64 attention.
+"""What a GPU's kernels are held against, in torch and on the kernels' own device.
 
-Shared by tests/ops/block_causal_attention/test_kernels_on_gpu.py and bench/attention.py. Nothing here knows a GPU:
-tests/ops/block_causal_attention/test_attention_checks.py runs all of it on a CPU, with
-the kernels' source run thread by thread, so that the first minutes on a GPU are spent on the kernels and not on their checks.
+Checks their bytes, their arithmetic, and float64 attention.
 
-The layout comes from hopper_fp8.py's tables, the order of visits and the roundings from emulator.py, both written anew for tensors.
+Shared by tests/ops/block_causal_attention/test_kernels_on_gpu.py and bench/attention.py. Nothing
+here knows a GPU: tests/ops/block_causal_attention/test_attention_checks.py runs all of it on a CPU,
+with the kernels' source run thread by thread. So the first minutes on a GPU are spent on the
+kernels and not on their checks.
+
+The layout comes from hopper_fp8.py's tables, the order of visits and the roundings from
+emulator.py, both written anew for tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,7 +99,10 @@ def image(
 def draw(
     kind: str, tokens: int, cached: int, heads: int, dim: int, seed: int, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """bf16 q [T, H, D], k and v [S + T, H, D] in the order of the cache, the block last; the recipes of attention_data.py."""
+    """bf16 q [T, H, D], k and v [S + T, H, D] in the order of the cache, the block last.
+
+    The recipes are those of attention_data.py.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, heads, dim, generator=generator, device=device)
     topics = lambda n: torch.randint(32, (n,), generator=generator, device=device)
@@ -133,7 +140,10 @@ def rmse(out: Tensor, true: Tensor) -> float:
 
 
 class Case:
-    """One launch with everything around it. Bytes of the cache behind `cached` hold finite rubbish."""
+    """One launch with everything around it.
+
+    Bytes of the cache behind `cached` hold finite rubbish.
+    """
 
     def __init__(
         self,
@@ -221,7 +231,10 @@ class Case:
 
     @cached_property
     def model(self) -> Tensor:
-        """The kernel's arithmetic with exact sums in the tensor cores, of `rows`: float32 [R, H, D] before the rounding to bf16."""
+        """Compute the kernel's arithmetic with exact sums in the tensor cores, of `rows`.
+
+        float32 [R, H, D] before the rounding to bf16.
+        """
         q8, k8, v8 = (x.double() for x in self.codes)
         q8, k8, v8 = (
             q8[self.rows].transpose(0, 1),
@@ -250,18 +263,28 @@ class Case:
         return (acc * self.scales.v[:, None] / total).transpose(0, 1)
 
     def check(self, run: Run) -> dict[str, object]:
-        """Errors of one launch and what is to be thought of them. Accumulators with fewer bits than the model's exact ones may cost a fifth."""
+        """Measure the errors of one launch and judge them.
+
+        Accumulators with fewer bits than the model's exact ones may cost a fifth.
+        """
         out = self.attend(run)
         again = self.attend(run)
         found, modelled = rmse(out[self.rows], self.exact), rmse(self.model, self.exact)
         return {
-            "error": found, "error_of_model": modelled, "from_model": rmse(out[self.rows], self.model), "finite": bool(out.isfinite().all()),
-            "same_twice": torch.equal(out, again), "ok": bool(out.isfinite().all()) and torch.equal(out, again) and found <= 1.2 * modelled + 1e-3,
+            "error": found, "error_of_model": modelled,
+            "from_model": rmse(out[self.rows], self.model), "finite": bool(out.isfinite().all()),
+            "same_twice": torch.equal(out, again),
+            "ok": bool(out.isfinite().all())
+            and torch.equal(out, again)
+            and found <= 1.2 * modelled + 1e-3,
         }  # fmt: skip
 
 
 class Stream:
-    """A stream's cache and one step over it, launched or replayed: every step reads its length and slot from the same two device integers."""
+    """A stream's cache and one step over it, launched or replayed.
+
+    Every step reads its length and slot from the same two device integers.
+    """
 
     def __init__(
         self, run: Run, ring: Ring, blocks: int, heads: int, dim: int, seed: int, device: str
@@ -313,7 +336,11 @@ class Stream:
         self.run("aapt_commit", [*self.block, self.slot], numbers, self.cache)
 
     def errors(self, step: Callable[[], None]) -> list[float]:
-        """Of every block, after `step` (`launch`, or the replay of a graph that holds it), against float64 attention over what the ring shows it."""
+        """Measure the error of every block after `step`.
+
+        `step` is `launch`, or the replay of a graph that holds it. The error is that against
+        float64 attention over what the ring shows the block.
+        """
         found, width = [], self.ring.frame_tokens
         for block in range(len(self.keys)):
             place, own = self.ring.place(block), self.q[block * width : (block + 1) * width]
@@ -346,7 +373,8 @@ def replayed(stream: Stream) -> Callable[[], None]:
     return graph.replay
 
 
-# Every shape of ring: no text, no sink, neither, both; blocks that are tiles and blocks that are not; one place only.
+# Every shape of ring: no text, no sink, neither, both; blocks that are tiles and blocks that are
+# not; one place only.
 RINGS = (
     Ring(0, 64, 0, 2),
     Ring(7, 65, 1, 2),

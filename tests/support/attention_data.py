@@ -1,18 +1,22 @@
-"""Attention that looks like a trained generator's, drawn from a seed: what accuracy is measured on, in tests and in bench/emulator_accuracy.py.
+"""Attention that looks like a trained generator's, drawn from a seed.
 
-Per head:
+Accuracy is measured on it, in tests and in bench/emulator_accuracy.py. Per head:
 
-    32 topics, each with a direction in K and a mean in V; every token and every query belongs to one, at random
+    32 topics, each with a direction in K and a mean in V; every token and every query belongs to
+    one, at random
     key, query     topic direction + 1.5 x noise, scaled to unit RMS (as after QK-norm)
     value          a mean common to all tokens + its topic's mean + noise, all of unit variance
-    plain          as above: with D = 128 a query spreads its weight over some 2500 of 37 332 keys, most of them of its own topic
+    plain          as above: with D = 128 a query spreads its weight over some 2500 of 37 332 keys,
+                   most of them of its own topic
     sharp          queries x 2: over some 200
     outlier        4 channels of K moved by +-6, as the bias of a projection does
-    sink           all queries share a direction (0.5 x); the first 16 tokens have a key along it and values of a third of the usual size. Their
-                   scores lie about `sink_score` higher
+    sink           all queries share a direction (0.5 x); the first 16 tokens have a key along it
+                   and values of a third of the usual size. Their scores lie about `sink_score`
+                   higher
 
-Lengths are those of a stream: text, one sink block, past blocks, and the own block of T = 1196. Only some rows of queries are computed; rows do not
-depend on each other. The error is the relative RMSE against float64 attention over the inputs *before* quantisation.
+Lengths are those of a stream: text, one sink block, past blocks, and the own block of T = 1196.
+Only some rows of queries are computed; rows do not depend on each other. The error is the relative
+RMSE against float64 attention over the inputs *before* quantisation.
 """
 
 from functools import cached_property, lru_cache
@@ -34,7 +38,10 @@ SEED = 0
 
 
 class Drawn(NamedTuple):
-    """q [R, H, D] for some of the block's queries; k, v [S, H, D] in cache order, the block's own tokens last."""
+    """q [R, H, D] for some of the block's queries; k, v [S, H, D] in cache order.
+
+    The block's own tokens come last.
+    """
 
     q: Floats
     k: Floats
@@ -50,7 +57,10 @@ def draw(
     head_dim: int = 128,
     seed: int = SEED,
 ) -> Drawn:
-    """Data of a `kind` (top of this file) in which all numbers are bf16 values, as a generator's K and V are."""
+    """Draw data of a `kind` (top of this file) in which all numbers are bf16 values.
+
+    A generator's K and V are such values.
+    """
     assert kind in ("plain", "sharp", "outlier", "sink"), f"{kind=}"
     generator = np.random.default_rng([seed, tokens])
     normal = lambda *shape: generator.standard_normal((*shape, heads, head_dim), np.float32)
@@ -76,7 +86,10 @@ def unit_rms(x: Floats) -> Floats:
 
 
 def truth(q: Floats, k: Floats, v: Floats) -> NDArray[np.float64]:
-    """Every row of q over all keys, in float64. Rows and keys need not match in number: for the sum it does not matter who is in the cache."""
+    """Attend with every row of q over all keys, in float64.
+
+    Rows and keys need not match in number: for the sum it does not matter who is in the cache.
+    """
     n = len(k) - len(q)
     out, _, _ = reference.block_causal_attention(
         q[None], k[None, n:], v[None, n:], k[None, :n], v[None, :n], np.array([n], np.int32)
@@ -90,7 +103,10 @@ def rmse(out: NDArray[Any], exact: NDArray[np.float64]) -> float:
 
 
 class Case:
-    """One set of data, packed as a stream leaves it: everything but the last `block_tokens` in the cache."""
+    """One set of data, packed as a stream leaves it.
+
+    Everything but the last `block_tokens` is in the cache.
+    """
 
     def __init__(self, data: Drawn, block_tokens: int) -> None:
         self.q, self.tokens = data.q, block_tokens
@@ -112,7 +128,10 @@ class Case:
 
     @cached_property
     def stored(self) -> NDArray[np.float64]:
-        """float64 attention over the data after quantisation: measured against this, an error is that of the kernel's arithmetic alone."""
+        """Return float64 attention over the data after quantisation.
+
+        Measured against this, an error is that of the kernel's arithmetic alone.
+        """
         return truth(*self.dequantised())
 
     def attend(self, arithmetic: Arithmetic = KERNEL) -> Floats:
@@ -151,7 +170,10 @@ def case(
     head_dim: int = 128,
     seed: int = SEED,
 ) -> Case:
-    """Data of a `kind` in a full `ring`. Few keys need a weaker sink for the same share of the weight: 2 less in the short ring."""
+    """Draw data of a `kind` in a full `ring`.
+
+    Few keys need a weaker sink for the same share of the weight: 2 less in the short ring.
+    """
     tokens = ring.tokens + ring.frame_tokens
     score = sink_score - 2 * (kind == "sink" and ring == SHORT)
     return Case(

@@ -17,7 +17,10 @@ class Ran(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The text of the only `error:` line, which must be followed by the only `hint:` line and nothing else."""
+        """Return the text of the only `error:` line.
+
+        The only `hint:` line and nothing else must follow it.
+        """
         lines = self.err.splitlines()
         assert sum(line.startswith("error: ") for line in lines) == 1, self.err
         assert sum(line.startswith("hint: ") for line in lines) == 1, self.err

@@ -1,10 +1,15 @@
-"""A CUDA driver without a GPU, in the place of cuda.bindings.driver: strict about its calls, and as late as a GPU may be.
+"""A CUDA driver without a GPU, in the place of cuda.bindings.driver.
 
-Memory is NumPy arrays at made-up addresses, filled with 0xff (NaN in every float) until something is written; whatever leaves its allocation fails
-the test. A stream is a list of things that have not happened yet: they happen when, and only when, somebody asks whether that stream has come so
-far. A wait that is missing, or is for another stream, therefore shows as old data. `eager` is the other extreme: everything happens at once.
+It is strict about its calls, and as late as a GPU may be.
 
-Every call is checked against the signature in the real bindings' docstring, and noted in `journal`: addresses as m3+256 (device), h1 (pinned).
+Memory is NumPy arrays at made-up addresses, filled with 0xff (NaN in every float) until something
+is written; whatever leaves its allocation fails the test. A stream is a list of things that have
+not happened yet: they happen when, and only when, somebody asks whether that stream has come so
+far. A wait that is missing, or is for another stream, therefore shows as old data. `eager` is the
+other extreme: everything happens at once.
+
+Every call is checked against the signature in the real bindings' docstring, and noted in `journal`:
+addresses as m3+256 (device), h1 (pinned).
 """
 
 import ctypes
@@ -21,7 +26,10 @@ FIRST_ADDRESS, PAGE = 0x7F00_0000_0000, 1 << 12
 
 
 def check(name: str, arguments: tuple[Any, ...]) -> None:
-    """Raise TypeError where the real binding would: a wrong number of arguments, a number or an enum that is none."""
+    """Raise TypeError where the real binding would.
+
+    It would for a wrong number of arguments, and for a number or an enum that is none.
+    """
     first = str(getattr(real, name).__doc__).strip().splitlines()[0]
     inside = re.fullmatch(rf"{name}\((.*)\)", first)
     assert inside, first
@@ -292,7 +300,7 @@ class Plan:
 
 
 class Context:
-    """As api.Context: what it enqueues reads and writes the addresses that were bound when it was enqueued."""
+    """As api.Context: what it enqueues reads and writes the addresses bound at that moment."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.bound = plan, dict[str, int]()

@@ -25,7 +25,8 @@ from tests.support.lowered_graphs import computed
 
 VERSION = "11.4.0.106"
 KINDS = {
-    TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64", TensorProto.UINT8: "UINT8", TensorProto.BFLOAT16: "BF16",
+    TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64",
+    TensorProto.UINT8: "UINT8", TensorProto.BFLOAT16: "BF16",
     TensorProto.FLOAT8E4M3FN: "FP8",
 }  # fmt: skip
 

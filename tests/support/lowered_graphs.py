@@ -1,7 +1,10 @@
-"""A plan's graph, as `lower_tensorrt` leaves it, computed without TensorRT: what is bf16 there is float32 rounded to bf16 here.
+"""A plan's graph, as `backends/trt/lower.py` leaves it, computed without TensorRT.
 
-ONNX Runtime has no bf16 products on a CPU, and nobody but TensorRT knows our plugin. So every cast to bf16 is followed by one back, and a graph with
-the plugin's nodes is run by onnx's own reference evaluator, in which the node is the kernel's arithmetic in NumPy (`emulator`), on the same bytes.
+What is bf16 there is float32 rounded to bf16 here.
+
+ONNX Runtime has no bf16 products on a CPU, and nobody but TensorRT knows our plugin. So every cast
+to bf16 is followed by one back, and a graph with the plugin's nodes is run by onnx's own reference
+evaluator, in which the node is the kernel's arithmetic in NumPy (`emulator`), on the same bytes.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +56,10 @@ assert BlockCausalAttention.__name__ == NAME
 def computed(
     model: ModelProto, tokens: int
 ) -> Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]:
-    """Runs `model`; its tensors in bf16 are given and returned as their bits, FP8 tensors as their bytes."""
+    """Runs `model`.
+
+    Its tensors in bf16 are given and returned as their bits, FP8 tensors as their bytes.
+    """
     halves = {
         value.name
         for value in (*model.graph.input, *model.graph.output)

@@ -1,4 +1,7 @@
-"""The native form of a graph, made fit for ONNX Runtime, which wants one mask row a query where TensorRT broadcasts one over all of them."""
+"""The native form of a graph, made fit for ONNX Runtime.
+
+ONNX Runtime wants one mask row a query where TensorRT broadcasts one over all of them.
+"""
 
 import numpy as np
 from onnx import ModelProto, helper, numpy_helper

@@ -1,4 +1,7 @@
-"""What takes long to make is made once, also where several workers of pytest-xdist run the tests."""
+"""What takes long to make is made once.
+
+That holds also where several workers of pytest-xdist run the tests.
+"""
 
 import os
 import pickle
@@ -29,5 +32,6 @@ def made(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Thin
             thing = make(folder)
             result.write_bytes(pickle.dumps(thing))
             return thing
-    found: Thing = pickle.loads(result.read_bytes())
+    # A run of these tests wrote it, in a folder of its own.
+    found: Thing = pickle.loads(result.read_bytes())  # noqa: S301  our own file
     return found

@@ -1,4 +1,7 @@
-"""Opening engines in tests: as the package does it, with a warning as a failure unless a test listens for it."""
+"""Opening engines in tests, as the package does it.
+
+A warning is a failure unless a test listens for it.
+"""
 
 from collections.abc import Callable
 

@@ -88,6 +88,10 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     render_world(folder, TINY, 0, 4)
     whole = (folder / "clip-00000000-0.safetensors").read_bytes()
     (folder / "clip-cut.safetensors").write_bytes(whole[:-50])
-    save_file({"frames": torch.zeros(9, 8, 8, 3, dtype=torch.uint8), "poses": torch.zeros(3, 5), "tokens": torch.zeros(4, dtype=torch.long)},
-              folder / "clip-small.safetensors")  # fmt: skip
+    short = {
+        "frames": torch.zeros(9, 8, 8, 3, dtype=torch.uint8),
+        "poses": torch.zeros(3, 5),
+        "tokens": torch.zeros(4, dtype=torch.long),
+    }
+    save_file(short, folder / "clip-small.safetensors")
     return folder

@@ -50,7 +50,7 @@ def a_fragment(thread: Any, register: Any, byte: Any) -> tuple[Any, Any]:
 def a_source(half: Any, register: Any, byte: Any) -> Any:
     """Which float32 register of the scores becomes `byte` of `register` of A.
 
-    Keys are 32 * half and following. It is always one of the same thread. So the columns of A are not in key order: column c is
-    key kappa(c). V tiles are stored to match.
+    Keys are 32 * half and following. It is always one of the same thread. So the columns of A are
+    not in key order: column c is key kappa(c). V tiles are stored to match.
     """
     return 16 * half + 8 * (register >> 1) + 2 * (register & 1) + 4 * (byte >> 1) + (byte & 1)

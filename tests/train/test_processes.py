@@ -38,8 +38,10 @@ from aapt_deploy.train.stages import GeneratorStages
 from aapt_deploy.train.recipe import *
 from aapt_deploy.train.processes import joined
 two = dict(accumulate=2)
-game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1, overlap=2, unjudged=1, penalty=10.0)
-recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (FlowStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5),),
+game = AdversarialStage(gan(2, 2, 1e-3, **two), blocks=6, discriminator_rate=1e-3, extensions=1,
+                        overlap=2, unjudged=1, penalty=10.0)
+flow = FlowStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, resampled=0.5, forced=0.5)
+recipe = Recipe(VaeStage(Optimiser(1, 1, 1e-3)), (flow,),
                 (ConsistencyStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2),),
                 (TrajectoryStage(Optimiser(2, 2, 1e-3, 1, ema=0.5, **two), 2, worn=0.5,
                 fade_blocks=2),), (dataclasses.replace(game, attention="bidirectional"),),
@@ -55,7 +57,8 @@ for folder, context, checkpointing, port in json.loads(sys.argv[1]):
         for p in generator.parameters():
             p += 0.05 * torch.randn_like(p)
     latents.z.add_(0.3 * torch.randn(latents.z.shape))
-    list(GeneratorStages(generator, latents, recipe, Path(folder), lambda text: None, setup).all(False, None))
+    stages = GeneratorStages(generator, latents, recipe, Path(folder), lambda text: None, setup)
+    list(stages.all(False, None))
     if setup.mesh is not None:
         torch.distributed.destroy_process_group()
 """
@@ -109,7 +112,10 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs: `alone`, and one for each case. Each process starts once, for the imports take longest."""
+    """Return the folder of all runs: `alone`, and one for each case.
+
+    Each process starts once, for the imports take longest.
+    """
     folder = tmp_path_factory.mktemp("parallel")
     shared = start({folder / name: case for name, case in CASES.items()}, 2)
     finish([*shared, *start({folder / "alone": Case(1, False)}, 1)])

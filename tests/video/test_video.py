@@ -175,7 +175,8 @@ class _Drain:
 
 
 COLOURS = [
-    (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128), (200, 30, 120), (0, 0, 0), (255, 255, 255)
+    (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128), (200, 30, 120), (0, 0, 0),
+    (255, 255, 255),
 ]  # fmt: skip
 
 
@@ -386,7 +387,10 @@ for limit in (0, 700, 100_000):
 
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, name: str) -> None:
-    """A real write error: the file size limit, at the first byte, in the header or at close, and in the middle."""
+    """A real write error, by the file size limit.
+
+    It comes at the first byte, in the header or at close, and in the middle.
+    """
     path = tmp_path / "a.video"
     path.write_bytes(b"old")
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}

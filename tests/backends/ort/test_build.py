@@ -1,4 +1,7 @@
-"""build-engine: what is built, how it is chosen, what is refused, and that a build which dies leaves the bundle as it was."""
+"""build-engine: what is built, how it is chosen, and what is refused.
+
+A build that dies leaves the bundle as it was.
+"""
 
 import dataclasses
 import math
@@ -101,7 +104,10 @@ def test_graphs_are_lowered_to_what_onnx_runtime_runs_best(bundle: Path, tiny: P
 def test_a_cpu_that_would_overflow_gets_weights_of_seven_bits(
     exact: bool, largest: int, bits: int, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """uint8 times int8, twice, does not fit into 16 bits; without VNNI an x86 cuts such sums off. The manifest says which weights an engine has."""
+    """uint8 times int8, twice, does not fit into 16 bits; without VNNI an x86 cuts such sums off.
+
+    The manifest says which weights an engine has.
+    """
     monkeypatch.setattr(build, "adds_int8_exactly", lambda: exact)
     build_engine(Bundle.open(copied), "onnxruntime", "int8", Options(silent))
     opened = Bundle.open(copied)
@@ -144,7 +150,10 @@ def test_nothing_of_the_way_to_an_engine_stays_in_it(bundle: Path) -> None:
 
 
 def test_the_calibrator_saw_the_decoder_at_work(bundle: Path, tiny: Profile) -> None:
-    """Every start frame, the start image and some blocks each, with the memory that the decoder had at that moment."""
+    """Every start frame, the start image and some blocks each.
+
+    Each comes with the memory that the decoder had at that moment.
+    """
     opened = Bundle.open(bundle)
     samples = list(build._decoder_inputs(opened, all_starts(opened), silent))
     assert len(samples) == 2 * (1 + build.CALIBRATION_BLOCKS)
@@ -164,8 +173,11 @@ SHOWN = 3  # times each latent is decoded: the decoder remembers one
 def test_int8_keeps_pictures_that_are_darker_than_every_start_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The embedded checkpoint's decoder, for the middle of the picture. Calibration sees the start frames alone; with the linear path in int8, too,
-    nothing comes out darker than they are."""
+    """The embedded checkpoint's decoder, for the middle of the picture.
+
+    Calibration sees the start frames alone. With the linear path in int8, too, nothing comes out
+    darker than they are.
+    """
     held = checkpoint.load(assets.CHECKPOINT)
     profile = held.profile.replace(
         video=dataclasses.replace(held.profile.video, width=96, height=48)
@@ -240,7 +252,10 @@ def frames(engines: Any, opened: Bundle) -> list[np.ndarray]:
 def test_the_fastest_threads_win(
     bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Timing is replaced: which setting is fast is the machine's business, that the fastest is taken is ours."""
+    """Timing is replaced: which setting is fast depends on the machine.
+
+    That the fastest is taken is ours to check.
+    """
     tried: list[Threads] = []
 
     class Counted:
@@ -299,8 +314,10 @@ def test_a_bundle_without_start_frames_is_built_all_the_same(bare: Path) -> None
 @pytest.mark.parametrize(
     ("backend", "precision", "message"),
     [
-        ("tensorflow", None, "backend 'tensorflow' cannot be built"), ("onnxruntime", "fp8", "graphs in fp32; onnxruntime builds fp32 and int8"),
-        ("torch", "int8", "precision 'int8' does not exist for torch"), ("", None, "backend '' cannot be built"),
+        ("tensorflow", None, "backend 'tensorflow' cannot be built"),
+        ("onnxruntime", "fp8", "graphs in fp32; onnxruntime builds fp32 and int8"),
+        ("torch", "int8", "precision 'int8' does not exist for torch"),
+        ("", None, "backend '' cannot be built"),
     ],
 )  # fmt: skip
 def test_unknown_names_are_refused_with_the_known_ones(

@@ -1,4 +1,7 @@
-"""The GPU's streaming decoder against the module whose weights it takes, in both forms of its convolutions."""
+"""The GPU's streaming decoder against the module whose weights it takes.
+
+Its convolutions are tried in both forms.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""The GPU engine's operations on a CPU, with plain kernels in the place of ours: the reference's frames, and nothing that a graph forbids."""
+"""The GPU engine's operations on a CPU, with plain kernels in the place of ours.
+
+They give the reference's frames, and do nothing that a graph forbids.
+"""
 
 import copy
 import dataclasses
@@ -134,7 +137,10 @@ def test_a_reset_engine_is_a_fresh_one(loaded: Checkpoint, bundle: Path) -> None
 def test_in_fp8_it_streams_an_fp8_export(
     exported: Exported, three: Checkpoint, exported_frames: list[np.ndarray], by_row: bool
 ) -> None:
-    """Against ONNX Runtime on the exported graphs, whose products are FP8 and whose attention is float32; the bound is that of the TensorRT path."""
+    """Against ONNX Runtime on the exported graphs, with products in FP8 and attention in float32.
+
+    The bound is that of the TensorRT path.
+    """
     opened = Bundle.open(exported.path)
     found = scales.load(opened.checked(scales.FILE), opened.profile)
     engines = over(three, "fp8", found, by_row)
@@ -149,7 +155,10 @@ def test_in_fp8_it_streams_an_fp8_export(
 def test_a_step_of_codes_is_the_product_of_what_they_stand_for(
     exported: Exported, three: Checkpoint
 ) -> None:
-    """One pass with nothing cached: FP8 layers against the same layers in float32 on rounded weights and inputs."""
+    """One pass with nothing cached: FP8 layers against the same layers in float32.
+
+    The weights and inputs of both are rounded.
+    """
     opened = Bundle.open(exported.path)
     found, generator = (
         scales.load(opened.checked(scales.FILE), opened.profile),
@@ -210,7 +219,10 @@ def test_random_engines_are_tame_and_drawn_from_the_seed(precision: str) -> None
 
 
 def shapes_alone() -> Kernels:
-    """Attention that gives its shape; everything else as it is. On the meta device, which has no numbers, any look at one raises."""
+    """Attention that gives its shape; everything else as it is.
+
+    It runs on the meta device, which has no numbers: any look at one raises.
+    """
 
     def attend_tiles(q: torch.Tensor, *rest: torch.Tensor | AttentionScales) -> torch.Tensor:
         assert q.is_contiguous()
@@ -370,7 +382,8 @@ def test_machines_and_shapes_that_it_is_not_for(
     with (
         pytest.raises(
             MachineError,
-            match="aapt-8b-736x416-h100 does not fit into the memory of a GPU: Tried to allocate 9 GiB",
+            match="aapt-8b-736x416-h100 does not fit into the memory of a GPU: "
+            "Tried to allocate 9 GiB",
         ),
         torch_cuda.memory_for(big),
     ):

@@ -1,6 +1,8 @@
-"""Opening a TensorRT engine from a bundle: what does not belong on this machine is refused before one byte of a plan is deserialised.
+"""Opening a TensorRT engine from a bundle.
 
-TensorRT's module is a fake that counts what it is asked to open; the plans that it gives back run over the emulated device.
+What does not belong on this machine is refused before one byte of a plan is deserialised.
+TensorRT's module is a fake that counts what it is asked to open; the plans that it gives back run
+over the emulated device.
 """
 
 import dataclasses
@@ -83,7 +85,8 @@ def built(
         for name in names:
             (stage.path / f"{name}.plan").write_bytes(b"plan of " + name.encode())
         stage.entry |= {
-            "backend": "tensorrt", "precision": "fp32", "threads": 1, "spinning": False, "step_ms": 1.0, "plugin": "native",
+            "backend": "tensorrt", "precision": "fp32", "threads": 1, "spinning": False,
+            "step_ms": 1.0, "plugin": "native",
             "graphs": {name: f"{stage.relative}/{name}.plan" for name in names},
             "receipts": {name: receipt(opened, name).to_dict() for name in names},
         }  # fmt: skip
@@ -169,7 +172,8 @@ def test_a_plan_whose_bytes_were_changed_is_refused(copied: Path, here: Machine)
 @pytest.mark.parametrize(
     "change",
     [
-        {"graphs": None}, {"graphs": {}}, {"receipts": {"encoder": {}}}, {"plugin": "magic"}, {"plugin": None}, {"scales": 3}, {"cuda_graph": "yes"},
+        {"graphs": None}, {"graphs": {}}, {"receipts": {"encoder": {}}}, {"plugin": "magic"},
+        {"plugin": None}, {"scales": 3}, {"cuda_graph": "yes"},
         {"graphs": dict.fromkeys(("encoder", "prompt", "generator", "decoder"), 7)},
     ],
 )  # fmt: skip
@@ -203,7 +207,8 @@ def test_a_plan_of_another_profile_is_refused(
     sys.modules["aapt_deploy.backends.trt.api"].open_plan = other  # type: ignore[attr-defined]
     with pytest.raises(
         BundleError,
-        match=r"k_cache\.01 is FLOAT \[1, 7, 2, 16\], not .*no clean; time is INT32 .*unknown dirty",
+        match=r"k_cache\.01 is FLOAT \[1, 7, 2, 16\], not .*no clean; "
+        r"time is INT32 .*unknown dirty",
     ):
         open_engines(opened, "tensorrt")
 
@@ -317,7 +322,8 @@ def test_profile_tells_layers_and_stages_and_the_step_is_not_their_sum(
     record = json.loads(ran.out)
     assert ran.code in (0, 3), ran.err
     assert record["backend"] == "tensorrt" and record["layers"]["generator"][0] == {
-        "name": "attention", "kind": "", "tactic": "", "ms": 2.0, "share": pytest.approx(2 / 3, abs=1e-3),
+        "name": "attention", "kind": "", "tactic": "", "ms": 2.0,
+        "share": pytest.approx(2 / 3, abs=1e-3),
     }  # fmt: skip
     assert set(record["layers"]) == {"generator", "decoder"} and "layers of decoder" in ran.err
     assert (

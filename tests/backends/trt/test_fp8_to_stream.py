@@ -1,8 +1,10 @@
-"""The route of docs/deploy-h100.md, whole: an fp8 export, built for TensorRT, streamed by backends/trt/engine, with the names of one part those of
-the next.
+"""The route of docs/deploy-h100.md, whole: an fp8 export, built for TensorRT, streamed.
 
-The device is emulated, a plan is its lowered graph (`lowered_graphs`), our kernels are their arithmetic in NumPy. Everything else is what runs on the
-user's machine. The frames are held against ONNX Runtime on the exported graphs, which keeps attention in float32.
+backends/trt/engine streams it, and the names of one part are those of the next.
+
+The device is emulated, a plan is its lowered graph (`lowered_graphs`), our kernels are their
+arithmetic in NumPy. Everything else is what runs on the user's machine. The frames are held against
+ONNX Runtime on the exported graphs, which keeps attention in float32.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""What a GPU's kernels will be held against, itself checked on a CPU: by the layout and the emulator, and on the kernels run thread by thread."""
+"""What a GPU's kernels will be held against, itself checked on a CPU.
+
+The layout and the emulator check it, and the kernels run thread by thread.
+"""
 
 import ctypes
 from collections.abc import Sequence
@@ -92,7 +95,10 @@ def test_the_checks_fail_on_wrong_kernels(run: Run) -> None:
 
 @pytest.mark.parametrize("ring", RINGS, ids=str)
 def test_a_stream_through_every_ring(run: Run, ring: Ring) -> None:
-    """The kernels on a ring that fills and wraps: text, sink, slots and lengths of `Ring`, and commit into tiles that two blocks share."""
+    """The kernels on a ring that fills and wraps.
+
+    Checks text, sink, slots and lengths of `Ring`, and commits into tiles that two blocks share.
+    """
     blocks = ring.sink_frames + 2 * ring.window_frames + 1
     stream = Stream(run, ring, blocks, 1, 64, 0, "cpu")
     errors = stream.errors(stream.launch)

@@ -1,6 +1,9 @@
-"""One op, every facet, every ring case: reference, torch, portable ONNX and the in-place lowering must be one function.
+"""One op, every facet, every ring case.
 
-Accuracy rule: against float64, a facet may err at most twice as much as a plain implementation in the same precision.
+Reference, torch, portable ONNX and the in-place lowering must be one function.
+
+Accuracy rule: against float64, a facet may err at most twice as much as a plain implementation in
+the same precision.
 """
 
 import itertools
@@ -53,7 +56,10 @@ ring_cases = pytest.mark.parametrize(
 
 
 class Stream:
-    """Random q, k, v of every pass of a rollout that fills the ring and wraps it at least twice, exactly representable in `dtype`."""
+    """Random q, k, v of every pass of a rollout, exactly representable in `dtype`.
+
+    The rollout fills the ring and wraps it at least twice.
+    """
 
     def __init__(self, ring: Ring, dtype: torch.dtype = torch.float32) -> None:
         self.ring, self.blocks = ring, 3 * ring.window_frames + 2
@@ -78,7 +84,10 @@ class Stream:
             yield block, run, *self.passes[block, run]
 
     def whole(self, block: int, run: int) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """Keys and values of the whole clip as pass `run` of `block` knows them, and which of these tokens it may see."""
+        """Return keys and values of the whole clip as pass `run` of `block` knows them.
+
+        The third result says which of these tokens it may see.
+        """
         _, keys, values = self.passes[:, PASSES - 1].swapaxes(0, 1).copy()  # [block, 1, T, H, D]
         keys[block], values[block] = self.passes[block, run, 1:]
         seen = np.isin(np.arange(self.blocks), self.ring.visible(block)).repeat(
@@ -117,7 +126,10 @@ def assert_accurate(
 
 
 def rollout(stream: Stream, attend: Attend) -> list[Array]:
-    """Alias-free rollout; a pass that is not the block's last is not committed. Unused cache rows hold NaN: nobody may read them."""
+    """Roll out alias-free; a pass that is not the block's last is not committed.
+
+    Unused cache rows hold NaN: nobody may read them.
+    """
     ring = stream.ring
     caches = np.full((2, 1, ring.tokens, HEADS, HEAD_DIM), np.nan, np.float32)
     caches[:, :, : ring.text_tokens] = stream.text
@@ -287,7 +299,10 @@ def test_in_place_lowering(ring: Ring) -> None:
 
 @pytest.mark.parametrize("facet", ["reference", "torch", "portable"])
 def test_half_precision_cache_below_single_precision_queries(facet: str) -> None:
-    """The block leaves in the cache's dtype and the stored one is read back; values that fp16 holds exactly lose nothing on the way."""
+    """The block leaves in the cache's dtype and the stored one is read back.
+
+    Values that fp16 holds exactly lose nothing on the way.
+    """
     ring = RINGS[-1]
     stream = Stream(ring, torch.float16)
     portable = session(onnx_function.attach(attention_model(ring, TensorProto.FLOAT16)))
@@ -428,7 +443,10 @@ def commit_us(folder: Path, window_frames: int, alias: bool) -> float:
 
 
 def test_the_commit_costs_the_same_for_a_cache_16_times_as_long(tmp_path: Path) -> None:
-    """With a control: without the shared buffer the same graph copies, and this measurement sees it."""
+    """With a control: without the shared buffer the same graph copies.
+
+    This measurement sees it.
+    """
     small, large = (commit_us(tmp_path, frames, alias=True) for frames in (62, 16 * 64 - 2))
     copied = commit_us(tmp_path, 16 * 64 - 2, alias=False)
     assert large < 4 * max(small, 5.0), f"{small=} us, {large=} us"

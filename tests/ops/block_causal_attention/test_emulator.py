@@ -1,6 +1,8 @@
-"""The kernel's arithmetic against float64: right for every length, accurate enough at the lengths of real streams, and for the reasons we think.
+"""The kernel's arithmetic against float64.
 
-attention_data.py describes the data and the error. bench/emulator_accuracy.py records the same numbers for more heads.
+It is right for every length, accurate enough at the lengths of real streams, and for the reasons we
+think. tests/support/attention_data.py describes the data and the error.
+bench/emulator_accuracy.py records the same numbers for more heads.
 """
 
 import itertools
@@ -20,11 +22,13 @@ SINGLE_LEVEL = Arithmetic(flush_keys=None)
 
 # --- accuracy at the lengths of real streams ---
 
-# Relative RMSE that an earlier, independent model of this arithmetic gave on clustered data of its own: (kernel, the same with exact sums). It may be
-# 1.5 times as much here. Of 4800 tokens that model had plain data only: a shorter stream, which averages less, costs 0.0064 / 0.0041 there.
+# Relative RMSE that an earlier, independent model of this arithmetic gave on clustered data of its
+# own: (kernel, the same with exact sums). It may be 1.5 times as much here. Of 4800 tokens that
+# model had plain data only: a shorter stream, which averages less, costs 0.0064 / 0.0041 there.
 MARGIN, SHORTER = 1.5, 0.0064 / 0.0041
 KINDS = {
-    ("plain", 0): (0.0041, 0.0041), ("sharp", 0): (0.0131, 0.0130), ("outlier", 0): (0.0059, 0.0059),
+    ("plain", 0): (0.0041, 0.0041), ("sharp", 0): (0.0131, 0.0130),
+    ("outlier", 0): (0.0059, 0.0059),
     ("sink", 6): (0.0075, 0.0075), ("sink", 9): (0.0178, 0.0178), ("sink", 12): (0.0555, 0.0555),
 }  # fmt: skip
 kinds = pytest.mark.parametrize(
@@ -34,7 +38,10 @@ rings = pytest.mark.parametrize("ring", [SHORT, LONG], ids=["4800", "37332"])
 
 
 def real(kind: str, ring: Ring, sink_score: float = 0, head_dim: int = 128) -> Case:
-    """With a sink the error is that of 16 keys in each head, and one head may have half as much again as the next: two are averaged."""
+    """With a sink the error is that of 16 keys in each head.
+
+    One head may have half as much again as the next: two are averaged.
+    """
     return case(kind, ring, sink_score, heads=2 if kind == "sink" else 1, head_dim=head_dim)
 
 
@@ -43,7 +50,8 @@ def assert_accurate(made: Case, kind: str, sink_score: float) -> None:
     for arithmetic, expected in zip((KERNEL, EXACT), KINDS[kind, sink_score], strict=True):
         error = made.error(arithmetic)
         print(
-            f"{kind} {sink_score} {made.cache_len + made.tokens} {arithmetic.accumulator_bits}: {error:.4f}"
+            f"{kind} {sink_score} {made.cache_len + made.tokens} "
+            f"{arithmetic.accumulator_bits}: {error:.4f}"
         )
         assert error <= MARGIN * expected * (SHORTER if made.cache_len < 4800 else 1), (
             f"{arithmetic}"
@@ -70,7 +78,10 @@ def test_the_error_at_real_lengths_with_64_channels(
 def test_most_of_the_error_is_in_the_stored_numbers(
     kind: str, sink_score: float, ring: Ring
 ) -> None:
-    """Two levels make up for the 13-bit accumulator, and P as e4m3 adds less than K, V and Q as e4m3 cost to begin with."""
+    """Two levels make up for the 13-bit accumulator.
+
+    P as e4m3 adds less than K, V and Q as e4m3 cost to begin with.
+    """
     made = real(kind, ring, sink_score)
     assert made.error(KERNEL) <= 1.1 * made.error(EXACT)
     assert made.error(KERNEL) <= 1.5 * made.input_error()
@@ -79,7 +90,10 @@ def test_most_of_the_error_is_in_the_stored_numbers(
 
 @rings
 def test_a_single_level_of_accumulation_is_a_trap(ring: Ring) -> None:
-    """A term far smaller than the sum falls off the end of 13 bits: the longer the stream, the more of it is lost."""
+    """A term far smaller than the sum falls off the end of 13 bits.
+
+    The longer the stream, the more of it is lost.
+    """
     made = real("plain", ring)
     single = made.error(SINGLE_LEVEL)
     print(f"single level {ring.tokens + ring.frame_tokens}: {single:.4f}")
@@ -100,11 +114,15 @@ def test_the_offset_of_p_is_needed() -> None:
 
 @pytest.mark.parametrize("sink_score", [9, 12])
 def test_the_sink_is_visited_last(sink_score: float) -> None:
-    """A sink that comes first sets the running maximum for all: the P of every other key then fall into the lowest steps of e4m3."""
+    """A sink that comes first sets the running maximum for all.
+
+    The P of every other key then fall into the lowest steps of e4m3.
+    """
     made = real("sink", LONG, sink_score)
     last, first = (made.arithmetic_error(Arithmetic(sink_last=order)) for order in (True, False))
     print(
-        f"sink {sink_score}: error of the arithmetic alone {last:.4f} sink last, {first:.4f} sink first"
+        f"sink {sink_score}: error of the arithmetic alone "
+        f"{last:.4f} sink last, {first:.4f} sink first"
     )
     assert last < 0.75 * first
     assert made.error(KERNEL) < made.error(Arithmetic(sink_last=False))
@@ -122,7 +140,11 @@ def small(tokens: int, cache_len: int, head_dim: int, seed: int = 1) -> Case:
 
 
 def assert_near(out: Floats, made: Case) -> None:
-    """Within what rounding can do: P is off by at most 1/16 of itself or half a subnormal step, bf16 and 13 bits by at most 1/64 together."""
+    """Within what rounding can do.
+
+    P is off by at most 1/16 of itself or half a subnormal step, bf16 and 13 bits by at most 1/64
+    together.
+    """
     q, k, v = made.dequantised()
     bound = truth(q, k, np.abs(v))
     slack = len(k) * 2.0**-18 * np.abs(v).max()
@@ -145,7 +167,10 @@ def test_every_length(head_dim: int) -> None:
     ids=["ring", "sink", "text", "text-sink"],
 )
 def test_a_stream(ring: Ring) -> None:
-    """Attention through caches that were committed to block by block, over two turns of the ring, against the blocks in sight."""
+    """Attention through caches that were committed to block by block, against the blocks in sight.
+
+    It takes two turns of the ring.
+    """
     blocks, head_dim = 3 * ring.window_frames + 2, 64
     data = draw(
         "plain", ring.text_tokens + blocks * ring.frame_tokens, rows=blocks * 3, head_dim=head_dim
@@ -177,7 +202,10 @@ def test_a_stream(ring: Ring) -> None:
 
 
 def among_garbage(images: tuple[Bytes, Bytes], tokens: int, more_tiles: int) -> tuple[Bytes, Bytes]:
-    """`images` with random finite bytes in every token from `tokens` on, and in `more_tiles` behind."""
+    """Return `images` with random finite bytes around them.
+
+    They are in every token from `tokens` on, and in `more_tiles` behind.
+    """
     heads, tiles, tile_bytes = images[0].shape
     k, v = np.random.default_rng(tokens).integers(
         0, 0x7F, (2, heads, tiles + more_tiles, tile_bytes), np.uint8
@@ -196,7 +224,10 @@ def test_what_lies_behind_the_valid_tokens_does_not_matter(tokens: int, cache_le
 
 
 def test_two_keys_by_hand() -> None:
-    """P is rounded, its sum is not, the result is bf16: exp(-1) x 256 = 94.2 becomes 96, and (256 + 96) / (256 + 94.2) = 1.0052 becomes 1.0078."""
+    """P is rounded, its sum is not, the result is bf16.
+
+    exp(-1) x 256 = 94.2 becomes 96, and (256 + 96) / (256 + 94.2) = 1.0052 becomes 1.0078.
+    """
     ones, zeros = np.ones((1, 1, 64), np.float32), np.zeros((1, 1, 64), np.float32)
     unit = layout.Scales(np.ones(1, np.float32), np.ones(1, np.float32), zeros[0], ones[0])
     first = np.eye(1, 64, dtype=np.float32)[None]  # [1, 1, 64]: channel 0

@@ -1,7 +1,9 @@
-"""The cache layout of the Hopper kernels: every byte has one place, the tensor core finds it there, and a stream kept in it loses nothing.
+"""The cache layout of the Hopper kernels.
 
-What the hardware does with an operand (descriptor, swizzle, registers) is written here a second time, from its description and bit by bit, so that
-a mistake in the module cannot hide behind itself.
+Every byte has one place, the tensor core finds it there, and a stream kept in it loses nothing.
+
+What the hardware does with an operand (descriptor, swizzle, registers) is written here a second
+time, from its description and bit by bit. So a mistake in the module cannot hide behind itself.
 """
 
 import itertools
@@ -106,7 +108,8 @@ def test_every_byte_of_a_tile_is_used_once(head_dim: int) -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "k_offset", "v_offset"),
-    [  # key 13, channel 50. K: row 13, piece 50 // 16 = 3. V: row 50, column pos(13) = 11. Pieces are exchanged by row bits.
+    [  # Key 13, channel 50. K: row 13, piece 50 // 16 = 3. V: row 50, column pos(13) = 11.
+        # Pieces are exchanged by row bits.
         (128, 13 * 128 + (3 ^ 5) * 16 + 2, 50 * 64 + (0 ^ 1) * 16 + 11),
         (64, 13 * 64 + (3 ^ 2) * 16 + 2, 50 * 64 + (0 ^ 1) * 16 + 11),
     ],
@@ -129,7 +132,10 @@ def test_shapes_and_limits() -> None:
 
 
 def swizzled(address: int, code: int) -> int:
-    """Where the hardware looks for the byte at `address`. 128 B (code 1): bits 7, 8, 9 flip bits 4, 5, 6; 64 B (code 2): 7, 8 flip 4, 5."""
+    """Find where the hardware looks for the byte at `address`.
+
+    128 B (code 1): bits 7, 8, 9 flip bits 4, 5, 6; 64 B (code 2): 7, 8 flip 4, 5.
+    """
     for bit in range({1: 3, 2: 2}[code]):
         if address & 1 << 7 + bit:
             address ^= 1 << 4 + bit
@@ -137,7 +143,10 @@ def swizzled(address: int, code: int) -> int:
 
 
 def operand(memory: Bytes, descriptor: int, rows: int) -> Bytes:
-    """The K-major operand [rows, 32 bytes] that a wgmma gets through `descriptor` from shared `memory`."""
+    """Return the K-major operand [rows, 32 bytes] that a wgmma gets through `descriptor`.
+
+    The bytes lie in shared `memory`.
+    """
     start, stride, code = (
         (descriptor & 0x3FFF) << 4,
         (descriptor >> 32 & 0x3FFF) << 4,
@@ -215,7 +224,10 @@ def test_descriptor_bits() -> None:
 
 @DIMS
 def test_no_bank_conflicts(head_dim: int) -> None:
-    """The 8 rows of 16 bytes that are read together touch each of the 32 banks once, wherever they begin in a tile."""
+    """The 8 rows of 16 bytes that are read together touch each of the 32 banks once.
+
+    They do so wherever they begin in a tile.
+    """
     shape = layout.geometry(head_dim)
     for swizzle, rows, pitch in (
         (shape.k_swizzle, TILE_KEYS, head_dim),
@@ -406,7 +418,10 @@ STREAMS = [Ring(*counts) for counts in itertools.product((0, 3, 70), (5, 64, 100
     ),
 )
 def test_a_stream_keeps_the_tokens_of_a_plain_cache(ring: Ring) -> None:
-    """Text, sink, filling and two turns of the ring, next to a token-major cache of the same codes."""
+    """Text, sink, filling and two turns of the ring.
+
+    A token-major cache of the same codes runs beside it.
+    """
     head_dim = 64
     generator = rng(12, ring.text_tokens, ring.frame_tokens)
     caches = np.zeros((2, *layout.image_shape(HEADS, ring.tokens, head_dim)), np.uint8)

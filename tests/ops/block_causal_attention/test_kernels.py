@@ -1,4 +1,8 @@
-"""The CUDA kernels without a GPU: they compile for Hopper, fit its registers and memory, keep the order that makes them fast, have the flat ABI."""
+"""The CUDA kernels without a GPU.
+
+They compile for Hopper, fit its registers and memory, keep the order that makes them fast, and have
+the flat ABI.
+"""
 
 import re
 import subprocess
@@ -166,8 +170,12 @@ def instructions(code: Compiled, folder: Path) -> list[str]:
 
 
 def test_the_loops_exponentials_run_while_products_do(code: Compiled, tmp_path: Path) -> None:
-    """In the loop: scores are issued, then P.V; after the wait for the scores come the whole softmax's exponentials, then the wait for P.V. An
-    assembler that moves them behind the second wait costs the overlap, and no result would tell."""
+    """The loop keeps the order that lets products and exponentials overlap.
+
+    Scores are issued, then P.V; after the wait for the scores come the whole softmax's
+    exponentials, then the wait for P.V. An assembler that moves them behind the second wait costs
+    the overlap, and no result would tell.
+    """
     found = instructions(code, tmp_path)
     kinds = [
         i.split()[0].split(".")[0] + (" " + i.rsplit(" ", 1)[-1] if "DEPBAR" in i else "")
@@ -317,8 +325,9 @@ def test_without_the_library_or_with_an_old_one() -> None:
 @pytest.mark.parametrize(
     ("kernel", "tokens", "shape"),
     [
-        ("aapt_attend", 1, Shape(1, 24, 384)), ("aapt_attend", 128, Shape(1, 24, 384)), ("aapt_attend", 1196, Shape(10, 24, 384)),
-        ("aapt_pack", 64, Shape(1, 24, 256)), ("aapt_pack", 65, Shape(2, 24, 256)), ("aapt_commit", 64, Shape(2, 24, 256)),
+        ("aapt_attend", 1, Shape(1, 24, 384)), ("aapt_attend", 128, Shape(1, 24, 384)),
+        ("aapt_attend", 1196, Shape(10, 24, 384)), ("aapt_pack", 64, Shape(1, 24, 256)),
+        ("aapt_pack", 65, Shape(2, 24, 256)), ("aapt_commit", 64, Shape(2, 24, 256)),
     ],
 )  # fmt: skip
 def test_launch_shapes(kernel: str, tokens: int, shape: Shape) -> None:

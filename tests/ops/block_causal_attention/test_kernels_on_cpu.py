@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on thi
 PLAINEST = kernels.VARIANTS["as first written"]
 Plainest = Callable[[int, tuple[int, ...]], np.ndarray]
 
-# T, cache capacity, cache_len, heads: one token; nothing cached; an own tile boundary; a ragged tail of both; a full cache; many tiles of both.
+# T, cache capacity, cache_len, heads: one token; nothing cached; an own tile boundary; a ragged
+# tail of both; a full cache; many tiles of both.
 CASES = [
     (1, 64, 0, 2),
     (64, 64, 64, 2),
@@ -47,8 +48,14 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, np.float32).astype(ml_dtypes.bfloat16)
 
 
-def run(library: ctypes.CDLL, kernel: str, inputs: list[np.ndarray], numbers: tuple[int, int, int] | tuple[int, int], outputs: list[np.ndarray],
-        seed: int) -> None:  # fmt: skip
+def run(
+    library: ctypes.CDLL,
+    kernel: str,
+    inputs: list[np.ndarray],
+    numbers: tuple[int, int, int] | tuple[int, int],
+    outputs: list[np.ndarray],
+    seed: int,
+) -> None:
     """Launch as `kernels.Kernels` does."""
     shape = kernels.launch_shape(kernel, numbers[0], numbers[1])
     arrays = [np.ascontiguousarray(x) for x in inputs]
@@ -109,7 +116,10 @@ def test_pack_writes_the_layouts_bytes(
 def test_attend_computes_what_the_emulator_does(
     library: tuple[int, ctypes.CDLL], tokens: int, capacity: int, cached: int, heads: int, seed: int
 ) -> None:
-    """Both accumulate exactly here, so they differ by the roundings of P's last float32 bits alone."""
+    """Both accumulate exactly here.
+
+    So they differ by the roundings of P's last float32 bits alone.
+    """
     dim, code = library
     out, expected = attended(code, Data(dim, tokens, capacity, heads), cached, seed)
     error = np.sqrt(
@@ -238,8 +248,10 @@ def test_quantisation_is_the_layouts_on_every_bf16_value(library: tuple[int, cty
 
 MISTAKES = {
     "a tile is given back before it was read": (
-        "        multiply_wait<0>();\n        touch(t);\n        touch(p);\n        if (lane == 0) barrier_arrive(ring.v_empty(v.slot));",
-        "        if (lane == 0) barrier_arrive(ring.v_empty(v.slot));\n        multiply_wait<0>();\n        touch(t);\n        touch(p);",
+        "        multiply_wait<0>();\n        touch(t);\n        touch(p);\n"
+        "        if (lane == 0) barrier_arrive(ring.v_empty(v.slot));",
+        "        if (lane == 0) barrier_arrive(ring.v_empty(v.slot));\n"
+        "        multiply_wait<0>();\n        touch(t);\n        touch(p);",
     ),
     "P is overwritten while it is read": (
         "        touch(s);\n        // The wait",

@@ -1,4 +1,7 @@
-"""The kernels on a Hopper GPU: bytes, accuracy, repeatability, every ring launched and replayed from a graph. bench/attention.py does more of it."""
+"""The kernels on a Hopper GPU: bytes, accuracy, repeatability.
+
+Every ring is launched, and replayed from a graph. bench/attention.py does more of it.
+"""
 
 import pytest
 import torch

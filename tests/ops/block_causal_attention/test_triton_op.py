@@ -1,4 +1,7 @@
-"""The Triton kernel without a GPU: its arithmetic by Triton's interpreter, and that it compiles for Hopper and for Ampere."""
+"""The Triton kernel without a GPU.
+
+Triton's interpreter runs its arithmetic, and it compiles for Hopper and for Ampere.
+"""
 
 import os
 import subprocess
@@ -16,15 +19,20 @@ from aapt_deploy.ops.block_causal_attention import triton_op
 rng = np.random.default_rng(0)
 worst = {}
 for dtype in (torch.float32, torch.float16):
-    for tokens, capacity, cached, heads, dim in [(1, 64, 0, 1, 16), (64, 128, 128, 2, 16), (70, 100, 1, 1, 32), (65, 200, 130, 2, 64)]:
+    for tokens, capacity, cached, heads, dim in [
+        (1, 64, 0, 1, 16), (64, 128, 128, 2, 16), (70, 100, 1, 1, 32), (65, 200, 130, 2, 64)
+    ]:
         draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape)).to(dtype)
         q, k, v = (draw(1, tokens, heads, dim) for _ in range(3))
         k_cache, v_cache = (draw(1, capacity, heads, dim) for _ in range(2))
-        k_cache[:, cached:], v_cache[:, cached:] = 30.0, float("nan")  # what is not valid must not be read
+        # What is not valid must not be read.
+        k_cache[:, cached:], v_cache[:, cached:] = 30.0, float("nan")
         length = torch.tensor([cached], dtype=torch.int32)
         out, k_block, v_block = triton_op.attend(q, k, v, k_cache, v_cache, length)
-        assert torch.equal(k_block, k) and torch.equal(v_block, v) and k_block.data_ptr() != k.data_ptr()
-        expected, *_ = reference.block_causal_attention(*(x.double().numpy() for x in (q, k, v, k_cache, v_cache)), length.numpy())
+        assert torch.equal(k_block, k) and k_block.data_ptr() != k.data_ptr()
+        assert torch.equal(v_block, v)
+        doubles = (x.double().numpy() for x in (q, k, v, k_cache, v_cache))
+        expected, *_ = reference.block_causal_attention(*doubles, length.numpy())
         error = np.abs(out.double().numpy() - expected).max()
         worst[str(dtype)] = max(worst.get(str(dtype), 0.0), float(error))
 assert worst["torch.float32"] < 1e-5, worst
@@ -41,7 +49,8 @@ from aapt_deploy.ops.block_causal_attention.triton_op import _attend
 for sm in (90, 80):
     for dim in (128, 64):
         pointers = {name: "*bf16" for name in ("q", "k", "v", "k_cache", "v_cache", "out")}
-        signature = pointers | {"cache_len": "*i32", "T": "i32", "scale": "fp32"} | dict.fromkeys(("H", "D", "ROWS", "KEYS"), "constexpr")
+        signature = pointers | {"cache_len": "*i32", "T": "i32", "scale": "fp32"}
+        signature |= dict.fromkeys(("H", "D", "ROWS", "KEYS"), "constexpr")
         ordered = {name: signature[name] for name in _attend.arg_names}
         source = ASTSource(_attend, ordered, {"H": 24, "D": dim, "ROWS": ROWS, "KEYS": KEYS})
         made = compile(source, target=GPUTarget("cuda", sm, 32))
@@ -57,7 +66,10 @@ print("done")
     ids=["interpreted", "compiled"],
 )
 def test_in_a_process_of_its_own(code: str, variables: dict[str, str], tmp_path: Path) -> None:
-    """The interpreter is chosen by a variable that Triton reads when it is imported; it does not know bf16, so fp16 stands for half precision."""
+    """Triton chooses its interpreter by a variable that it reads when it is imported.
+
+    The interpreter does not know bf16, so fp16 stands for half precision.
+    """
     environment = (
         os.environ
         | variables

@@ -41,7 +41,8 @@ def small() -> Profile:
     """Two layers with the head_dim that our kernels have, a ring of two blocks and no sink."""
     tiny = profiles.load("tiny-cpu")
     return replace(
-        tiny, name="small", model=Model(dim=128, depth=2, heads=2, patch=2), window=Window(frames=2, sink_frames=0),
+        tiny, name="small", model=Model(dim=128, depth=2, heads=2, patch=2),
+        window=Window(frames=2, sink_frames=0),
         vae=Vae(encoder_channels=(), decoder_channels=(8, 8, 8), blocks=1, temporal_kernel=2),
     )  # fmt: skip
 
@@ -53,13 +54,17 @@ ONNX_TYPES = {
     "int64": TensorProto.INT64,
     "uint8": TensorProto.UINT8,
 }
-TRT_TYPES = {TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64", TensorProto.UINT8: "UINT8"} | {
-    TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT8E4M3FN: "FP8",
+TRT_TYPES = {
+    TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64",
+    TensorProto.UINT8: "UINT8", TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT8E4M3FN: "FP8",
 }  # fmt: skip
 
 
 def generator_graph(profile: Profile) -> onnx.ModelProto:
-    """Attention in every layer, each fed by the layer before it, and the FP8 product of the doctor's micro-graph beside it."""
+    """Return a graph with attention in every layer, each fed by the layer before it.
+
+    The FP8 product of the doctor's micro-graph stands beside it.
+    """
     heads, dim, tokens = profile.model.heads, profile.head_dim, profile.frame_tokens
     block, cache = [1, tokens, heads, dim], [1, Ring.of(profile).tokens, heads, dim]
     product = cases.fp8_product().model.graph
@@ -182,21 +187,29 @@ class Rig:
 
     def _script(self) -> dict[str, Any]:
         trt = self.trt
+        mode = trt.TensorIOMode
+        graph = lambda: self.parsed.graph
+        named = lambda name: self._tensor(next(v for v in self._io() if v.name == name))
         return {
             "OnnxParser.parse_from_file": self._parse,
-            "INetworkDefinition.num_layers": lambda: len(self.parsed.graph.node), "INetworkDefinition.get_layer": self._layer,
+            "INetworkDefinition.num_layers": lambda: len(self.parsed.graph.node),
+            "INetworkDefinition.get_layer": self._layer,
             "INetworkDefinition.num_inputs": lambda: len(self.parsed.graph.input),
             "INetworkDefinition.num_outputs": lambda: len(self.parsed.graph.output),
-            "INetworkDefinition.get_input": lambda index: self._tensor(self.parsed.graph.input[index]),
-            "INetworkDefinition.get_output": lambda index: self._tensor(self.parsed.graph.output[index]),
-            "Builder.build_serialized_network": lambda network, config: self.parsed.SerializeToString(),
+            "INetworkDefinition.get_input": lambda index: self._tensor(graph().input[index]),
+            "INetworkDefinition.get_output": lambda index: self._tensor(graph().output[index]),
+            "Builder.build_serialized_network": self._serialise,
             "ITimingCache.serialize": b"timings",
             "Runtime.deserialize_cuda_engine": self._deserialise,
-            "ICudaEngine.num_io_tensors": lambda: len(self._io()), "ICudaEngine.get_tensor_name": lambda index: self._io()[index].name,
-            "ICudaEngine.get_tensor_mode": lambda name: trt.TensorIOMode.INPUT if name in self._inputs() else trt.TensorIOMode.OUTPUT,
-            "ICudaEngine.get_tensor_dtype": lambda name: self._tensor(next(v for v in self._io() if v.name == name)).dtype,
-            "ICudaEngine.get_tensor_shape": lambda name: self._tensor(next(v for v in self._io() if v.name == name)).shape,
-            "ICudaEngine.device_memory_size_v2": 4096, "EngineInspector.get_engine_information": lambda form: self._inspect(),
+            "ICudaEngine.num_io_tensors": lambda: len(self._io()),
+            "ICudaEngine.get_tensor_name": lambda index: self._io()[index].name,
+            "ICudaEngine.get_tensor_mode": lambda name: (
+                mode.INPUT if name in self._inputs() else mode.OUTPUT
+            ),
+            "ICudaEngine.get_tensor_dtype": lambda name: named(name).dtype,
+            "ICudaEngine.get_tensor_shape": lambda name: named(name).shape,
+            "ICudaEngine.device_memory_size_v2": 4096,
+            "EngineInspector.get_engine_information": lambda form: self._inspect(),
         }  # fmt: skip
 
     def _parse(self, path: str) -> bool:
@@ -223,6 +236,9 @@ class Rig:
             dtype=getattr(self.trt.DataType, TRT_TYPES[kind.elem_type]),
             shape=shape,
         )
+
+    def _serialise(self, network: Any, config: Any) -> bytes:
+        return self.parsed.SerializeToString()
 
     def _deserialise(self, plan: Any) -> Any:
         self.opened = onnx.load_from_string(bytes(plan))

@@ -2,8 +2,9 @@
 
 Call it as `pytest -p tests.support.bindings.inside --release 11.4 contract_*.py`.
 
-test_tensorrt.py starts one such process a release. A stub factory returns nothing, so the registry is a small fake here; everything that
-subclasses or fills TensorRT's own classes runs against the real ones.
+test_tensorrt.py starts one such process a release. A stub factory returns nothing, so the registry
+is a small fake here; everything that subclasses or fills TensorRT's own classes runs against the
+real ones.
 """
 
 from types import ModuleType
@@ -68,7 +69,10 @@ def registry(trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 class Builder:
-    """An expression builder that remembers how an expression was made, and computes it when all its parts are known."""
+    """An expression builder that remembers how an expression was made.
+
+    It computes the expression when all its parts are known.
+    """
 
     def __init__(self, trt: ModuleType) -> None:
         class Expression(trt.IDimensionExpr):  # type: ignore[misc]
@@ -114,7 +118,10 @@ class Builder:
 
 @pytest.fixture
 def builder(trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Builder:
-    """An expression builder. `DimsExprs` becomes a list: the real one may crash when fake expressions are read back."""
+    """An expression builder.
+
+    `DimsExprs` becomes a list: the real one may crash when fake expressions are read back.
+    """
 
     class DimsExprs(list[Any]):
         def __init__(self, start: Any = ()) -> None:

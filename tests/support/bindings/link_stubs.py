@@ -1,8 +1,12 @@
-"""Shared libraries that hold nothing but names, so that TensorRT's Python bindings load where TensorRT itself is not installed.
+"""Shared libraries that hold nothing but names.
 
-The bindings import nine functions of three libraries and call none of them while they are imported. A stub has these names; behind each is one
-instruction that returns zero (or one, for the library that is merely initialised). A factory that returns zero makes the bindings raise "factory
-function returned nullptr", so nothing can pretend to work. The file is written byte by byte, because a test must not need a compiler.
+TensorRT's Python bindings load over them where TensorRT itself is not installed.
+
+The bindings import nine functions of three libraries and call none of them while they are imported.
+A stub has these names; behind each is one instruction that returns zero (or one, for the library
+that is merely initialised). A factory that returns zero makes the bindings raise "factory function
+returned nullptr", so nothing can pretend to work. The file is written byte by byte, because a test
+must not need a compiler.
 
     page 0   read, execute   ELF header | program headers | symbols | strings | hash table | code
     page 1   read, write     dynamic section, which the loader edits
@@ -18,7 +22,8 @@ RETURN = {  # machine -> (ELF number, code that returns 0, code that returns 1)
     "aarch64": (183, bytes.fromhex("000080d2c0035fd6"), bytes.fromhex("20008052c0035fd6")),
 }
 INFER = (
-    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL", "getBuilderPluginRegistry", "getPluginRegistry",
+    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
+    "getBuilderPluginRegistry", "getPluginRegistry",
 )  # fmt: skip
 PARSER = (
     "createNvOnnxParser_INTERNAL",
@@ -70,14 +75,16 @@ def library(soname: str, functions: tuple[str, ...], value: int) -> bytes:
     dynamic = b"".join(
         struct.pack("<QQ", tag, entry)
         for tag, entry in (
-            (SONAME, offsets[soname]), (HASH, hash_at), (STRTAB, strings_at), (SYMTAB, symbols_at), (STRSZ, len(strings)), (SYMENT, SYMBOL),
+            (SONAME, offsets[soname]), (HASH, hash_at), (STRTAB, strings_at), (SYMTAB, symbols_at),
+            (STRSZ, len(strings)), (SYMENT, SYMBOL),
             (NEEDED_END, 0),
         )
     )  # fmt: skip
     programs = b"".join(
         struct.pack("<IIQQQQQQ", kind, flags, at, at, at, size, size, align)
         for kind, flags, at, size, align in (
-            (LOAD, 5, 0, len(text), PAGE), (LOAD, 6, PAGE, len(dynamic), PAGE), (DYNAMIC, 6, PAGE, len(dynamic), 8), (GNU_STACK, 6, 0, 0, 16),
+            (LOAD, 5, 0, len(text), PAGE), (LOAD, 6, PAGE, len(dynamic), PAGE),
+            (DYNAMIC, 6, PAGE, len(dynamic), 8), (GNU_STACK, 6, 0, 0, 16),
         )
     )  # fmt: skip
     header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack(

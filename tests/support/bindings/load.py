@@ -1,4 +1,6 @@
-"""Make `import tensorrt` find the real bindings of one release over link stubs, in this process and for good.
+"""Make `import tensorrt` find the real bindings of one release over link stubs, for good.
+
+Only this process does.
 
 Only for processes that end with the test: the stubs would shadow a real TensorRT.
 """
@@ -13,7 +15,10 @@ from types import ModuleType
 
 
 def load(folder: Path) -> ModuleType:
-    """The bindings unpacked in `folder` (wheels.bindings), as the modules `tensorrt` and, once imported, `tensorrt.plugin`."""
+    """Load the bindings unpacked in `folder` (wheels.bindings).
+
+    They are the modules `tensorrt` and, once imported, `tensorrt.plugin`.
+    """
     sys.modules["tensorrt_libs"] = None  # type: ignore[assignment]  # where the real libraries are installed, they must stay out
     for stub in sorted((folder / "tensorrt_bindings").glob("lib*.so.*")):
         ctypes.CDLL(str(stub), mode=ctypes.RTLD_GLOBAL)

@@ -1,8 +1,12 @@
-"""Strict fakes of the classes that need a GPU (builder, parser, runtime, engine, context), made from the type stubs of the real bindings.
+"""Strict fakes of the classes that need a GPU: builder, parser, runtime, engine, context.
 
-A fake refuses what the real class would refuse: an unknown method or property, a wrong number of arguments, an unknown keyword, an enum of another
-kind, a number for an enum, a write to a read-only property. It notes every call and every write in a journal, which a test compares with a golden
-one. What a method returns is scripted by the test, or follows from its return type; fakes compute nothing.
+They are made from the type stubs of the real bindings.
+
+A fake refuses what the real class would refuse: an unknown method or property, a wrong number of
+arguments, an unknown keyword, an enum of another kind, a number for an enum, a write to a read-only
+property. It notes every call and every write in a journal, which a test compares with a golden one.
+What a method returns is scripted by the test, or follows from its return type; fakes compute
+nothing.
 """
 
 import ast
@@ -61,7 +65,10 @@ class Stubs:
 
 
 class Recorder:
-    """Makes fakes that write into one `journal`. `trt` is the real module, whose enums and plain classes the fakes ask for."""
+    """Makes fakes that write into one `journal`.
+
+    `trt` is the real module, whose enums and plain classes the fakes ask for.
+    """
 
     def __init__(self, trt: ModuleType, stubs: Stubs, script: Script) -> None:
         self.trt, self.stubs, self.script = trt, stubs, script
@@ -93,16 +100,18 @@ class Recorder:
         arguments: Sequence[Any],
         keywords: dict[str, Any],
     ) -> ast.FunctionDef:
-        """Note a call, and return the overload that takes it. Raises TypeError, as the bindings do."""
+        """Note a call, and return the overload that takes it.
+
+        Raises TypeError, as the bindings do.
+        """
         shown = [
             *map(self.show, arguments),
             *(f"{name}={self.show(value)}" for name, value in keywords.items()),
         ]
         reasons = [self._misfit(overload, arguments, keywords) for overload in overloads]
         if None not in reasons:
-            raise TypeError(
-                f"{what}: incompatible arguments ({', '.join(shown)}): {'; '.join(map(str, reasons))}"
-            )
+            given, why = ", ".join(shown), "; ".join(map(str, reasons))
+            raise TypeError(f"{what}: incompatible arguments ({given}): {why}")
         self.journal.append(f"{what.removesuffix('()')}({', '.join(shown)})")
         return overloads[reasons.index(None)]
 

@@ -1,8 +1,12 @@
-"""Type stubs of the bindings, made from the bindings themselves: for the type checker, and for the strict fakes in recorder.py.
+"""Type stubs of the bindings, made from the bindings themselves.
 
-pybind11-stubgen reads the loaded module. What it writes needs mending before a parser takes it: a parameter named `in`, types it could not name, a
-required parameter behind an optional one, and a module attribute `bool` that hides the builtin. A tuple is accepted wherever the real bindings
-convert one to `Dims`. `tensorrt.plugin` is Python without annotations; its stub says that anything goes, because its behaviour is run for real.
+The type checker uses them, and the strict fakes in recorder.py.
+
+pybind11-stubgen reads the loaded module. What it writes needs mending before a parser takes it: a
+parameter named `in`, types it could not name, a required parameter behind an optional one, and a
+module attribute `bool` that hides the builtin. A tuple is accepted wherever the real bindings
+convert one to `Dims`. `tensorrt.plugin` is Python without annotations; its stub says that anything
+goes, because its behaviour is run for real.
 """
 
 import ast
@@ -28,7 +32,9 @@ __version__: str
 def volume(iterable: collections.abc.Iterable[int]) -> int: ...
 def nptype(trt_type: DataType) -> type[typing.Any]: ...
 """
-NAMED = {  # what stubgen could not name because it is defined later: (class, method) -> parameter or "return" -> type
+# What stubgen could not name because it is defined later: (class, method) -> parameter or
+# "return" -> type.
+NAMED = {
     ("OnnxParser", "get_error"): {"return": "ParserError"},
     ("OnnxParser", "set_flag"): {"flag": "OnnxParserFlag"},
     ("IPluginV3", "get_capability_interface"): {"type": "PluginCapabilityType"},
@@ -36,7 +42,8 @@ NAMED = {  # what stubgen could not name because it is defined later: (class, me
     ("IPluginCreatorV3One", "create_plugin"): {"phase": "TensorRTPhase"},
 }
 NULLABLE = {  # answer None when they fail, and do not say so
-    "Builder.build_serialized_network", "Runtime.deserialize_cuda_engine", "ICudaEngine.create_execution_context",
+    "Builder.build_serialized_network", "Runtime.deserialize_cuda_engine",
+    "ICudaEngine.create_execution_context",
     "IBuilderConfig.create_timing_cache", "IPluginRegistry.get_creator", ".get_plugin_registry",
 }  # fmt: skip
 METHODS = {  # that the C++ side supplies and stubgen does not see
@@ -147,7 +154,11 @@ def _undocumented(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 class _Type(ast.NodeTransformer):
-    """`...` inside an annotation is a type that could not be named; some types stand for what is converted to them."""
+    """Mends the types of an annotation.
+
+    `...` inside one is a type that could not be named; some types stand for what is converted to
+    them.
+    """
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         return ast.parse("typing.Any", mode="eval").body if node.value is ... else node

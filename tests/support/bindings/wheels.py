@@ -1,8 +1,12 @@
-"""The real TensorRT Python bindings of two releases, unpacked beside each other, made importable by link stubs.
+"""The real TensorRT Python bindings of two releases, unpacked beside each other.
 
-Only the bindings are fetched (1.3 MB a release); TensorRT's libraries are not, they need a GPU. Two releases of one package cannot live in one
-environment, so each has a folder of its own below build/, and whoever uses one does so in a process of its own (inside.py). The first test
-that needs them fetches them; `python -m tests.support.bindings.wheels` does so ahead of time, for a machine that is about to lose its network.
+Link stubs make them importable.
+
+Only the bindings are fetched (1.3 MB a release); TensorRT's libraries are not, they need a GPU. Two
+releases of one package cannot live in one environment, so each has a folder of its own below
+build/, and whoever uses one does so in a process of its own (inside.py). The first test that needs
+them fetches them; `python -m tests.support.bindings.wheels` does so ahead of time, for a machine
+that is about to lose its network.
 """
 
 import fcntl
@@ -61,8 +65,10 @@ def _fetch(release: str, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unavailable(
-            f"{wanted} could not be downloaded for Python {sys.version_info.major}.{sys.version_info.minor}:\n{done.stderr.strip()}\n"
-            "Without a network: put the wheel into a folder, set PIP_FIND_LINKS to it and PIP_NO_INDEX=1, "
+            f"{wanted} could not be downloaded for Python "
+            f"{sys.version_info.major}.{sys.version_info.minor}:\n{done.stderr.strip()}\n"
+            "Without a network: put the wheel into a folder, set PIP_FIND_LINKS to it and "
+            "PIP_NO_INDEX=1, "
             "and run python -m tests.support.bindings.wheels."
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
