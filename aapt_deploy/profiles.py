@@ -1,4 +1,4 @@
-"""Profiles: the networks' shape, the latent's geometry, the window, the sampler, the target.
+"""Profiles: shape of the networks, geometry of the latent, window, sampler, target.
 
 A profile is read from a TOML preset (`profiles/`), frozen and validated. Whatever can be computed
 from it is a property and is never stored, so a preset cannot contradict itself unnoticed. Nothing
@@ -296,14 +296,14 @@ def _toml(value: Any) -> str:
 def loads(text: str, source: str) -> Profile:
     """Parse a preset. `source` names it in errors.
 
-    Raises ProfileError if the TOML does not parse, if keys are unknown, missing or mistyped (all
-    are listed at once), or if values contradict each other.
+    Raises ProfileError if the TOML does not parse, if keys are unknown, missing or mistyped, or if
+    values contradict each other. It lists all of them.
     """
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # an integer of 5000 digits is a ValueError
-        hint = "see profiles/demo-cpu.toml for a complete example"
-        raise ProfileError(f"profile {source}: not valid TOML: {error}", hint) from None
+        example = "see profiles/demo-cpu.toml for a complete example"
+        raise ProfileError(f"profile {source}: not valid TOML: {error}", example) from None
     sections: dict[str, Any] = {}
     hints = get_type_hints(Profile)
     problems = [f"unknown key {key!r}" for key in raw if key not in hints]

@@ -1,8 +1,8 @@
-"""The kernels of the torch engine's step, as a set: a GPU's, or a plain form for any device.
+"""The kernels of the torch engine's step: a GPU's, or a plain form for any device.
 
-The plain form is the reference: torch for the small operations and the FP8 products, NumPy for the
-cache's tiles and the attention over them. With it the engine's whole graph of operations runs, and
-is compared, on a CPU.
+The plain form is the reference. It takes torch for the small operations and the FP8 products, and
+NumPy for attention and the cache's tiles. So the engine's whole graph of operations runs, and is
+compared, on a CPU.
 """
 
 from collections.abc import Callable

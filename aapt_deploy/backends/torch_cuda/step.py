@@ -11,8 +11,8 @@ Each pair of brackets is one kernel (pack and attend: two). They are passed as a
 (kernels.Kernels), so the same step runs on a CPU with plain ones. Layers with scales run in FP8.
 
 A block is committed at the start of the next pass. So a pass leaves no trace until an engine's
-`commit`, which only sets a number. The step allocates from torch's allocator, never waits, and
-reads nothing on the host but shapes, so it can be captured.
+`commit`, which only sets a number. The step can be captured: it allocates from torch's allocator,
+never waits, and reads nothing on the host but shapes.
 
 Letters: F tokens of a block, H heads, D head_dim, L text tokens, S tokens of a cache.
 """

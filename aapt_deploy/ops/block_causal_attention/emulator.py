@@ -11,9 +11,13 @@ It gives the kernel's accuracy without a GPU. Emulated, step by step:
     the tensor core's accumulator: 13 bits behind its largest summand, the rest cut off
     the two levels of accumulation that make up for it
 
-Not emulated are the last bits of `ex2.approx` and of its argument, fused multiply-adds, and the
-order of float32 additions inside a row sum. So the kernel is compared by its error against
-float64, never bit by bit.
+Not emulated:
+
+    the last bits of `ex2.approx` and of its argument
+    fused multiply-adds
+    the order of float32 additions inside a row sum
+
+So the kernel is compared by its error against float64, never bit by bit.
 
 The 13-bit accumulator is a model. Published measurements of Hopper found about 13 bits. Alignment
 to the largest exponent of the 32 products and the accumulator, and truncation towards zero, are the

@@ -1,9 +1,9 @@
 """The cache layout `hopper_fp8`: e4m3 tiles in the form that Hopper's tensor cores read.
 
-A head's cache is a run of tiles of 64 keys, and a tile is one contiguous run of 64 * D bytes. A
-bulk copy brings it into shared memory and `wgmma` reads it there, without a transpose, padding or a
-tensor map. Token s of the flat cache `[ text | sink | ring ]` is key s % 64 of tile s // 64. D is
-128 or 64.
+A head's cache is a run of tiles of 64 keys. A tile is one contiguous run of 64 * D bytes. A bulk
+copy brings it into shared memory, where `wgmma` reads it without a transpose, padding or tensor
+map. Token s of the flat cache `[ text | sink | ring ]` is key s % 64 of tile s // 64. D is 128 or
+64.
 
     k_cache, v_cache   uint8 [H, ceil(S / 64), 64 * D]   one layer; zeros when new, and never a
                                                          NaN byte (0x7f, 0xff) afterwards
@@ -286,7 +286,7 @@ def commit(
 
 
 def unpack_codes(k_image: Bytes, v_image: Bytes, tokens: int) -> tuple[Bytes, Bytes]:
-    """Return the e4m3 bytes of the first `tokens` of an image, in token order: two of [n, H, D]."""
+    """Return the e4m3 bytes of the first `tokens` of an image, in order: two of [n, H, D]."""
     shape, shapes = geometry_of(k_image), f"{k_image.shape=} {v_image.shape=} {tokens=}"
     assert k_image.shape == v_image.shape, shapes
     assert 0 <= tokens <= k_image.shape[1] * TILE_KEYS, shapes

@@ -8,8 +8,8 @@
 No CUDA toolkit is needed: NVRTC and the driver's bindings are wheels, of the extra [cuda]. They are
 imported inside functions, so the tables can be used on a machine without either.
 
-NVRTC's machine code is loaded if the driver is at least as new, because its assembler is the one
-that was checked. An older driver gets the PTX, of the oldest version that has every instruction.
+NVRTC's machine code is loaded if the driver is at least as new: its assembler is the checked one.
+An older driver gets the PTX, of the oldest version that has every instruction.
 """
 
 import contextlib
@@ -148,8 +148,8 @@ def _version(nvrtc: Any) -> tuple[int, int]:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:  # the library is found at the first call
         reason = str(error).splitlines()[0]
-        problem = f"NVRTC, which compiles the CUDA kernels, is not installed: {reason}"
-        raise MachineError(problem, INSTALL) from None
+        missing = f"NVRTC, which compiles the CUDA kernels, is not installed: {reason}"
+        raise MachineError(missing, INSTALL) from None
     if (major, minor) < OLDEST_NVRTC:
         wanted = ".".join(map(str, OLDEST_NVRTC))
         problem = f"NVRTC {major}.{minor} is too old for the CUDA kernels: {wanted} or newer"

@@ -1,4 +1,4 @@
-"""The launches of the CUDA kernels: their ABI, the variants of attention, and their shapes."""
+"""Launches of the CUDA kernels: their ABI, the variants of attention, and their shapes."""
 
 from typing import NamedTuple
 
