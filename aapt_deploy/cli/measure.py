@@ -95,11 +95,7 @@ def quality(
 
 
 def measured_latency(
-    bundle: Path,
-    backend: str,
-    precision: str | None,
-    blocks: int,
-    progress: Callable[[str], None],
+    bundle: Path, backend: str, precision: str | None, blocks: int, progress: Callable[[str], None]
 ) -> "Latency":
     """Measure a bundle or, if the backend needs no build, a profile with random weights."""
     from aapt_deploy import profiles

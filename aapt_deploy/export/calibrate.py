@@ -49,7 +49,8 @@ def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
     chosen = [layer for layer in fp8.layers(generator, profile.fp8.keep) if not layer.kept_by]
     if not chosen:
         raise ProfileError(
-            f"profile {profile.name}: [fp8] keep = {list(profile.fp8.keep)} leaves no linear layer of {profile.model.depth} blocks to quantise",
+            f"profile {profile.name}: [fp8] keep = {list(profile.fp8.keep)} leaves no linear layer "
+            f"of {profile.model.depth} blocks to quantise",
             "shorten the list in the profile's [fp8] section",
         )
     attention = AttentionRanges(profile)

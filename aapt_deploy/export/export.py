@@ -99,9 +99,8 @@ def export_bundle(
             report(f"checking {name} against PyTorch")
             needed = ROOM * 4 * sum(modules[name].state_dict()[n].numel() for n in used)
             if name in ("prompt", "generator") and needed > _free_bytes():
-                report(
-                    f"{name} would take {needed / 1e9:.0f} GB to check; a copy with two of its blocks takes its place"
-                )
+                size = f"{name} would take {needed / 1e9:.0f} GB to check"
+                report(f"{size}; a copy with two of its blocks takes its place")
                 table += _check_reduced(draft.path, signature.name, profile, weights)
             else:
                 table += _check_whole(path, modules[name], signature, profile, used, weights)
@@ -264,13 +263,9 @@ def _describe(model: onnx.ModelProto, checkpoint: Stored) -> None:
 
 
 def _check_whole(
-    path: Path,
-    module: nn.Module,
-    signature: GraphSignature,
-    profile: Profile,
-    used: list[str],
+    path: Path, module: nn.Module, signature: GraphSignature, profile: Profile, used: list[str],
     weights: Weights,
-) -> list[Parity]:
+) -> list[Parity]:  # fmt: skip
     """Fill the module, compare, and empty it again."""
     shapes = {name: module.state_dict()[name] for name in used}
     for name in used:

@@ -136,13 +136,9 @@ class Stopwatch:
 
 
 def measure_bundle(
-    bundle: Bundle,
-    backend: str,
-    precision: str | None,
-    blocks: int,
-    warn: Callable[[str], None],
-    progress: Callable[[str], None],
-) -> Latency:
+    bundle: Bundle, backend: str, precision: str | None, blocks: int,
+    warn: Callable[[str], None], progress: Callable[[str], None],
+) -> Latency:  # fmt: skip
     """Measure an engine of `bundle` from its first start frame."""
     open_all = lambda: open_engines(bundle, backend, precision, warn)
     done = _counting(progress, blocks)
@@ -222,13 +218,9 @@ def measure(
 
 
 def _summary(
-    profile: Profile,
-    engines: Engines,
-    stages: dict[str, list[float]],
-    cold: list[float],
-    start_s: tuple[float, float],
-    layers: dict[str, list[LayerTime]],
-) -> Latency:
+    profile: Profile, engines: Engines, stages: dict[str, list[float]], cold: list[float],
+    start_s: tuple[float, float], layers: dict[str, list[LayerTime]],
+) -> Latency:  # fmt: skip
     """Summarise times in seconds. start_s: to the first frame, and of that to open the engines."""
     steps = stages["step"]
     return Latency(

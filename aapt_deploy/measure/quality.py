@@ -121,14 +121,9 @@ class Twins:
 
 
 def compare(
-    bundle: Bundle,
-    reference: str,
-    candidate: str,
-    seconds: int,
-    warn: Report,
-    report: Report,
+    bundle: Bundle, reference: str, candidate: str, seconds: int, warn: Report, report: Report,
     elsewhere: Bundle | None = None,
-) -> Loss:
+) -> Loss:  # fmt: skip
     """Compare two engines of `bundle`, "<backend>-<precision>", from every start frame.
 
     The reference may be an engine of another bundle, `elsewhere`.

@@ -14,6 +14,7 @@ block_causal_attention/   the operator:
   triton_op.py            bf16 on a GPU, in Triton
   hopper_fp8.py           the FP8 cache layout of the Hopper kernels
   emulator.py             the kernels' arithmetic in NumPy
+  launches.py             ABI, variants and launch shapes of the CUDA kernels
   kernels.py              compile and launch the CUDA kernels
   cuda_op.py              the CUDA kernels as PyTorch operators
 """

@@ -126,14 +126,9 @@ class Learner:
 
 
 def fit(
-    module: nn.Module,
-    loss: LossFunction,
-    optimiser: Optimiser,
-    state: Path,
-    seed: int,
-    progress: StepProgress,
-    setup: Setup = ALONE,
-) -> dict[str, Tensor]:
+    module: nn.Module, loss: LossFunction, optimiser: Optimiser, state: Path, seed: int,
+    progress: StepProgress, setup: Setup = ALONE,
+) -> dict[str, Tensor]:  # fmt: skip
     """Train `module` on `loss` until `optimiser.steps` updates are done. Resume from `state`.
 
     Return the averaged (EMA) weights by name.
@@ -153,14 +148,9 @@ def fit(
 
 
 def fit_together(
-    learners: list[Learner],
-    update: Update,
-    optimiser: Optimiser,
-    state: Path,
-    seed: int,
-    progress: StepProgress,
-    setup: Setup = ALONE,
-) -> None:
+    learners: list[Learner], update: Update, optimiser: Optimiser, state: Path, seed: int,
+    progress: StepProgress, setup: Setup = ALONE,
+) -> None:  # fmt: skip
     """Train several networks on one `update`, each of `optimiser.accumulate` batches.
 
     Rows of processes share the batches; FSDP2 averages their gradients. Otherwise as `fit`.
@@ -237,7 +227,8 @@ def _finite(figures: Mapping[str, float], step: int, state: Path) -> None:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {name} of update {step + 1} is {value} ({state.stem})",
-                "the last saved state is kept: lower the learning rate in the recipe, or look for broken clips, then run the command again",
+                "the last saved state is kept: lower the learning rate in the recipe, or look for "
+                "broken clips, then run the command again",
             )
 
 

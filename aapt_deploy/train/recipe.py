@@ -147,14 +147,9 @@ def _demo_game(steps: int, unjudged: int) -> AdversarialStage:
     """
     optimiser = gan(steps, 4, 2e-6, clip_norm=5.0)
     return AdversarialStage(
-        optimiser,
-        6,
-        1e-4,
-        unjudged=unjudged,
-        attention="bidirectional",
-        head_start=40,
+        optimiser, 6, 1e-4, unjudged=unjudged, attention="bidirectional", head_start=40,
         far_sink=0.2,
-    )
+    )  # fmt: skip
 
 
 def _demo_anchored(steps: int, learning_rate: float) -> AnchoredStage:

@@ -223,8 +223,10 @@ def _refuse_prompts(profile: Profile) -> None:
     text = profile.text
     if text.tokens and (text.kind != "vocabulary" or text.tokens != PROMPT_TOKENS):
         raise UsageError(
-            f"profile {profile.name} reads prompts of {text.tokens} tokens of kind {text.kind!r}; clips hold the ids of {PROMPT_TOKENS} words",
-            f'in its [text] set kind = "vocabulary" and tokens = {PROMPT_TOKENS}, or tokens = 0 to train without text',
+            f"profile {profile.name} reads prompts of {text.tokens} tokens of kind {text.kind!r}; "
+            f"clips hold the ids of {PROMPT_TOKENS} words",
+            f'in its [text] set kind = "vocabulary" and tokens = {PROMPT_TOKENS}, '
+            "or tokens = 0 to train without text",
         )
 
 
@@ -247,7 +249,8 @@ def _refuse_other_run(run: Run) -> None:
     if differing := [name for name, value in wanted.items() if found.get(name) != value]:
         raise UsageError(
             f"run {run.folder} was made with another {' and another '.join(differing)}",
-            f"give another folder with --run, or ask for what {path} says; to begin anew, delete {run.folder}",
+            f"give another folder with --run, or ask for what {path} says; "
+            f"to begin anew, delete {run.folder}",
         )
     run.setup.wait()  # all processes read before one writes
     if run.setup.writes and not path.exists():

@@ -215,9 +215,8 @@ class GeneratorStages:
             rng = numbers(self._seed("trajectory", number), 0, 1)
             with self.setup.autocast():
                 fade = measure_fade(self.generator, self.latents, stage, rng)
-            self.report(
-                f"trajectory stage {number}: a rollout of {stage.fade_blocks} blocks leaves {float(fade.mean()):.2f} of its detail"
-            )
+            left = f"{stage.fade_blocks} blocks leaves {float(fade.mean()):.2f} of its detail"
+            self.report(f"trajectory stage {number}: a rollout of {left}")
 
         def loss(student: Generator, rng: torch.Generator) -> Tensor:
             batch = self.latents.draw(student.profile, stage, rng).to(student.step_spread.device)
@@ -231,9 +230,8 @@ class GeneratorStages:
         rng = numbers(self._seed("anchored", number), 0, 1)
         with self.setup.autocast():
             flights = own_flights(self.generator, self.latents, stage, rng)
-        self.report(
-            f"anchored stage {number}: {len(flights.z)} of {stage.flights} flights of {stage.flight_blocks} blocks have not run away"
-        )
+        kept = f"{len(flights.z)} of {stage.flights} flights of {stage.flight_blocks} blocks"
+        self.report(f"anchored stage {number}: {kept} have not run away")
 
         def loss(student: Generator, rng: torch.Generator) -> Tensor:
             true, own = (x.draw(student.profile, stage, rng) for x in (self.latents, flights))
@@ -246,8 +244,10 @@ class GeneratorStages:
     def _play(self, number: int, stage: AdversarialStage, adapted: Generator) -> None:
         if stage.blocks > (available := self.latents.conditions.shape[1]):
             raise InputError(
-                f"adversarial stage {number} wants segments of {stage.blocks} blocks, the clips have {available}",
-                f"make longer ones, as those were made, with: aapt train data FOLDER --blocks {stage.blocks}",
+                f"adversarial stage {number} wants segments of {stage.blocks} blocks, "
+                f"the clips have {available}",
+                "make longer ones, as those were made, with: "
+                f"aapt train data FOLDER --blocks {stage.blocks}",
             )
         seed = self._seed("adversarial", number)
         torch.manual_seed(seed)  # of the discriminator's heads

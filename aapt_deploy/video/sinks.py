@@ -107,14 +107,9 @@ class FileSink(Sink):
     """
 
     def __init__(
-        self,
-        target: _Descriptor,
-        chosen: Format,
-        size: tuple[int, int],
-        fps: int,
-        part: Path | None = None,
-        final: Path | None = None,
-    ) -> None:
+        self, target: _Descriptor, chosen: Format, size: tuple[int, int], fps: int,
+        part: Path | None = None, final: Path | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.frames = str(final or target.name), 0
         self._target, self._size, self._part, self._final = target, size, part, final
         self._closed = False

@@ -182,7 +182,7 @@ def test_a_line_acts_from_the_block_that_begins_at_its_time(
     yaws = [steering.controls.yaw for steering in clock.steered]
     assert yaws == [0, 0, 0.1, 0.1, 0.2, 0.2]
     assert clock.steered[0].controls == CRUISE
-    assert clock.steered[2].velocity == Velocity(CRUISE.forward, yaw=0.1)
+    assert clock.steered[2].controls == Velocity(CRUISE.forward, yaw=0.1)
 
 
 def test_a_paced_stream_gives_the_bytes_of_one_that_does_not_wait(

@@ -1,7 +1,8 @@
-"""FP8 scales of a generator that has none: the largest magnitudes of a few passes, seen by the engine's own step.
+"""FP8 scales from the largest magnitudes of a few passes of the engine's own step.
 
-For random weights, where a size is to be known before there is a checkpoint to calibrate (`aapt export --precision fp8` does that, on rollouts). Same
-format, same rule: a scale maps the largest magnitude to 448. The first and the last block stay wide, as there.
+They are for random weights, so that a size can be timed before it has a checkpoint. For a
+checkpoint, `aapt export --precision fp8` calibrates on rollouts. Format and rule are the same: a
+scale maps the largest magnitude to 448. The first and the last block stay wide.
 """
 
 import numpy as np
@@ -20,7 +21,7 @@ from aapt_deploy.profiles import Profile
 
 
 class Watched:
-    """A wide linear layer that notes the largest input it saw."""
+    """A wide linear layer that records the magnitude of its largest input."""
 
     step: Tensor | None = None
 
@@ -33,13 +34,12 @@ class Watched:
 
 
 class WatchedCache:
-    """No cache: a block attends to itself. Notes q and k per head and v per channel."""
+    """An empty cache that records the magnitudes of q and k per head and of v per channel."""
 
     def __init__(self, kernels: Kernels, depth: int) -> None:
         self.kernels = kernels
-        self.seen: list[list[Tensor]] = [
-            [] for _ in range(depth)
-        ]  # by layer: q [H], k [H], v [H, D]
+        # By layer: q [H], k [H], v [H, D].
+        self.seen: list[list[Tensor]] = [[] for _ in range(depth)]
 
     def commit(self, layer: int, slot: Tensor) -> None:
         pass
@@ -49,16 +49,11 @@ class WatchedCache:
         return self.kernels.attend_tokens(q, k, v, k[:, :1], v[:, :1], torch.zeros_like(cache_len))
 
     def note(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        now = [
-            q.abs().amax((0, 1, 3)).float(),
-            k.abs().amax((0, 1, 3)).float(),
-            v.abs().amax((0, 1)).float(),
-        ]
-        self.seen[layer] = (
-            [torch.maximum(a, b) for a, b in zip(self.seen[layer], now, strict=True)]
-            if self.seen[layer]
-            else now
-        )
+        per_head = [x.abs().amax((0, 1, 3)).float() for x in (q, k)]
+        now = [*per_head, v.abs().amax((0, 1)).float()]
+        if before := self.seen[layer]:
+            now = [torch.maximum(a, b) for a, b in zip(before, now, strict=True)]
+        self.seen[layer] = now
 
     def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.note(layer, k, k, v)
@@ -67,16 +62,15 @@ class WatchedCache:
         pass
 
 
-def calibrate(generator: Generator, wide: list[Layer], kernels: Kernels, dtype: torch.dtype, text: tuple[list[Tensor], list[Tensor]] | None,
-              blocks: int = 3) -> Scales:  # fmt: skip
-    """Scales from `blocks` blocks of noise and the `text` of one prompt, if there is any."""
+def calibrate(
+    generator: Generator, wide: list[Layer], kernels: Kernels, dtype: torch.dtype,
+    text: tuple[list[Tensor], list[Tensor]] | None, blocks: int = 3,
+) -> Scales:  # fmt: skip
+    """Compute scales from `blocks` blocks of noise, and from the `text` of one prompt."""
     profile, watched, cache = generator.profile, [], WatchedCache(kernels, len(wide))
     for layer in wide:
-        linears: dict[str, Linear] = {
-            name: Watched(linear)
-            for name, linear in layer.linears.items()
-            if isinstance(linear, Wide)
-        }
+        wides = ((name, x) for name, x in layer.linears.items() if isinstance(x, Wide))
+        linears: dict[str, Linear] = {name: Watched(x) for name, x in wides}
         watched.append(Layer(linears, layer.norm_q, layer.norm_k))
     step, device = Step(generator, watched, cache, kernels, dtype), generator.step_spread.device
     if text:
@@ -89,15 +83,13 @@ def calibrate(generator: Generator, wide: list[Layer], kernels: Kernels, dtype: 
         for name in LINEARS:
             seen = watched[i].linears[name]
             assert isinstance(seen, Watched)
-            weights = seen.layer.weight.abs().amax(1).float()
-            linear[f"{generator.STEP}.{i}.{name}"] = LinearScales(
-                _scale(seen.largest[None]), _scale(weights)
-            )
+            weights = _scale(seen.layer.weight.abs().amax(1).float())
+            key = f"{generator.STEP}.{i}.{name}"
+            linear[key] = LinearScales(_scale(seen.largest[None]), weights)
     attention = []
     for q, k, v in cache.seen:
-        attention.append(
-            hopper_fp8.Scales(_scale(q), _scale(k), np.zeros(tuple(v.shape), np.float32), _scale(v))
-        )
+        k_mean = np.zeros(tuple(v.shape), np.float32)
+        attention.append(hopper_fp8.Scales(_scale(q), _scale(k), k_mean, _scale(v)))
     return Scales(linear, attention)
 
 
@@ -107,17 +99,15 @@ def _scale(largest: Tensor) -> np.ndarray:
 
 
 def noise_inputs(profile: Profile, block: int, device: torch.device) -> dict[str, Tensor]:
-    """What `Step` takes, of unit noise, for the first timestep of `block`; nothing cached, nothing kept."""
+    """Draw the inputs of `Step` from unit noise, for the first timestep of `block`.
+
+    They read nothing from a cache and keep nothing.
+    """
     rng = torch.Generator(device).manual_seed(block)
-    made = {
-        spec.name: torch.randn(spec.shape, generator=rng, device=device)
-        for spec in generator_signature(profile).inputs[:3]
-    }
+    made = {}
+    for spec in generator_signature(profile).inputs[:3]:
+        made[spec.name] = torch.randn(spec.shape, generator=rng, device=device)
     nothing = torch.zeros(1, dtype=torch.int32, device=device)
     rope = torch.from_numpy(temporal_rope(profile, block)[None]).to(device)
-    return made | {
-        "time": torch.ones(1, device=device),
-        "rope_time": rope,
-        "cache_len": nothing,
-        "slot": nothing + NOWHERE,
-    }
+    made |= {"time": torch.ones(1, device=device), "rope_time": rope}
+    return made | {"cache_len": nothing, "slot": nothing + NOWHERE}

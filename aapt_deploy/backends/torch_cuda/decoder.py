@@ -1,12 +1,15 @@
-"""The streaming decoder as a GPU likes it: channels last, half precision, memory that stays in place, one latent frame per call.
+"""The streaming decoder in a GPU's form: one latent frame per call, in fixed memory.
 
-It computes what models/aapt/vae.py's Decoder does for one latent frame of a stream, from that module's weights, and differs in form alone:
+It computes one latent frame of a stream as the Decoder of models/aapt/vae.py does, from that
+module's weights. Only the form differs:
 
-    channels last    every tensor is [T, C, H, W] with channels innermost, which is what tensor cores read
-    time             a convolution over `frames` frames runs as one 2-D convolution over their stacked channels, or as a 3-D one over the frames where
-                     they lie; `choose` times both on the device it runs on
-    up               output channels are sorted so that the shuffle from channels to space and time moves whole runs of channels
-    memory           each convolution keeps its last frames in a buffer of its own, overwritten in the pass, so a captured graph needs no second set
+    channels last   every tensor is [T, C, H, W] with channels innermost, as tensor cores read it
+    time            a convolution over `frames` frames runs as one 2-D convolution over their
+                    stacked channels, or as a 3-D one; `choose` times both on the device
+    up              output channels are sorted, so the shuffle from channels to space and time
+                    moves whole runs of channels
+    memory          each convolution keeps its last frames in a buffer of its own, overwritten in
+                    the pass, so a captured graph needs no second set
 
 Letters: T frames at the layer's own rate, C channels, H x W pixels, h x w latent pixels.
 """
@@ -32,37 +35,28 @@ class Conv:
     """One causal convolution with its memory."""
 
     def __init__(
-        self,
-        conv: CausalConv,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
+        self, conv: CausalConv, height: int, width: int, dtype: torch.dtype,
         order: Tensor | None = None,
-    ) -> None:
-        """`order`: new order of the output channels."""
+    ) -> None:  # fmt: skip
+        """Take `conv` for height x width pixels; `order` sorts the output channels."""
         weight, bias = conv.conv.weight.detach().to(dtype), conv.conv.bias
         assert bias is not None
         bias = bias.detach().to(dtype)
         if order is not None:
             weight, bias = weight[order], bias[order]
         self.frames, self.inputs, self.bias = conv.frames, conv.inputs, bias
-        self.flat = weight.to(
-            memory_format=torch.channels_last
-        )  # [outputs, frames * C, size, size]
-        self.padding = weight.shape[-1] // 2
-        volume = weight.unflatten(1, (conv.frames, conv.inputs)).transpose(
-            1, 2
-        )  # [outputs, C, frames, size, size]
+        # [outputs, frames * C, size, size] and [outputs, C, frames, size, size].
+        self.flat = weight.to(memory_format=torch.channels_last)
+        volume = weight.unflatten(1, (conv.frames, conv.inputs)).transpose(1, 2)
         self.volume = volume.contiguous(memory_format=torch.channels_last_3d)
-        self.shape = (height, width)
-        self.memory = torch.zeros(
-            (conv.frames - 1, conv.inputs, height, width), dtype=dtype, device=weight.device
-        )
-        self.memory = self.memory.to(memory_format=torch.channels_last)
+        self.padding, self.shape = weight.shape[-1] // 2, (height, width)
+        shape = (conv.frames - 1, conv.inputs, height, width)
+        memory = torch.zeros(shape, dtype=dtype, device=weight.device)
+        self.memory = memory.to(memory_format=torch.channels_last)
         self.as_volume = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, C, H, W] -> [T, outputs, H, W]."""
+        """Convolve x [T, C, H, W] to [T, outputs, H, W]."""
         if self.frames == 1:
             return F.conv2d(x, self.flat, self.bias, padding=self.padding)
         seen = torch.cat([self.memory, x])  # [frames - 1 + T, C, H, W]
@@ -71,94 +65,72 @@ class Conv:
 
     def over_stack(self, seen: Tensor) -> Tensor:
         count = len(seen) - self.frames + 1
-        stacked = torch.cat(
-            [seen[i : i + count] for i in range(self.frames)], dim=1
-        )  # [T, frames * C, H, W]
+        shifted = [seen[i : i + count] for i in range(self.frames)]
+        stacked = torch.cat(shifted, dim=1)  # [T, frames * C, H, W]
         return F.conv2d(stacked, self.flat, self.bias, padding=self.padding)
 
     def over_volume(self, seen: Tensor) -> Tensor:
-        video = seen.transpose(0, 1)[
-            None
-        ]  # [1, C, frames - 1 + T, H, W], channels innermost as it lies
-        made = F.conv3d(
-            video, self.volume, self.bias, padding=(0, self.padding, self.padding)
-        )  # [1, outputs, T, H, W]
+        # [1, C, frames - 1 + T, H, W], channels innermost in memory -> [1, outputs, T, H, W].
+        video, padding = seen.transpose(0, 1)[None], (0, self.padding, self.padding)
+        made = F.conv3d(video, self.volume, self.bias, padding=padding)
         return made[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
     def choose(self, frames: int, timer: Timer) -> None:
-        """Take the faster form for `frames` new frames; the weights of both stay."""
+        """Choose the faster form for `frames` new frames; the weights of both stay."""
         if self.frames > 1:
-            height, width = self.shape
-            seen = torch.randn(
-                (self.frames - 1 + frames, self.inputs, height, width),
-                dtype=self.flat.dtype,
-                device=self.flat.device,
-            )
+            shape = (self.frames - 1 + frames, self.inputs, *self.shape)
+            seen = torch.randn(shape, dtype=self.flat.dtype, device=self.flat.device)
             seen = seen.to(memory_format=torch.channels_last)
-            self.as_volume = timer(lambda: self.over_volume(seen)) < timer(
-                lambda: self.over_stack(seen)
-            )
+            volume_s = timer(lambda: self.over_volume(seen))
+            self.as_volume = volume_s < timer(lambda: self.over_stack(seen))
 
 
 def sorted_outputs(rescale: Rescale) -> Tensor:
-    """Order in which output channels (time, C, i, j) become (time, i, j, C)."""
+    """Return the order that sorts output channels (time, C, i, j) to (time, i, j, C)."""
     outputs, fold = rescale.conv.conv.out_channels, rescale.time * rescale.space**2
     order = torch.arange(outputs).view(rescale.time, outputs // fold, rescale.space, rescale.space)
     return order.permute(0, 2, 3, 1).reshape(-1)
 
 
 def unfold(y: Tensor, time: int, space: int) -> Tensor:
-    """[T, time * space * space * C, H, W], sorted as above -> [T * time, C, H * space, W * space]."""
+    """Move channels, sorted as above, to time and space.
+
+    [T, time * space * space * C, H, W] -> [T * time, C, H * space, W * space]
+    """
     t, folded, height, width = y.shape
     c = folded // (time * space * space)
     y = y.permute(0, 2, 3, 1).reshape(t, height, width, time, space, space, c)
-    return (
-        y.permute(0, 3, 1, 4, 2, 5, 6)
-        .reshape(t * time, height * space, width * space, c)
-        .permute(0, 3, 1, 2)
-    )
+    y = y.permute(0, 3, 1, 4, 2, 5, 6).reshape(t * time, height * space, width * space, c)
+    return y.permute(0, 3, 1, 2)
 
 
 class StreamDecoder:
-    """latent [1, C, h, w] -> uint8 frames [4, H, W, 3]; carries its memory from call to call."""
+    """Latent [1, C, h, w] to uint8 frames [4, H, W, 3], with memory from call to call."""
 
     def __init__(self, decoder: Decoder, height: int, width: int, dtype: torch.dtype) -> None:
-        """`decoder`, on its device, for latents of height x width."""
+        """Take `decoder`, on its device, for latents of height x width."""
         self.decoder, self.dtype = decoder, dtype
-        self.linear, self.inlet = (
-            Conv(decoder.linear, height, width, dtype),
-            Conv(decoder.inlet, height, width, dtype),
-        )
+        self.linear = Conv(decoder.linear, height, width, dtype)
+        self.inlet = Conv(decoder.inlet, height, width, dtype)
         self.scales: list[list[tuple[Conv, Conv]]] = []
         self.ups: list[Conv] = []
-        self.rates: list[tuple[Conv, int]] = [
-            (self.linear, 1),
-            (self.inlet, 1),
-        ]  # with the new frames of a call
-        frames = 1
+        # With the new frames of a call.
+        self.rates: list[tuple[Conv, int]] = [(self.linear, 1), (self.inlet, 1)]
+        frames, device = 1, decoder.linear.conv.weight.device
         for blocks, rescale in zip(decoder.blocks, decoder.rescale, strict=True):
             pairs = [
                 (Conv(block.mix, height, width, dtype), Conv(block.out, height, width, dtype))
                 for block in blocks
             ]
-            up = Conv(
-                rescale.conv,
-                height,
-                width,
-                dtype,
-                sorted_outputs(rescale).to(decoder.linear.conv.weight.device),
-            )
+            up = Conv(rescale.conv, height, width, dtype, sorted_outputs(rescale).to(device))
             self.rates += [(conv, frames) for pair in pairs for conv in pair] + [(up, frames)]
             self.scales.append(pairs)
             self.ups.append(up)
-            height, width, frames = (
-                height * rescale.space,
-                width * rescale.space,
-                frames * rescale.time,
-            )
+            height, width = height * rescale.space, width * rescale.space
+            frames *= rescale.time
 
     def choose(self, timer: Timer) -> None:
-        """Fit every convolution to this device."""
+        """Choose the form of every convolution on this device."""
         for conv, frames in self.rates:
             conv.choose(frames, timer)
 
@@ -168,9 +140,8 @@ class StreamDecoder:
 
     def __call__(self, latent: Tensor) -> Tensor:
         z = latent.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        flat = channels_to_space_time(self.linear(z)[None], self.decoder.time, self.decoder.space)[
-            0
-        ]  # [4, 3, H, W]
+        by = self.decoder.time, self.decoder.space
+        flat = channels_to_space_time(self.linear(z)[None], *by)[0]  # [4, 3, H, W]
         x = self.inlet(z)
         for pairs, up, rescale in zip(self.scales, self.ups, self.decoder.rescale, strict=True):
             for mix, out in pairs:

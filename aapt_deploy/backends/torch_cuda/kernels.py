@@ -1,7 +1,8 @@
-"""The kernels that the torch engine's step is made of, as a set that is handed to it: a GPU's, or a plain form that runs anywhere.
+"""The kernels of the torch engine's step: a GPU's, or a plain form for any device.
 
-The plain form is the reference: torch for the small operations and the FP8 products, NumPy for the cache's tiles and the attention over them. It
-makes the engine's whole graph of operations run, and be compared, on a CPU. Neither form knows a layer, a stream or a block's place.
+The plain form is the reference. It takes torch for the small operations and the FP8 products, and
+NumPy for attention and the cache's tiles. So the engine's whole graph of operations runs, and is
+compared, on a CPU.
 """
 
 from collections.abc import Callable
@@ -27,41 +28,31 @@ class AttentionScales:
     @classmethod
     def of(cls, scales: hopper_fp8.Scales, device: torch.device) -> "AttentionScales":
         arrays = (scales.q_scale, scales.k_scale, scales.k_mean, scales.v_scale)
-        return cls(
-            *(
-                torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device)
-                for array in arrays
-            )
-        )
+        packed = (np.ascontiguousarray(array, np.float32) for array in arrays)
+        return cls(*(torch.from_numpy(array).to(device) for array in packed))
 
     def numpy(self) -> hopper_fp8.Scales:
-        return hopper_fp8.Scales(
-            *(tensor.cpu().numpy() for tensor in (self.q, self.k, self.k_mean, self.v))
-        )
+        tensors = (self.q, self.k, self.k_mean, self.v)
+        return hopper_fp8.Scales(*(tensor.cpu().numpy() for tensor in tensors))
 
 
-Pack = Callable[
-    [Tensor, Tensor, AttentionScales, Tensor, Tensor], None
-]  # k, v [1, T, H, D], scales -> k_block, v_block
-AttendTiles = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionScales], Tensor
-]  # q, k_block, v_block, caches, cache_len, scales
-CommitTiles = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, int], None
-]  # k_block, v_block, slot, caches, tokens; no slot below 0
-AttendTokens = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
-]  # q, k, v, caches, cache_len
+# k, v [1, T, H, D], scales -> k_block, v_block
+Pack = Callable[[Tensor, Tensor, AttentionScales, Tensor, Tensor], None]
+# q, k_block, v_block, caches, cache_len, scales
+AttendTiles = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionScales], Tensor]
+# k_block, v_block, slot, caches, tokens; a slot below 0 is skipped
+CommitTiles = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
+# q, k, v, caches, cache_len
+AttendTokens = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One of each. The first six are those of ops/fused.py."""
+    """One kernel for each operation. The first six are those of ops/fused.py."""
 
     modulated: Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-    gated: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]
-    ]
+    gated: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Pair]
     heads: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
     activated: Callable[[Tensor, Tensor | None], Tensor]
     quantised: Callable[[Tensor, Tensor], Tensor]
@@ -73,15 +64,18 @@ class Kernels:
 
 
 def plain() -> Kernels:
-    """On any device; slow, and it waits for the device."""
+    """Return the plain form, for any device; it is slow and waits for the device."""
     return Kernels(
-        fused.modulated, fused.gated, fused.heads, fused.activated, fused.quantised, fused.product, _pack, _attend_tiles, _commit_tiles,
-        _attend_tokens,
+        fused.modulated, fused.gated, fused.heads, fused.activated, fused.quantised, fused.product,
+        _pack, _attend_tiles, _commit_tiles, _attend_tokens,
     )  # fmt: skip
 
 
 def on_gpu() -> Kernels:
-    """On a CUDA device; those of FP8 attention on Hopper only. Triton compiles at the first call of each shape, NVRTC at the first in a process."""
+    """Return the kernels for a CUDA device; those of FP8 attention are for Hopper only.
+
+    Triton compiles at the first call of each shape, NVRTC at the first in a process.
+    """
     from aapt_deploy.ops import fused_triton
     from aapt_deploy.ops.block_causal_attention import cuda_op, triton_op
 
@@ -89,21 +83,17 @@ def on_gpu() -> Kernels:
         cuda_op.pack_into(k, v, s.k, s.k_mean, s.v, k_block, v_block)
 
     def attend(
-        q: Tensor,
-        k_block: Tensor,
-        v_block: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        cache_len: Tensor,
-        s: AttentionScales,
-    ) -> Tensor:
+        q: Tensor, k_block: Tensor, v_block: Tensor, k_cache: Tensor, v_cache: Tensor,
+        cache_len: Tensor, s: AttentionScales,
+    ) -> Tensor:  # fmt: skip
         out = torch.empty_like(q)
         cuda_op.attend_into(q, k_block, v_block, k_cache, v_cache, cache_len, s.q, s.k, s.v, out)
         return out
 
     return Kernels(
-        fused_triton.modulated, fused_triton.gated, fused_triton.heads, fused_triton.activated, fused_triton.quantised, fused_triton.product,
-        pack, attend, cuda_op.commit_into, triton_op.attended,
+        fused_triton.modulated, fused_triton.gated, fused_triton.heads, fused_triton.activated,
+        fused_triton.quantised, fused_triton.product, pack, attend, cuda_op.commit_into,
+        triton_op.attended,
     )  # fmt: skip
 
 
@@ -114,28 +104,15 @@ def _pack(k: Tensor, v: Tensor, s: AttentionScales, k_block: Tensor, v_block: Te
 
 
 def _attend_tiles(
-    q: Tensor,
-    k_block: Tensor,
-    v_block: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_len: Tensor,
-    s: AttentionScales,
-) -> Tensor:
-    block_k, block_v, cached_k, cached_v = (
-        image.cpu().numpy() for image in (k_block, v_block, k_cache, v_cache)
-    )
+    q: Tensor, k_block: Tensor, v_block: Tensor, k_cache: Tensor, v_cache: Tensor,
+    cache_len: Tensor, s: AttentionScales,
+) -> Tensor:  # fmt: skip
+    images = (image.cpu().numpy() for image in (k_block, v_block, k_cache, v_cache))
+    block_k, block_v, cached_k, cached_v = images
     out = emulator.attend(
-        _array(q[0]),
-        block_k,
-        block_v,
-        q.shape[1],
-        cached_k,
-        cached_v,
-        int(cache_len),
-        s.numpy(),
-        emulator.EXACT,
-    )
+        _array(q[0]), block_k, block_v, q.shape[1], cached_k, cached_v, int(cache_len),
+        s.numpy(), emulator.EXACT,
+    )  # fmt: skip
     return torch.from_numpy(np.ascontiguousarray(out))[None].to(q)
 
 
@@ -145,9 +122,8 @@ def _commit_tiles(
     if int(slot) < 0:
         return
     caches = [cache.cpu().numpy().copy() for cache in (k_cache, v_cache)]
-    hopper_fp8.commit(
-        k_block.cpu().numpy(), v_block.cpu().numpy(), tokens, int(slot), caches[0], caches[1]
-    )
+    blocks = k_block.cpu().numpy(), v_block.cpu().numpy()
+    hopper_fp8.commit(*blocks, tokens, int(slot), *caches)
     for target, made in zip((k_cache, v_cache), caches, strict=True):
         target.copy_(torch.from_numpy(made))
 

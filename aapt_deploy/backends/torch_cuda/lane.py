@@ -1,4 +1,7 @@
-"""A stream of the GPU with its captured graphs, and the small tensors that go up to it together. On a CPU everything happens at once."""
+"""A stream of the GPU with its captured graphs, and the small tensors uploaded together.
+
+On a CPU every call runs at once.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,25 +16,23 @@ ALIGNMENT = 64  # of a tensor inside a packed buffer, in numbers of four bytes
 
 
 class Lane:
-    """A stream of the device: calls made ready to be replayed, copies, waiting. On a CPU everything happens at once."""
+    """A stream of the device: captured calls, copies, waits."""
 
     def __init__(self, device: torch.device, priority: int = 0) -> None:
-        """`priority`: whose thread blocks go first where lanes compete; lower is earlier."""
+        """Make a stream. A lane of lower `priority` has its thread blocks scheduled first."""
         self.device = device
         cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device, priority=priority) if cuda else None
 
     @contextlib.contextmanager
     def mine(self) -> Iterator[None]:
-        """Whatever is called inside goes to this lane, from whichever thread."""
-        with (
-            torch.no_grad(),
-            torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext(),
-        ):
+        """Queue calls inside the context on this lane, from any thread."""
+        stream = torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
+        with torch.no_grad(), stream:
             yield
 
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """`call`, captured. It runs a few times first, so it must leave no trace."""
+        """Return `call`, captured. It runs a few times first, so it must leave no trace."""
         self.settle()
         with self.mine():
             for _ in range(WARM_UPS):
@@ -46,17 +47,17 @@ class Lane:
         return graph.replay
 
     def settle(self) -> None:
-        """Wait for all lanes, and for what was made outside of them."""
+        """Wait for all streams of the device."""
         if self.stream:
             torch.cuda.synchronize(self.device)
 
     def wait(self) -> None:
-        """Wait for this lane; other threads of Python run meanwhile."""
+        """Wait for this lane; other Python threads run meanwhile."""
         if self.stream:
             self.stream.synchronize()
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Of one run of `call` on the device, after another that is not counted."""
+        """Time one run of `call` on the device, after an untimed one."""
         assert self.stream
         with self.mine():
             call()
@@ -70,7 +71,7 @@ class Lane:
 
 
 class Packed:
-    """Small tensors that travel to the device together: one pinned buffer, one on the device, one copy."""
+    """Small tensors that are uploaded together, from a pinned buffer by one copy."""
 
     def __init__(self, specs: list[TensorSpec], device: torch.device) -> None:
         sizes = [-(-spec.bytes // 4 // ALIGNMENT) * ALIGNMENT for spec in specs]

@@ -1,14 +1,18 @@
-"""One pass of the generator as an engine runs it: the visual stream alone, in FP8 where it has scales, over caches that stay where they are.
+"""One pass of the generator: the visual stream alone, over caches that stay in place.
 
-    commit of the block before   to `slot`, which lies on the device; a slot below 0 commits nothing
-    embed                        patches of the noisy latent, the previous one and the rays, in float32
-    36 x                         [norm, modulate, quantise] qkv [QK-norm, rotate] [pack, attend] [quantise] out
-                                 [gate, residual, norm, modulate, quantise] w1 [GELU, quantise] w2 [gate, residual, next norm ...]
+    commit of the block before   to `slot`, on the device; a slot below 0 commits nothing
+    embed                        patches of the noisy latent, the previous one and the rays, float32
+    36 x                         [norm, modulate, quantise] qkv [QK-norm, rotate] [pack, attend]
+                                 [quantise] out [gate, residual, norm, modulate, quantise] w1
+                                 [GELU, quantise] w2 [gate, residual, next norm ...]
     clean latent                 in float32
 
-What stands in brackets is one kernel each (pack and attend: two); they come as a set (kernels.Kernels), so that the same step runs on a CPU
-with plain ones. That a block is committed at the start of the pass behind it keeps a pass free of traces until somebody asks for them: an engine's
-`commit` then is one number. The step allocates from torch's allocator, never waits, and reads nothing on the host but shapes, so it can be captured.
+Each pair of brackets is one kernel (pack and attend: two). They are passed as a set
+(kernels.Kernels), so the same step runs on a CPU with plain ones. Layers with scales run in FP8.
+
+A block is committed at the start of the next pass. So a pass leaves no trace until an engine's
+`commit`, which only sets a number. The step can be captured: it allocates from torch's allocator,
+never waits, and reads nothing on the host but shapes.
 
 Letters: F tokens of a block, H heads, D head_dim, L text tokens, S tokens of a cache.
 """
@@ -34,7 +38,7 @@ LINEARS = ("qkv", "out", "w1", "w2")
 
 
 class Linear(Protocol):
-    """A linear layer that takes codes where it has a `step`, and activations where it has none."""
+    """A linear layer. It takes codes if it has a `step`, else activations."""
 
     step: Tensor | None
 
@@ -55,79 +59,67 @@ class Wide:
 
 
 class Narrow:
-    """A linear layer in FP8: static scales, one for the input, and for the weights one for each row or one for all."""
+    """A linear layer in FP8, with static scales.
+
+    The input has one scale. The weights have one for each row, or one for all.
+    """
 
     def __init__(
-        self,
-        layer: nn.Linear,
-        input_scale: Tensor,
-        weight_scale: Tensor,
-        rows: int,
-        kernels: Kernels,
-        dtype: torch.dtype,
-        by_row: bool,
-    ):
-        """input_scale [1], weight_scale [out]; `rows` tokens at every call."""
+        self, layer: nn.Linear, input_scale: Tensor, weight_scale: Tensor, rows: int,
+        kernels: Kernels, dtype: torch.dtype, by_row: bool,
+    ) -> None:  # fmt: skip
+        """Take input_scale [1], weight_scale [out], and `rows` tokens of every call."""
         self.kernels, self.dtype = kernels, dtype
         self.step: Tensor | None = input_scale
         if not by_row:
             weight_scale = weight_scale.max().expand(len(weight_scale))
-        self.weight = quantised(
-            layer.weight.detach(), weight_scale[:, None]
-        )  # [out, in]: the product reads it as a column-major [in, out]
-        self.x_scale = (
-            input_scale.expand(rows, 1).contiguous() if by_row else input_scale
-        )  # PyTorch wants one for each row of both or of none
-        self.weight_scale = (
-            weight_scale[None].contiguous() if by_row else weight_scale[:1].contiguous()
-        )
+        # [out, in]: the product reads it as a column-major [in, out].
+        self.weight = quantised(layer.weight.detach(), weight_scale[:, None])
+        # PyTorch requires one for each row of both or of none.
+        self.x_scale = input_scale.expand(rows, 1).contiguous() if by_row else input_scale
+        self.weight_scale = (weight_scale[None] if by_row else weight_scale[:1]).contiguous()
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         assert x.dtype == FP8, f"{x.dtype=}"
-        return self.kernels.product(
-            x, self.weight, self.x_scale, self.weight_scale, self.bias, self.dtype
-        )
+        scales = self.x_scale, self.weight_scale
+        return self.kernels.product(x, self.weight, *scales, self.bias, self.dtype)
 
 
 class Cache(Protocol):
-    """Every layer's keys and values."""
+    """The keys and values of every layer."""
 
     def commit(self, layer: int, slot: Tensor) -> None:
-        """Move the block of the last pass to token slot[0]; nowhere for a slot below 0."""
+        """Move the block of the last pass to token slot[0]; skip a slot below 0."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache_len: Tensor) -> Tensor:
-        """q, k, v [1, F, H, D], cache_len int32 [1] -> [1, F, H, D]; keeps k and v as the block of this pass."""
+        """Attend with q, k, v [1, F, H, D] and cache_len int32 [1]; return [1, F, H, D].
+
+        k and v are kept as the block of this pass.
+        """
         ...
 
     def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v [1, L, H, D] to the front."""
+        """Write k, v [1, L, H, D] to the front."""
         ...
 
     def clear(self) -> None: ...
 
 
 class Tokens:
-    """Caches [1, S, H, D] in the activations' type, with room behind for a block that is not kept."""
+    """Caches [1, S, H, D] in the activations' type, with room behind for a skipped block."""
 
     def __init__(
         self, profile: Profile, kernels: Kernels, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.kernels = kernels
-        self.nowhere = torch.tensor(
-            [profile.cache_tokens], dtype=torch.int32, device=device
-        )  # a number of the host cannot be captured
-        shape, room = (
-            (profile.model.heads, profile.head_dim),
-            profile.cache_tokens + profile.frame_tokens,
-        )
+        self.kernels, tokens, frame = kernels, profile.cache_tokens, profile.frame_tokens
+        # On the device, because a number of the host cannot be captured.
+        self.nowhere = torch.tensor([tokens], dtype=torch.int32, device=device)
+        shape, depth = (profile.model.heads, profile.head_dim), range(profile.model.depth)
         self.caches, self.blocks = (
-            [
-                torch.zeros((2, 1, tokens, *shape), dtype=dtype, device=device)
-                for _ in range(profile.model.depth)
-            ]
-            for tokens in (room, profile.frame_tokens)
+            [torch.zeros((2, 1, n, *shape), dtype=dtype, device=device) for _ in depth]
+            for n in (tokens + frame, frame)
         )
         self.rows = torch.arange(profile.frame_tokens, device=device)
 
@@ -154,19 +146,14 @@ class Tiles:
     """Caches of e4m3 tiles (hopper_fp8)."""
 
     def __init__(
-        self,
-        profile: Profile,
-        kernels: Kernels,
-        scales: Sequence[hopper_fp8.Scales],
+        self, profile: Profile, kernels: Kernels, scales: Sequence[hopper_fp8.Scales],
         device: torch.device,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.kernels, self.tokens, self.device = kernels, profile.frame_tokens, device
         self.scales = [AttentionScales.of(layer, device) for layer in scales]
         self.heads = profile.model.heads, profile.head_dim
-        self.caches, self.blocks = (
-            [self._image(tokens) for _ in scales]
-            for tokens in (Ring.of(profile).tokens, profile.frame_tokens)
-        )
+        self.caches = [self._image(Ring.of(profile).tokens) for _ in scales]
+        self.blocks = [self._image(profile.frame_tokens) for _ in scales]
         self.front = torch.zeros(1, dtype=torch.int32, device=device)
 
     def commit(self, layer: int, slot: Tensor) -> None:
@@ -174,20 +161,15 @@ class Tiles:
         self.kernels.commit_tiles(k_block, v_block, slot, k_cache, v_cache, self.tokens)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache_len: Tensor) -> Tensor:
-        (k_block, v_block), (k_cache, v_cache), scales = (
-            self.blocks[layer],
-            self.caches[layer],
-            self.scales[layer],
-        )
+        (k_block, v_block), (k_cache, v_cache) = self.blocks[layer], self.caches[layer]
+        scales = self.scales[layer]
         self.kernels.pack(k, v, scales, k_block, v_block)
         return self.kernels.attend_tiles(q, k_block, v_block, k_cache, v_cache, cache_len, scales)
 
     def _image(self, tokens: int) -> Tensor:
-        """Tiles of keys and of values for `tokens` tokens."""
-        count, dim = self.heads
-        return torch.zeros(
-            (2, *hopper_fp8.image_shape(count, tokens, dim)), dtype=torch.uint8, device=self.device
-        )
+        """Allocate tiles of keys and of values for `tokens` tokens."""
+        shape = hopper_fp8.image_shape(self.heads[0], tokens, self.heads[1])
+        return torch.zeros((2, *shape), dtype=torch.uint8, device=self.device)
 
     def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
         (k_image, v_image), (k_cache, v_cache) = self._image(k.shape[1]), self.caches[layer]
@@ -209,82 +191,65 @@ class Layer:
 
 
 class Step:
-    """One pass: calls with the generator's inputs as device tensors (`signature.generator`, and slot int32 [1]), answers with `clean`."""
+    """One pass: the generator's inputs on the device to `clean`.
+
+    The inputs are those of `signature.generator`, and slot int32 [1].
+    """
 
     def __init__(
-        self,
-        generator: Generator,
-        layers: Sequence[Layer],
-        cache: Cache,
-        kernels: Kernels,
+        self, generator: Generator, layers: Sequence[Layer], cache: Cache, kernels: Kernels,
         dtype: torch.dtype,
-    ) -> None:
-        self.generator, self.layers, self.cache, self.kernels, self.dtype = (
-            generator,
-            layers,
-            cache,
-            kernels,
-            dtype,
-        )
-        self.tables = torch.stack(
-            [layer.modulation.detach().float() for layer in generator.step_blocks]
-        )  # [depth, 6, dim]
+    ) -> None:  # fmt: skip
+        self.generator, self.layers, self.cache = generator, layers, cache
+        self.kernels, self.dtype = kernels, dtype
+        tables = [layer.modulation.detach().float() for layer in generator.step_blocks]
+        self.tables = torch.stack(tables)  # [depth, 6, dim]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         g, kernels = self.generator, self.kernels
         time, previous = inputs["time"], inputs["previous"]
-        innovation, base, spread = posterior(
-            inputs["noisy"], previous, time[:, None, None, None], g.step_spread
-        )
-        tokens, direct = g.embed(
-            torch.cat([innovation, previous, inputs["condition"]], dim=1)
-        )  # [1, F, dim], [1, C, h, w]
+        at = time[:, None, None, None]
+        innovation, base, spread = posterior(inputs["noisy"], previous, at, g.step_spread)
+        given = torch.cat([innovation, previous, inputs["condition"]], dim=1)
+        tokens, direct = g.embed(given)  # [1, F, dim], [1, C, h, w]
         shared, head = (torch.cat(group) for group in g.times(time))  # [6, dim], [2, dim]
         tables = self.tables + shared  # [depth, 6, dim]
         rope = join_rope(inputs["rope_time"], g.spatial_rope)[0].contiguous()  # [2, F, P]
         x = tokens[0].to(self.dtype).contiguous()  # [F, dim]
-        y = kernels.modulated(
-            x, tables[0, 0], tables[0, 1], EPS, self.layers[0].linears["qkv"].step
-        )
+        step = self.layers[0].linears["qkv"].step
+        y = kernels.modulated(x, tables[0, 0], tables[0, 1], EPS, step)
         for i, layer in enumerate(self.layers):
             qkv, out, w1, w2 = (layer.linears[name] for name in LINEARS)
             self.cache.commit(i, inputs["slot"])
             q, k, v = kernels.heads(qkv(y), layer.norm_q, layer.norm_k, rope, EPS)  # [1, F, H, D]
-            attended = self.cache.attend(i, q, k, v, inputs["cache_len"]).view(
-                len(x), -1
-            )  # [F, dim]
+            attended = self.cache.attend(i, q, k, v, inputs["cache_len"])
+            attended = attended.view(len(x), -1)  # [F, dim]
             attended = attended if out.step is None else kernels.quantised(attended, out.step)
             _, _, gate, shift, scale, gate_mlp = tables[i]
             x, y = kernels.gated(x, out(attended), gate, shift, scale, EPS, w1.step)
             mlp = w2(kernels.activated(w1(y), w2.step))
-            last = i + 1 == len(self.layers)
-            shift, scale, step = (
-                (*head, None)
-                if last
-                else (*tables[i + 1, :2], self.layers[i + 1].linears["qkv"].step)
-            )
+            shift, scale, step = *head, None
+            if i + 1 < len(self.layers):
+                shift, scale, step = *tables[i + 1, :2], self.layers[i + 1].linears["qkv"].step
             x, y = kernels.gated(x, mlp, gate_mlp, shift, scale, EPS, step)
         clean: Tensor = base + spread * (g.latent(y.float()[None]) + direct)
         return clean
 
 
 def wide_layers(generator: Generator, dtype: torch.dtype) -> list[Layer]:
-    """The visual stream in `dtype`."""
-    return [
-        _layer(stream, {name: Wide(getattr(stream, name), dtype) for name in LINEARS})
-        for stream in generator.step_blocks
-    ]
+    """Return the visual stream in `dtype`."""
+
+    def linears(stream: nn.Module) -> dict[str, Linear]:
+        return {name: Wide(getattr(stream, name), dtype) for name in LINEARS}
+
+    return [_layer(stream, linears(stream)) for stream in generator.step_blocks]
 
 
 def fp8_layers(
-    generator: Generator,
-    scales: Scales,
-    kernels: Kernels,
-    dtype: torch.dtype,
-    device: torch.device,
-    by_row: bool,
-) -> list[Layer]:
-    """The visual stream with every linear layer that has scales in FP8, the others in `dtype`."""
+    generator: Generator, scales: Scales, kernels: Kernels, dtype: torch.dtype,
+    device: torch.device, by_row: bool,
+) -> list[Layer]:  # fmt: skip
+    """Return the visual stream with the layers that have scales in FP8, others in `dtype`."""
     tokens, layers = generator.profile.frame_tokens, []
     for i, stream in enumerate(generator.step_blocks):
         linears: dict[str, Linear] = {}
@@ -293,10 +258,9 @@ def fp8_layers(
             if found is None:
                 linears[name] = Wide(layer, dtype)
                 continue
-            input_scale, weight_scale = (
-                torch.from_numpy(s).to(device) for s in (found.input_scale, found.weight_scale)
-            )
-            linears[name] = Narrow(layer, input_scale, weight_scale, tokens, kernels, dtype, by_row)
+            arrays = found.input_scale, found.weight_scale
+            of_input, of_weight = (torch.from_numpy(array).to(device) for array in arrays)
+            linears[name] = Narrow(layer, of_input, of_weight, tokens, kernels, dtype, by_row)
         layers.append(_layer(stream, linears))
     return layers
 

@@ -186,7 +186,8 @@ def _check(network: trt.INetworkDefinition, graph: Path, plugin_layers: int) -> 
         layers = f"{plugin_layers} {PLUGIN_NAMESPACE}::{NAME} layers in {graph}"
         raise ParityError(
             f"TensorRT took {found} of the {layers} for our plugin; the others would run slowly",
-            "export the bundle again; its graphs must not carry the function that stands in for the plugin",
+            "export the bundle again; its graphs must not carry the function that stands in for "
+            "the plugin",
         )
     given = [(network.get_input(index), True) for index in range(network.num_inputs)]
     given += [(network.get_output(index), False) for index in range(network.num_outputs)]

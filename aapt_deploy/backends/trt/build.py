@@ -164,12 +164,8 @@ def _all_plans(
     Returns `order` with that form, and the plans.
     """
     chosen, generator = _generator(order, choices, folder)
-    others = [
-        name
-        for name in family_of(order.bundle.profile).signatures(order.bundle.profile)
-        if name != "generator"
-    ]
-    plans = {name: _one_plan(chosen, name, folder) for name in others}
+    graphs = family_of(order.bundle.profile).signatures(order.bundle.profile)
+    plans = {name: _one_plan(chosen, name, folder) for name in graphs if name != "generator"}
     return chosen, {**plans, "generator": generator}
 
 
@@ -221,8 +217,7 @@ def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
         shutil.rmtree(place, ignore_errors=True)
     with writing(path, ROOM):
         note = {"sha256": _sha256(path), "audit": audit}
-        # Only now is it a finished plan.
-        receipts.write_whole(path.with_suffix(".json"), json.dumps(note).encode())
+        receipts.write_whole(path.with_suffix(".json"), json.dumps(note).encode())  # finished now
     return Finished(path, inputs, audit)
 
 
@@ -366,10 +361,8 @@ def _prove(order: Order, stage: Stage) -> tuple[dict[str, Any], float]:
     order.report(f"{order.key}: opening the plans")
     device = cuda.with_driver()
     try:
-        plans = {
-            name: api.open_plan(stage.path / f"{name}.plan")
-            for name in family_of(profile).signatures(profile)
-        }
+        graphs = family_of(profile).signatures(profile)
+        plans = {name: api.open_plan(stage.path / f"{name}.plan") for name in graphs}
     except BaseException:
         device.close()
         raise

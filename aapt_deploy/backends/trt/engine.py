@@ -121,14 +121,9 @@ class TrtGenerator:
     """Generator with its caches."""
 
     def __init__(
-        self,
-        plan: "Plan",
-        signature: GraphSignature,
-        profile: Profile,
-        device: Device,
-        stream: Stream,
-        options: "RunOptions",
-    ) -> None:
+        self, plan: "Plan", signature: GraphSignature, profile: Profile, device: Device,
+        stream: Stream, options: "RunOptions",
+    ) -> None:  # fmt: skip
         given = {tensor.name: tensor for tensor in plan.tensors}
         self.profile, self.ring = profile, Ring.of(profile)
         self.stream, self.context = stream, plan.context()

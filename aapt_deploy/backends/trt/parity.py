@@ -74,7 +74,8 @@ def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
         allowed = f"limits: {limits.latent_error}, {limits.psnr_db} dB"
         raise ParityError(
             f"the plans disagree with the exported graphs: {', '.join(bad)} ({allowed})",
-            "build with --attention native, or a higher precision, to see which part is to blame; the bundle was not changed",
+            "build with --attention native, or a higher precision, to see which part is to blame; "
+            "the bundle was not changed",
         )
     return figures
 

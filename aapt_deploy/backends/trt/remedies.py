@@ -15,10 +15,16 @@ class Remedy(NamedTuple):
     hint: str
 
 
-SMALLER = "close other programs on the GPU, or take a smaller profile; aapt plan NAME tells what one needs"
+SMALLER = (
+    "close other programs on the GPU, or take a smaller profile; "
+    "aapt plan NAME tells what one needs"
+)
 SAME_VERSION = "export the bundle and build the engine again with one version of aapt_deploy"
 NEWER = "install a newer TensorRT: pip install --upgrade 'aapt_deploy[tensorrt]'"
-NATIVE = "build with --attention native to see whether our plugin is to blame, and report what aapt doctor --tensorrt finds"
+NATIVE = (
+    "build with --attention native to see whether our plugin is to blame, and report what aapt "
+    "doctor --tensorrt finds"
+)
 
 REMEDIES = (
     Remedy(
@@ -50,7 +56,8 @@ REMEDIES = (
     ),
     Remedy(
         r"PTX|JIT compil|unsupported toolchain",
-        "the driver is too old for the kernels' PTX: update it to release 565 or newer, or --attention python",
+        "the driver is too old for the kernels' PTX: update it to release 565 or newer, "
+        "or --attention python",
     ),
     Remedy(r"No importer registered|UNSUPPORTED_NODE|[Uu]nsupported (ONNX )?op|opset", NEWER),
     Remedy(
@@ -76,11 +83,13 @@ REMEDIES = (
     ),
     Remedy(
         r"illegal memory|misaligned|launch fail|unspecified launch",
-        "a kernel failed: run aapt doctor --tensorrt and report what it finds; --attention native does without ours",
+        "a kernel failed: run aapt doctor --tensorrt and report what it finds; "
+        "--attention native does without ours",
     ),
     Remedy(
         r"insufficient driver|driver version|forward compatib|no CUDA-capable|CUDA initialization",
-        "update the NVIDIA driver; in a container, pass the GPU in; aapt doctor tells what is missing",
+        "update the NVIDIA driver; in a container, pass the GPU in; "
+        "aapt doctor tells what is missing",
     ),
     Remedy(
         r"cancel|[Ii]nterrupt",

@@ -83,15 +83,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def evaluate(
-    bundles: Sequence[Path],
-    out: Path,
-    flights: int,
-    seconds: int,
-    backend: str,
-    precision: str | None,
-    warn: Report,
-    report: Report,
-) -> dict[str, Any]:
+    bundles: Sequence[Path], out: Path, flights: int, seconds: int, backend: str,
+    precision: str | None, warn: Report, report: Report,
+) -> dict[str, Any]:  # fmt: skip
     """`judge` bundles and checkpoints. Raises UsageError if a path is given twice."""
     named = zip(_names(bundles), bundles, strict=True)
     candidates = {name: _candidate(path, backend, precision, warn) for name, path in named}

@@ -125,15 +125,8 @@ def features(images: Tensor) -> Tensor:
     for inputs, outputs in pairwise(CHANNELS):
         weights = rng.standard_normal((outputs, inputs, 5, 5)) / np.sqrt(25 * inputs / 2)
         bias = rng.uniform(-0.5, 0.5, outputs)
-        x = F.relu(
-            F.conv2d(
-                x,
-                torch.from_numpy(weights).float(),
-                torch.from_numpy(bias).float(),
-                stride=2,
-                padding=2,
-            )
-        )
+        w, b = (torch.from_numpy(array).float() for array in (weights, bias))
+        x = F.relu(F.conv2d(x, w, b, stride=2, padding=2))
         half = x.shape[2] // 2
         found += [x[:, :, :half].mean((2, 3)), x[:, :, half:].mean((2, 3))]
     return torch.cat(found, dim=1)

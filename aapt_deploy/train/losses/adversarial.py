@@ -42,13 +42,9 @@ class ForcedRollout:
     """
 
     def __init__(
-        self,
-        generator: Generator,
-        first: Tensor,
-        text: Tensor,
-        stage: AdversarialStage,
+        self, generator: Generator, first: Tensor, text: Tensor, stage: AdversarialStage,
         rng: torch.Generator,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.profile, self.stage, self.rng = generator.profile, stage, rng
         self.streams, self.previous = Streams(generator, text), first
         away = torch.rand(len(first), generator=rng) < stage.far_sink
@@ -78,14 +74,9 @@ class ForcedRollout:
 
 
 def adversarial_update(
-    generator: Generator,
-    discriminator: Discriminator,
-    latents: Latents,
-    stage: AdversarialStage,
-    rng: torch.Generator,
-    step: int,
-    scale: float,
-) -> dict[str, Tensor]:
+    generator: Generator, discriminator: Discriminator, latents: Latents,
+    stage: AdversarialStage, rng: torch.Generator, step: int, scale: float,
+) -> dict[str, Tensor]:  # fmt: skip
     """Add `scale` times one batch's gradients to both networks. Return figures.
 
     step: updates done; in the first `head_start` ones the generator gets no gradient. The same
@@ -122,15 +113,9 @@ def adversarial_update(
 
 
 def _judge(
-    discriminator: Discriminator,
-    fake: Clips,
-    real: Clips,
-    stage: AdversarialStage,
-    rng: torch.Generator,
-    penalty: float,
-    warming: bool,
-    scale: float,
-) -> dict[str, Tensor]:
+    discriminator: Discriminator, fake: Clips, real: Clips, stage: AdversarialStage,
+    rng: torch.Generator, penalty: float, warming: bool, scale: float,
+) -> dict[str, Tensor]:  # fmt: skip
     """Run both losses of one segment backward."""
     device, shape = fake.frames.device, fake.frames.shape
     t = torch.rand(len(fake.text), generator=rng).to(device)
@@ -149,13 +134,9 @@ def _judge(
 
 
 def discriminator_loss(
-    discriminator: Discriminator,
-    fake: Clips,
-    real: Clips,
-    t: Tensor,
-    noise: list[Tensor],
+    discriminator: Discriminator, fake: Clips, real: Clips, t: Tensor, noise: list[Tensor],
     penalty: float,
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """Return the discriminator's loss and its parts, scalars, and the real clips' logits.
 
     The logits carry no gradient. noise: what R adds to the fake's frames and to the real's. All

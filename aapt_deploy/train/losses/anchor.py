@@ -14,12 +14,8 @@ from torch import Tensor
 from aapt_deploy.train.losses.flow import Latents
 
 GRID = (3, 4)  # places of a picture whose levels are looked at
-PAIRS = (
-    (0.0, 1.0),
-    (0.0, 0.7),
-    (0.1, 0.8),
-    (0.3, 1.0),
-)  # of frames of a clip, as parts of its length
+# Pairs of frames of a clip, as parts of its length.
+PAIRS = ((0.0, 1.0), (0.0, 0.7), (0.1, 0.8), (0.3, 1.0))
 RIDGE = 3.0
 
 

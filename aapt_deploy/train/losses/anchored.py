@@ -37,15 +37,9 @@ LARGEST = 30.0  # of a latent that has not run away
 
 
 def anchored_loss(
-    student: Generator,
-    teacher: Generator,
-    true: Batch,
-    errors: Tensor,
-    own: Batch,
-    anchor: Anchor,
-    stage: AnchoredStage,
-    rng: torch.Generator,
-) -> Tensor:
+    student: Generator, teacher: Generator, true: Batch, errors: Tensor, own: Batch,
+    anchor: Anchor, stage: AnchoredStage, rng: torch.Generator,
+) -> Tensor:  # fmt: skip
     """Return the distance of the student's pass to the teacher's with its levels pulled back.
 
     It is in deviations of a step, a scalar. errors [B, 1, C, h, w]: what is wrong with the levels

@@ -77,7 +77,8 @@ class Latents:
         if n >= m:
             raise InputError(
                 f"a stage wants {1 + n} blocks of a clip, the clips have {m}",
-                f"make longer ones, as those were made, with: aapt train data FOLDER --blocks {1 + n}",
+                "make longer ones, as those were made, with: "
+                f"aapt train data FOLDER --blocks {1 + n}",
             )
         chosen = torch.randint(clips, (b,), generator=rng)
         first = torch.randint(1, m - n + 1, (b,), generator=rng)

@@ -62,13 +62,9 @@ class Streams:
         self.cache = None
 
     def sample(
-        self,
-        noise: Tensor,
-        previous: Tensor,
-        condition: Tensor,
-        rope_time: Tensor,
+        self, noise: Tensor, previous: Tensor, condition: Tensor, rope_time: Tensor,
         timesteps: Sequence[float],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return the next latent of every stream [B, C, h, w], and commit it.
 
         The loop of `aapt_deploy.rollout.loop` on tensors.
@@ -78,13 +74,8 @@ class Streams:
 
         def clean(noisy: Tensor, t: float) -> Tensor:
             nonlocal keys, values
-            found, keys, values = self.step(
-                noisy,
-                previous,
-                condition,
-                torch.full((len(noisy),), t, device=noisy.device),
-                rope_time,
-            )
+            time = torch.full((len(noisy),), t, device=noisy.device)
+            found, keys, values = self.step(noisy, previous, condition, time, rope_time)
             return found
 
         latent: Tensor = denoise(clean, noise, timesteps)

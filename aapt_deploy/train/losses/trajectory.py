@@ -36,13 +36,9 @@ GRID = (3, 4)  # of a tint that varies over the picture
 
 
 def trajectory_loss(
-    student: Generator,
-    teacher: Generator,
-    batch: Batch,
-    stage: TrajectoryStage,
-    fade: Tensor,
+    student: Generator, teacher: Generator, batch: Batch, stage: TrajectoryStage, fade: Tensor,
     rng: torch.Generator,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the distance of the student's one pass to the end of the teacher's sampler.
 
     It is in deviations of a step, a scalar. fade [C] as in `measure_fade`.

@@ -100,7 +100,8 @@ def refuse_other_clips(folder: Path, profile: Profile, blocks: int) -> None:
             wanted = f"{length} of {v.width}x{v.height}"
             raise InputError(
                 f"clip {path} has {frames} frames of {width}x{height}, not {wanted}",
-                "name another folder, ask for that length and profile, or add --force to have clips that do not fit made again",
+                "name another folder, ask for that length and profile, or add --force to have "
+                "clips that do not fit made again",
             )
 
 
@@ -151,13 +152,9 @@ def _render_task(task: tuple[Path, Profile, int, int]) -> int:
 
 
 def render_worlds(
-    folder: Path,
-    profile: Profile,
-    first_seed: int,
-    worlds: int,
-    processes: int,
+    folder: Path, profile: Profile, first_seed: int, worlds: int, processes: int,
     blocks: int = BLOCKS,
-) -> Iterator[int]:
+) -> Iterator[int]:  # fmt: skip
     """Render `worlds` worlds into `folder`. Yield the clips written after each.
 
     Resume where an earlier run stopped.

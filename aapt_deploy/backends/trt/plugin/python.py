@@ -252,14 +252,10 @@ class BlockCausalAttention(
 
     @_kept
     def enqueue(
-        self,
-        input_desc: Sequence[trt.PluginTensorDesc],
-        output_desc: Sequence[trt.PluginTensorDesc],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        workspace: int,
-        stream: int,
-    ) -> None:
+        self, input_desc: Sequence[trt.PluginTensorDesc],
+        output_desc: Sequence[trt.PluginTensorDesc], inputs: Sequence[int],
+        outputs: Sequence[int], workspace: int, stream: int,
+    ) -> None:  # fmt: skip
         assert self.launcher is not None and self.size is not None, "run before its shapes are set"
         for kernel, reads, numbers, writes in launches(self.size, inputs, outputs):
             self.launcher(kernel, reads, numbers, writes, stream)
