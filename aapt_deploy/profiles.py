@@ -10,7 +10,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -53,14 +53,15 @@ class Video:
     latent_channels: int
     spatial_stride: int = 8  # pixels per latent pixel side
     temporal_stride: int = 4  # frames per latent frame
+    block_frames: int = 1  # latent frames that are generated together
 
 
 @dataclass(frozen=True)
 class Window:
     """The latent frames that a block attends to."""
 
-    frames: int  # past latent frames in the ring (the paper's N)
-    sink_frames: int = 1  # first latent frames that are never overwritten
+    frames: int  # past latent frames in the ring (the paper's N), whole blocks of them
+    sink_frames: int = 1  # first latent frames that are never overwritten: one block or none
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,11 @@ LARGEST = {
     "dim": 1 << 16, "depth": 1 << 10, "heads": 1 << 10, "patch": 1 << 6, "mlp_ratio": 1 << 6,
     "halo": 1 << 6, "tokens": 1 << 16, "width": 1 << 14, "height": 1 << 14, "fps": 1000,
     "latent_channels": 1 << 10, "spatial_stride": 1 << 8, "temporal_stride": 1 << 8,
-    "frames": 10_000, "sink_frames": 10_000, "encoder_channels": 1 << 14,
+    "frames": 10_000, "sink_frames": 10_000, "block_frames": 100, "encoder_channels": 1 << 14,
     "decoder_channels": 1 << 14, "blocks": 1 << 6, "temporal_kernel": 1 << 6,
     "sm": 10_000, "memory_gb": 1 << 20,
 }  # fmt: skip
+LATER = {"family": "aapt", "video.block_frames": 1}  # files without them are older than these keys
 MAY_BE_ZERO = ("halo", "tokens", "sink_frames", "sm", "memory_gb")
 
 
@@ -154,6 +156,7 @@ class Profile:
     target: Target
     quality: Quality = Quality()
     fp8: Fp8 = Fp8()
+    family: str = "aapt"  # the kind of checkpoint: a row of models/family.py
 
     def __post_init__(self) -> None:
         self._refuse(self._out_of_range())  # first, because the rest divides by them
@@ -184,8 +187,11 @@ class Profile:
         unit = v.spatial_stride * m.patch
         if v.width % unit or v.height % unit:
             yield f"video {v.width}x{v.height} is not a multiple of spatial_stride x patch = {unit}"
-        if (sink := self.window.sink_frames) > 1:
-            yield f"window.sink_frames = {sink}: the sink is the first block, so 0 or 1"
+        block, past, sink = v.block_frames, self.window.frames, self.window.sink_frames
+        if past % block:
+            yield f"window.frames = {past} is not a multiple of video.block_frames = {block}"
+        if sink not in (0, block):
+            yield f"window.sink_frames = {sink}: the sink is the first block, so 0 or {block}"
         if self.text.kind not in ("vocabulary", "embedding"):
             yield f"text.kind = {self.text.kind!r} is neither 'vocabulary' nor 'embedding'"
         steps = list(self.sampler.timesteps)
@@ -248,9 +254,22 @@ class Profile:
         return self.latent_height * self.latent_width // self.model.patch**2
 
     @property
+    def block_tokens(self) -> int:
+        return self.frame_tokens * self.video.block_frames
+
+    @property
+    def frames_per_block(self) -> int:
+        """Count the pixel frames that one block decodes to."""
+        return self.video.block_frames * self.video.temporal_stride
+
+    @property
+    def block_seconds(self) -> float:
+        return self.frames_per_block / self.video.fps
+
+    @property
     def step_budget_ms(self) -> float:
         """Return the time for which one block of frames is shown: 4 / 24 s = 166.7 ms."""
-        return 1000 * self.video.temporal_stride / self.video.fps
+        return 1000 * self.block_seconds
 
     @property
     def cache_tokens(self) -> int:
@@ -263,11 +282,6 @@ class Profile:
         item = {"fp32": 4, "bf16": 2, "fp8_e4m3": 1, "int8": 1}[self.precision.kv_cache]
         return 2 * self.model.depth * self.cache_tokens * self.model.dim * item
 
-    @property
-    def family(self) -> str:
-        """Return the kind of checkpoint, a row of models/family.py."""
-        return "aapt"
-
     def replace(self, **sections: Any) -> "Profile":
         """Return a copy with whole sections replaced; validated again."""
         return dataclasses.replace(self, **sections)
@@ -278,10 +292,13 @@ class Profile:
     def dumps(self) -> str:
         """Return the preset as TOML; `loads(p.dumps(), source) == p`."""
         lines = [f"name = {_toml(self.name)}"]
+        if LATER["family"] != self.family:
+            lines.append(f"family = {_toml(self.family)}")
         for section, fields in self.to_dict().items():
             if isinstance(fields, dict):
                 lines += ["", f"[{section}]"]
-                lines += [f"{key} = {_toml(value)}" for key, value in fields.items()]
+                written = {k: v for k, v in fields.items() if LATER.get(f"{section}.{k}") != v}
+                lines += [f"{key} = {_toml(value)}" for key, value in written.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -306,10 +323,11 @@ def loads(text: str, source: str) -> Profile:
         raise ProfileError(f"profile {source}: not valid TOML: {error}", example) from None
     sections: dict[str, Any] = {}
     hints = get_type_hints(Profile)
+    optional = {f.name for f in dataclasses.fields(Profile) if f.default is not MISSING}
     problems = [f"unknown key {key!r}" for key in raw if key not in hints]
     for name, kind in hints.items():
         if name not in raw:
-            if kind not in (Quality, Fp8):  # these have a default for every key
+            if name not in optional:
                 problems.append(f"missing {'key' if kind is str else 'section'} {name!r}")
         elif kind is str:
             sections[name] = raw[name]
@@ -328,7 +346,7 @@ def loads(text: str, source: str) -> Profile:
 
 def _section(name: str, kind: type, raw: dict[str, Any], problems: list[str]) -> Any:
     hints = get_type_hints(kind)
-    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    required = {f.name for f in dataclasses.fields(kind) if f.default is MISSING}
     before = len(problems)
     known = f"(known: {', '.join(hints)})"
     problems += [f"unknown key '{name}.{key}' {known}" for key in raw if key not in hints]

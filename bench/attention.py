@@ -264,7 +264,7 @@ def checked(
 
 def streamed(ring: Ring, dim: int, replay: bool) -> dict[str, Any]:
     """A stream until its ring has wrapped twice."""
-    blocks = ring.sink_frames + 2 * ring.window_frames + 1
+    blocks = ring.sink_blocks + 2 * ring.window_blocks + 1
     stream = Stream(run_of(dim), ring, blocks, 2, dim, SEED, device())
     worst = max(stream.errors(replayed(stream) if replay else stream.launch))
     return {"largest_error": worst, "ok": worst < 0.06}

@@ -56,7 +56,7 @@ def row(kind: str, sink_score: float, ring: Ring, head_dim: int, seed: int) -> d
     alone = {name: made.arithmetic_error(ARITHMETICS[name]) for name in SINK_ORDERS}
     case.cache_clear()  # one set at a time in memory
     return {
-        "data": name(kind, sink_score, head_dim), "keys": ring.tokens + ring.frame_tokens,
+        "data": name(kind, sink_score, head_dim), "keys": ring.tokens + ring.block_tokens,
         "head_dim": head_dim, "rows": len(made.q),
         "relative_rmse": {name: round(error, 5) for name, error in errors.items()},
         "relative_rmse_of_the_arithmetic_alone": {
@@ -132,7 +132,7 @@ def main() -> None:
         "date": today, "git": revision(),
         "machine": machine(), "versions": {"numpy": np.__version__}, "seed": options.seed,
         "heads": HEADS,
-        "block_tokens": SHORT.frame_tokens, "accumulator_bits": HOPPER_BITS, "rows": rows,
+        "block_tokens": SHORT.block_tokens, "accumulator_bits": HOPPER_BITS, "rows": rows,
     }  # fmt: skip
     out = options.out or ROOT / "docs" / "measurements" / f"emulator-accuracy-{today}.json"
     out.write_text(json.dumps(record, indent=1) + "\n")

@@ -3,6 +3,7 @@
 Everything that is wrong in a file is named, with its value, at once.
 """
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from aapt_deploy.errors import ProfileError
+from aapt_deploy.models.family import family_of
+from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import (
     LARGEST,
     Profile,
@@ -282,6 +285,7 @@ def test_every_size_has_a_limit_below_which_all_counts_fit_into_64_bits() -> Non
             if isinstance(value, tuple)
         }
         sections[name] = replace(section, **most)
+    sections["window"] = replace(sections["window"], sink_frames=LARGEST["block_frames"])
     large = TINY.replace(**sections)
     assert large.model.dim == 1 << 16
     assert large.kv_cache_bytes < 2**63
@@ -336,3 +340,43 @@ def test_a_file_is_read_and_named_in_its_errors(tmp_path: Path) -> None:
     path.write_text(edited(model__dim=""))
     with pytest.raises(ProfileError, match=re.escape(str(path))):
         load(str(path))
+
+
+# --- several latent frames a block, and families ---
+
+
+def blocks_of(frames: int, window: Window) -> Profile:
+    return TINY.replace(video=replace(TINY.video, block_frames=frames), window=window)
+
+
+def test_windows_are_whole_blocks_of_latent_frames() -> None:
+    chunked = blocks_of(3, Window(18, sink_frames=3))
+    assert (chunked.block_tokens, chunked.frames_per_block) == (3 * chunked.frame_tokens, 12)
+    assert chunked.cache_tokens == chunked.text.tokens + 21 * chunked.frame_tokens
+    assert chunked.step_budget_ms == pytest.approx(3 * TINY.step_budget_ms)
+    ring = Ring.of(chunked)
+    assert (ring.block_tokens, ring.sink_blocks, ring.window_blocks) == (chunked.block_tokens, 1, 6)
+    assert ring.tokens == chunked.cache_tokens
+    for window, problem in (
+        (Window(17, sink_frames=3), "window.frames = 17 is not a multiple of video.block_frames"),
+        (Window(18, sink_frames=1), "window.sink_frames = 1: .* so 0 or 3"),
+    ):
+        with pytest.raises(ProfileError, match=problem):
+            blocks_of(3, window)
+
+
+def test_keys_that_came_later_are_written_only_if_they_are_used() -> None:
+    assert "family" not in TINY.dumps() and "block_frames" not in TINY.dumps()
+    chunked = dataclasses.replace(blocks_of(3, Window(18, sink_frames=0)), family="other")
+    assert 'family = "other"' in chunked.dumps() and "block_frames = 3" in chunked.dumps()
+    assert loads(chunked.dumps(), "x") == chunked
+    with pytest.raises(ProfileError, match="'family' = 3 must be str"):
+        loads(TINY.dumps().replace("\n", "\nfamily = 3\n", 1), "x")
+
+
+def test_what_a_family_does_not_know_is_refused() -> None:
+    with pytest.raises(ProfileError, match="family 'other' does not exist") as caught:
+        family_of(dataclasses.replace(TINY, family="other"))
+    assert caught.value.hint == "families: aapt"
+    with pytest.raises(ProfileError, match="block_frames = 3"):
+        family_of(TINY).signatures(blocks_of(3, Window(18, sink_frames=3)))

@@ -96,7 +96,7 @@ class EagerGenerator:
     def commit(self, block: int) -> None:
         slot = self.ring.place(block).slot
         for cache, kept in zip(self.caches.values(), self.last, strict=True):
-            cache[:, slot : slot + self.profile.frame_tokens] = kept
+            cache[:, slot : slot + self.profile.block_tokens] = kept
 
 
 class EagerEngines:

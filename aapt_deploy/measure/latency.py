@@ -234,7 +234,7 @@ def _summary(
         cold_step_ms=[round(1000 * s, 2) for s in cold],
         first_frame_ms=round(1000 * start_s[0], 1),
         open_ms=round(1000 * start_s[1], 1),
-        sustained_fps=round(profile.video.temporal_stride * len(steps) / sum(steps), 1),
+        sustained_fps=round(profile.frames_per_block * len(steps) / sum(steps), 1),
         deadline_misses=sum(1000 * s > profile.step_budget_ms for s in steps),
         machine=machine(),
         samples_ms=[round(1000 * s, 3) for s in steps],

@@ -179,7 +179,7 @@ def _compare(
 ) -> Loss:
     profile, starts = bundle.profile, all_starts(bundle)
     # blocks; a slower video is judged block by block
-    per_second = max(1, profile.video.fps // profile.video.temporal_stride)
+    per_second = max(1, profile.video.fps // profile.frames_per_block)
     blocks, passes = seconds * per_second, len(profile.sampler.timesteps)
     forced, decoded, free, frames = [], [], [], []
     for number, begin in enumerate(starts, start=1):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.errors import ProfileError
 from aapt_deploy.profiles import Profile
 
 if TYPE_CHECKING:
@@ -115,6 +116,9 @@ class Family(Protocol):
 
 
 def family_of(profile: Profile) -> Family:
-    """Return the family of a profile's checkpoints."""
+    """Return the family of a profile's checkpoints. Raises ProfileError if its name is unknown."""
+    if profile.family not in FAMILIES:
+        problem = f"profile {profile.name}: family {profile.family!r} does not exist"
+        raise ProfileError(problem, f"families: {', '.join(FAMILIES)}")
     family: Family = importlib.import_module(FAMILIES[profile.family]).FAMILY
     return family

@@ -166,8 +166,8 @@ def coverage(
         for handle in handles:
             handle.remove()
         if name == "generator":
-            keys = profile.cache_tokens + profile.frame_tokens
-            pairs = profile.frame_tokens * keys
+            keys = profile.cache_tokens + profile.block_tokens
+            pairs = profile.block_tokens * keys
             flops = 4.0 * profile.model.depth * pairs * profile.model.dim
             parts["attention, which is FP8 only in the plugin"] = flops
         total = sum(parts.values())

@@ -66,9 +66,9 @@ def open_controls(
 ) -> Controls:
     """Open controls from the file `source`, from stdin ("-"), or none (None).
 
-    `default` applies until a line changes it; both are of one frozen dataclass of floats, whose
-    fields are the keys that steer. `limits` are their largest magnitudes. `warn` is called with one line of text, and only
-    inside `at` and `close`. Raises InputError if the file is missing or cannot be read.
+    `default` applies until a line changes it. It is a frozen dataclass of floats, whose fields are
+    the keys that steer; `limits` has their largest magnitudes. `warn` is called with one line of
+    text, and only inside `at` and `close`. Raises InputError if the file cannot be read.
     """
     if source is None:
         return _Script(iter(()), default, _Warnings("controls", warn))

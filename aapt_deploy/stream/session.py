@@ -55,8 +55,7 @@ class Session:
 
     def steer(self, block: int) -> Steering:
         """Return the newest velocity and text. A prompt that cannot be read is only a warning."""
-        video = self.profile.video
-        control = self.controls.at(block, block * (video.temporal_stride / video.fps))
+        control = self.controls.at(block, block * self.profile.block_seconds)
         wanted = control.prompt
         if self.begin.text is not None and wanted is not None and wanted != self._prompt:
             self._prompt = wanted

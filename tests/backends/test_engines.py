@@ -232,7 +232,7 @@ def test_caches_stay_in_place_and_only_the_blocks_own_rows_change(
     held = caches(generator)
     assert set(held) == {*layer_names("k_cache", profile), *layer_names("v_cache", profile)}
     addresses = {name: array.__array_interface__["data"] for name, array in held.items()}
-    for block in range(2 * ring.ring_frames + 3):
+    for block in range(2 * ring.ring_blocks + 3):
         before = {name: array.copy() for name, array in held.items()}
         for seed in (2 * block, 2 * block + 1):
             generator.run(block=block, **pass_inputs(profile, block, seed))

@@ -156,7 +156,7 @@ def test_without_a_length_it_runs_until_a_signal_and_finishes_the_block_in_hand(
 
 
 def test_a_signal_that_is_not_heeded_interrupts_after_a_grace(bundle: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), session.stop_signals() as caught:
+    with pytest.raises(KeyboardInterrupt), session.stop_signals() as caught:  # noqa: PT012  signals
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         left, again = signal.getitimer(signal.ITIMER_REAL)
@@ -166,7 +166,7 @@ def test_a_signal_that_is_not_heeded_interrupts_after_a_grace(bundle: Path) -> N
 
 
 def test_a_second_signal_interrupts_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), session.stop_signals():
+    with pytest.raises(KeyboardInterrupt), session.stop_signals():  # noqa: PT012  two signals
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

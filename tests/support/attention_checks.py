@@ -290,7 +290,7 @@ class Stream:
         self, run: Run, ring: Ring, blocks: int, heads: int, dim: int, seed: int, device: str
     ) -> None:
         self.run, self.ring, self.heads = run, ring, heads
-        text, width = ring.text_tokens, ring.frame_tokens
+        text, width = ring.text_tokens, ring.block_tokens
         self.q, k, v = draw("plain", blocks * width, text, heads, dim, seed, device)
         self.scales = Scales.of(self.q, k, v)
         starts = [text + block * width for block in range(blocks)]
@@ -341,7 +341,7 @@ class Stream:
         `step` is `launch`, or the replay of a graph that holds it. The error is that against
         float64 attention over what the ring shows the block.
         """
-        found, width = [], self.ring.frame_tokens
+        found, width = [], self.ring.block_tokens
         for block in range(len(self.keys)):
             place, own = self.ring.place(block), self.q[block * width : (block + 1) * width]
             for static, now in zip(

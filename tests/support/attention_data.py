@@ -174,8 +174,8 @@ def case(
 
     Few keys need a weaker sink for the same share of the weight: 2 less in the short ring.
     """
-    tokens = ring.tokens + ring.frame_tokens
+    tokens = ring.tokens + ring.block_tokens
     score = sink_score - 2 * (kind == "sink" and ring == SHORT)
     return Case(
-        draw(kind, tokens, score, heads=heads, head_dim=head_dim, seed=seed), ring.frame_tokens
+        draw(kind, tokens, score, heads=heads, head_dim=head_dim, seed=seed), ring.block_tokens
     )

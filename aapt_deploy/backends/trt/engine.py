@@ -142,7 +142,7 @@ class TrtGenerator:
         cache = given[signature.state[0].name]
         if len(cache.shape) == 4:
             row = size_of(cache) // self.ring.tokens
-            tokens = self.ring.frame_tokens
+            tokens = self.ring.block_tokens
             self.cache: TokenMajor | HopperTiles
             self.cache = TokenMajor(stream, self.layers, cache.dtype, row, tokens)
         else:

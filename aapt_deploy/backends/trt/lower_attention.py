@@ -52,7 +52,7 @@ def lower_native(model: ModelProto, ring: Ring, dtype: int) -> ModelProto:
     heads, head_dim = check_interface(lowered, ours, ring)
     caches = {name for node in ours for name in node.input[3:5]}
     blocks = {name for node in ours for name in node.output[1:3]}
-    tokens, total = ring.frame_tokens, ring.tokens + ring.frame_tokens
+    tokens, total = ring.block_tokens, ring.tokens + ring.block_tokens
 
     own = np.arange(total) >= ring.tokens  # the block itself is always attended to
     shape = (1, 1, 1, total)

@@ -119,7 +119,7 @@ class HopperTiles:
     ) -> None:  # fmt: skip
         assert len(scales) == len(layers), f"{len(scales)=} {len(layers)=}"
         self.stream, self.launch, self.layers = stream, launch, layers
-        self.tokens, self.text = ring.frame_tokens, ring.text_tokens
+        self.tokens, self.text = ring.block_tokens, ring.text_tokens
         self.heads, head_dim = scales[0].k_mean.shape
         self.cache_tiles = hopper_fp8.tiles(ring.tokens)
         self.slot, self.slot_address = device.pinned((1,), np.int32), device.memory(ALIGNMENT)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.errors import ProfileError
 from aapt_deploy.models.aapt import signature
 from aapt_deploy.models.aapt.camera import CRUISE, LIMITS, Pose, Velocity, condition_map
 from aapt_deploy.models.aapt.prompts import ATTRIBUTES, Look, parse, token_ids, vectors
@@ -21,13 +22,12 @@ class CameraFeed:
 
     def __init__(self, profile: Profile) -> None:
         self.profile, self.pose = profile, Pose()
-        self.seconds = profile.video.temporal_stride / profile.video.fps
 
     def start(self, latent: np.ndarray) -> None:
         self.previous = latent  # [1, C, h, w]
 
     def inputs(self, block: int, controls: Velocity) -> dict[str, np.ndarray]:
-        before, self.pose = self.pose, self.pose.moved(controls, self.seconds)
+        before, self.pose = self.pose, self.pose.moved(controls, self.profile.block_seconds)
         return {
             "previous": self.previous,
             "condition": condition_map(self.profile, before, self.pose),
@@ -60,6 +60,9 @@ class Aapt:
     )
 
     def signatures(self, profile: Profile) -> dict[str, GraphSignature]:
+        if (frames := profile.video.block_frames) != 1:
+            problem = f"profile {profile.name}: video.block_frames = {frames}"
+            raise ProfileError(problem, "AAPT generates one latent frame a block: leave it out")
         return signature.signatures(profile)
 
     def generator(self, profile: Profile, cache_tokens: int | None = None) -> GraphSignature:

@@ -54,7 +54,7 @@ def generator(profile: Profile, cache_tokens: int | None = None) -> GraphSignatu
         TensorSpec("rope_time", (1, 2, rope_pairs(profile)[0])),
         TensorSpec("cache_len", (1,), "int32"),
     )
-    blocks = _per_layer(("k_block", "v_block"), profile, profile.frame_tokens)
+    blocks = _per_layer(("k_block", "v_block"), profile, profile.block_tokens)
     caches = _per_layer(("k_cache", "v_cache"), profile, cache_tokens or profile.cache_tokens)
     return GraphSignature("generator", inputs, (TensorSpec("clean", latent), *blocks), caches)
 

@@ -88,48 +88,49 @@ class Ring:
     """
 
     text_tokens: int  # prompt tokens in front, written by the host
-    frame_tokens: int  # tokens of one block
-    sink_frames: int  # first blocks that are never overwritten
-    window_frames: int  # past blocks in sight (N)
+    block_tokens: int  # tokens of one block
+    sink_blocks: int  # first blocks that are never overwritten
+    window_blocks: int  # past blocks in sight (N)
     in_place: bool = False  # the graph writes the block itself: the ring has N + 1 places
 
     def __post_init__(self) -> None:
-        assert self.text_tokens >= 0 and self.sink_frames >= 0, f"{self} has a negative length"
-        assert self.frame_tokens > 0 < self.window_frames, f"{self} has an empty block or window"
+        assert self.text_tokens >= 0 and self.sink_blocks >= 0, f"{self} has a negative length"
+        assert self.block_tokens > 0 < self.window_blocks, f"{self} has an empty block or window"
 
     @classmethod
     def of(cls, profile: Profile, in_place: bool = False) -> "Ring":
         """The ring that `profile` asks for."""
-        text, window = profile.text.tokens, profile.window
-        return cls(text, profile.frame_tokens, window.sink_frames, window.frames, in_place)
+        text, window, block = profile.text.tokens, profile.window, profile.video.block_frames
+        sink, past = window.sink_frames // block, window.frames // block
+        return cls(text, profile.block_tokens, sink, past, in_place)
 
     def with_in_place(self, in_place: bool) -> "Ring":
         """The same ring in the other form (or in this one)."""
         return replace(self, in_place=in_place)
 
     @property
-    def ring_frames(self) -> int:
+    def ring_blocks(self) -> int:
         """Blocks that physically fit into the ring."""
-        return self.window_frames + self.in_place
+        return self.window_blocks + self.in_place
 
     @property
     def tokens(self) -> int:
         """Length S of the cache."""
-        return self.text_tokens + (self.sink_frames + self.ring_frames) * self.frame_tokens
+        return self.text_tokens + (self.sink_blocks + self.ring_blocks) * self.block_tokens
 
     def place(self, block: int) -> Place:
         """Slot and lengths for `block`, counted from 0 at the start of the stream."""
         assert block >= 0, f"{block=} is before the start of the stream"
-        past_ring = block - self.sink_frames  # negative: the block belongs to the sink
-        frame = block if past_ring < 0 else self.sink_frames + past_ring % self.ring_frames
-        cached_frames = min(block, self.sink_frames + self.window_frames)
-        cache_len = self.text_tokens + cached_frames * self.frame_tokens
-        slot = self.text_tokens + frame * self.frame_tokens
-        return Place(slot, cache_len, cache_len + self.frame_tokens)
+        past_ring = block - self.sink_blocks  # negative: the block belongs to the sink
+        frame = block if past_ring < 0 else self.sink_blocks + past_ring % self.ring_blocks
+        cached = min(block, self.sink_blocks + self.window_blocks)
+        cache_len = self.text_tokens + cached * self.block_tokens
+        slot = self.text_tokens + frame * self.block_tokens
+        return Place(slot, cache_len, cache_len + self.block_tokens)
 
     def visible(self, block: int) -> list[int]:
         """Return the blocks that `block` attends to, ascending, itself included."""
         assert block >= 0, f"{block=} is before the start of the stream"
-        sink = range(min(self.sink_frames, block + 1))
-        window = range(max(self.sink_frames, block - self.window_frames), block + 1)
+        sink = range(min(self.sink_blocks, block + 1))
+        window = range(max(self.sink_blocks, block - self.window_blocks), block + 1)
         return [*sink, *window]

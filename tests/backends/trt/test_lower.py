@@ -68,7 +68,7 @@ def test_the_whole_native_graph_in_bf16_is_well_typed_and_close() -> None:
         for name, array in case.inputs.items()
     }
     out, k_block, v_block = ReferenceEvaluator(
-        for_onnxruntime(case.model, cases.RING.frame_tokens)
+        for_onnxruntime(case.model, cases.RING.block_tokens)
     ).run(None, inputs)
     assert np.linalg.norm(out - case.out) < 0.1 * np.linalg.norm(
         case.out

@@ -99,7 +99,7 @@ def test_a_stream_through_every_ring(run: Run, ring: Ring) -> None:
 
     Checks text, sink, slots and lengths of `Ring`, and commits into tiles that two blocks share.
     """
-    blocks = ring.sink_frames + 2 * ring.window_frames + 1
+    blocks = ring.sink_blocks + 2 * ring.window_blocks + 1
     stream = Stream(run, ring, blocks, 1, 64, 0, "cpu")
     errors = stream.errors(stream.launch)
     assert len(errors) == blocks and max(errors) < 0.06, errors

@@ -48,7 +48,7 @@ INPUTS = ("q", "k", "v", "k_cache.00", "v_cache.00", "cache_len")
 OUTPUTS = ("out", "k_block.00", "v_block.00")
 RINGS = [Ring(text, 5, sink, window) for text in (0, 3) for sink in (0, 1) for window in (1, 3)]
 ring_cases = pytest.mark.parametrize(
-    "ring", RINGS, ids=lambda r: f"text{r.text_tokens}-sink{r.sink_frames}-window{r.window_frames}"
+    "ring", RINGS, ids=lambda r: f"text{r.text_tokens}-sink{r.sink_blocks}-window{r.window_blocks}"
 )
 
 
@@ -62,13 +62,13 @@ class Stream:
     """
 
     def __init__(self, ring: Ring, dtype: torch.dtype = torch.float32) -> None:
-        self.ring, self.blocks = ring, 3 * ring.window_frames + 2
+        self.ring, self.blocks = ring, 3 * ring.window_blocks + 2
         noise = torch.randn(
             self.blocks,
             PASSES,
             3,
             1,
-            ring.frame_tokens,
+            ring.block_tokens,
             HEADS,
             HEAD_DIM,
             generator=torch.Generator().manual_seed(1),
@@ -91,7 +91,7 @@ class Stream:
         _, keys, values = self.passes[:, PASSES - 1].swapaxes(0, 1).copy()  # [block, 1, T, H, D]
         keys[block], values[block] = self.passes[block, run, 1:]
         seen = np.isin(np.arange(self.blocks), self.ring.visible(block)).repeat(
-            self.ring.frame_tokens
+            self.ring.block_tokens
         )
         mask = np.concatenate([np.ones(self.ring.text_tokens, bool), seen])
         return (
@@ -143,7 +143,7 @@ def rollout(stream: Stream, attend: Attend) -> list[Array]:
         np.testing.assert_array_equal(k_block, k)
         np.testing.assert_array_equal(v_block, v)
         if run == PASSES - 1:
-            caches[:, :, place.slot : place.slot + ring.frame_tokens] = k_block, v_block
+            caches[:, :, place.slot : place.slot + ring.block_tokens] = k_block, v_block
         outs.append(out)
     return outs
 
@@ -153,7 +153,7 @@ def rollout(stream: Stream, attend: Attend) -> list[Array]:
 
 def attention_model(ring: Ring, cache_type: int = TensorProto.FLOAT) -> ModelProto:
     """One bare node, as an export leaves it."""
-    block, cache = [1, ring.frame_tokens, HEADS, HEAD_DIM], [1, ring.tokens, HEADS, HEAD_DIM]
+    block, cache = [1, ring.block_tokens, HEADS, HEAD_DIM], [1, ring.tokens, HEADS, HEAD_DIM]
     kinds = [
         *[(TensorProto.FLOAT, block)] * 3,
         *[(cache_type, cache)] * 2,
@@ -229,7 +229,7 @@ class InPlace:
             lower.lower_in_place(attention_model(ring), self.ring), log_severity_level=3, **options
         )
         cache = np.full((1, self.ring.tokens, HEADS, HEAD_DIM), 3e3, np.float32)
-        block = np.zeros((1, ring.frame_tokens, HEADS, HEAD_DIM), np.float32)
+        block = np.zeros((1, ring.block_tokens, HEADS, HEAD_DIM), np.float32)
         self.arrays = {name: block.copy() for name in ("q", "k", "v", "out")} | {
             name: np.zeros(1, np.int64) for name in (SLOT, VALID)
         }
@@ -347,18 +347,18 @@ def play(ring: Ring) -> None:
     """Play the cache as a list of block indices: text is -1, an unwritten token None."""
     text = [-1] * ring.text_tokens
     cache: list[int | None] = [*text, *[None] * (ring.tokens - ring.text_tokens)]
-    for block in range(5 * ring.ring_frames + 2):
+    for block in range(5 * ring.ring_blocks + 2):
         seen = [
-            j for j in range(block + 1) if j < ring.sink_frames or block - j <= ring.window_frames
+            j for j in range(block + 1) if j < ring.sink_blocks or block - j <= ring.window_blocks
         ]  # the definition, word for word
         assert ring.visible(block) == seen
-        own, place = [block] * ring.frame_tokens, ring.place(block)
+        own, place = [block] * ring.block_tokens, ring.place(block)
         past = [j for j in seen[:-1] for _ in own]
-        assert place.valid == place.cache_len + ring.frame_tokens
+        assert place.valid == place.cache_len + ring.block_tokens
         if not ring.in_place:
             assert sorted(cache[: place.cache_len]) == [*text, *past]
         for _ in range(PASSES):
-            cache[place.slot : place.slot + ring.frame_tokens] = own
+            cache[place.slot : place.slot + ring.block_tokens] = own
         assert len(cache) == ring.tokens, "a block was written past the end"
         if ring.in_place:
             assert sorted(cache[: place.valid]) == [*text, *past, *own]
@@ -373,14 +373,14 @@ def test_the_valid_prefix_holds_exactly_the_visible_blocks() -> None:
 def test_a_stream_may_run_for_years() -> None:
     first = 10**9
     for ring in SHAPES:
-        places = [ring.place(first + i) for i in range(ring.ring_frames)]
-        start = ring.text_tokens + ring.sink_frames * ring.frame_tokens
-        slots = list(range(start, ring.tokens, ring.frame_tokens))
+        places = [ring.place(first + i) for i in range(ring.ring_blocks)]
+        start = ring.text_tokens + ring.sink_blocks * ring.block_tokens
+        slots = list(range(start, ring.tokens, ring.block_tokens))
         assert sorted(p.slot for p in places) == slots, ring
         assert {p.cache_len for p in places} == {ring.with_in_place(False).tokens}, ring
-        assert ring.place(first + ring.ring_frames) == places[0], ring
-        recent = range(first - ring.window_frames, first + 1)
-        assert ring.visible(first) == [*range(ring.sink_frames), *recent], ring
+        assert ring.place(first + ring.ring_blocks) == places[0], ring
+        recent = range(first - ring.window_blocks, first + 1)
+        assert ring.visible(first) == [*range(ring.sink_blocks), *recent], ring
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted(preset_folder().glob("*.toml"))])
@@ -409,7 +409,7 @@ def test_the_commit_writes_its_slot_and_nothing_else() -> None:
     engine(stream.blocks, q, k, v)
     slot = engine.ring.place(stream.blocks).slot
     for name, old, new in zip(("k_cache.00", "v_cache.00"), before, (k, v), strict=True):
-        old[:, slot : slot + ring.frame_tokens] = new
+        old[:, slot : slot + ring.block_tokens] = new
         np.testing.assert_array_equal(engine.arrays[name], old)
     outputs = dict(
         zip(
@@ -431,7 +431,7 @@ def commit_us(folder: Path, window_frames: int, alias: bool) -> float:
         profile_file_prefix=str(folder / f"{window_frames}-{alias}"),
     )
     for _ in range(30):
-        engine(0, *np.zeros((3, 1, ring.frame_tokens, HEADS, HEAD_DIM), np.float32))
+        engine(0, *np.zeros((3, 1, ring.block_tokens, HEADS, HEAD_DIM), np.float32))
     events = json.loads(Path(engine.session.end_profiling()).read_text())
     times = [
         e["dur"]
@@ -488,7 +488,7 @@ def exported() -> tuple[TwoLayers, tuple[torch.Tensor, ...], ModelProto]:
     torch.manual_seed(0)
     ring = RINGS[-1]
     module = TwoLayers().eval()
-    x = torch.randn(1, ring.frame_tokens, HEADS * HEAD_DIM)
+    x = torch.randn(1, ring.block_tokens, HEADS * HEAD_DIM)
     args = (
         x,
         torch.tensor([8], dtype=torch.int32),
@@ -569,7 +569,7 @@ def test_lowering_renames_only_what_the_cache_needs(
 
     place = ring.place(1)  # 8 cached tokens: text and sink, as the example arguments have it
     feeds = {"x": args[0].numpy(), SLOT: np.array([place.slot]), VALID: np.array([place.valid])}
-    pad = np.full((1, ring.frame_tokens, HEADS, HEAD_DIM), 3e3, np.float32)
+    pad = np.full((1, ring.block_tokens, HEADS, HEAD_DIM), 3e3, np.float32)
     feeds |= {
         name: np.concatenate([cache.numpy(), pad], 1)
         for name, cache in zip(caches, args[2:], strict=True)

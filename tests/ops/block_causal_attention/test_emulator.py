@@ -96,7 +96,7 @@ def test_a_single_level_of_accumulation_is_a_trap(ring: Ring) -> None:
     """
     made = real("plain", ring)
     single = made.error(SINGLE_LEVEL)
-    print(f"single level {ring.tokens + ring.frame_tokens}: {single:.4f}")
+    print(f"single level {ring.tokens + ring.block_tokens}: {single:.4f}")
     assert single > (0.1 if ring == LONG else 0.03)
     assert single > (20 if ring == LONG else 5) * made.error(KERNEL)
     assert made.error(Arithmetic(flush_keys=4 * TILE_KEYS)) < 1.3 * made.error(KERNEL), (
@@ -171,9 +171,9 @@ def test_a_stream(ring: Ring) -> None:
 
     It takes two turns of the ring.
     """
-    blocks, head_dim = 3 * ring.window_frames + 2, 64
+    blocks, head_dim = 3 * ring.window_blocks + 2, 64
     data = draw(
-        "plain", ring.text_tokens + blocks * ring.frame_tokens, rows=blocks * 3, head_dim=head_dim
+        "plain", ring.text_tokens + blocks * ring.block_tokens, rows=blocks * 3, head_dim=head_dim
     )
     scales = layout.calibrate(*data)
     caches = np.zeros((2, *layout.image_shape(data.k.shape[1], ring.tokens, head_dim)), np.uint8)
@@ -187,18 +187,18 @@ def test_a_stream(ring: Ring) -> None:
             [
                 text,
                 *(
-                    ring.text_tokens + ring.frame_tokens * past + np.arange(ring.frame_tokens)
+                    ring.text_tokens + ring.block_tokens * past + np.arange(ring.block_tokens)
                     for past in ring.visible(block)
                 ),
             ]
         )
-        own = seen[-ring.frame_tokens :]
+        own = seen[-ring.block_tokens :]
         images = layout.pack(data.k[own], data.v[own], scales)
         out = emulator.attend(
-            q, *images, ring.frame_tokens, caches[0], caches[1], place.cache_len, scales
+            q, *images, ring.block_tokens, caches[0], caches[1], place.cache_len, scales
         )
         assert rmse(out, truth(q, data.k[seen], data.v[seen])) < 0.03, f"{block=}"
-        layout.commit(*images, ring.frame_tokens, place.slot, caches[0], caches[1])
+        layout.commit(*images, ring.block_tokens, place.slot, caches[0], caches[1])
 
 
 def among_garbage(images: tuple[Bytes, Bytes], tokens: int, more_tiles: int) -> tuple[Bytes, Bytes]:

@@ -414,7 +414,7 @@ STREAMS = [Ring(*counts) for counts in itertools.product((0, 3, 70), (5, 64, 100
     "ring",
     STREAMS,
     ids=lambda r: (
-        f"text{r.text_tokens}-block{r.frame_tokens}-sink{r.sink_frames}-window{r.window_frames}"
+        f"text{r.text_tokens}-block{r.block_tokens}-sink{r.sink_blocks}-window{r.window_blocks}"
     ),
 )
 def test_a_stream_keeps_the_tokens_of_a_plain_cache(ring: Ring) -> None:
@@ -423,22 +423,22 @@ def test_a_stream_keeps_the_tokens_of_a_plain_cache(ring: Ring) -> None:
     A token-major cache of the same codes runs beside it.
     """
     head_dim = 64
-    generator = rng(12, ring.text_tokens, ring.frame_tokens)
+    generator = rng(12, ring.text_tokens, ring.block_tokens)
     caches = np.zeros((2, *layout.image_shape(HEADS, ring.tokens, head_dim)), np.uint8)
     plain = np.zeros((2, ring.tokens, HEADS, head_dim), np.uint8)
     k, v = tokens_of(ring.text_tokens, head_dim, generator)
     layout.commit(*layout.pack(k, v, UNIT[head_dim]), ring.text_tokens, 0, caches[0], caches[1])
     plain[:, : ring.text_tokens] = exact_codes(k), exact_codes(v)
-    for block in range(3 * ring.window_frames + 2):
+    for block in range(3 * ring.window_blocks + 2):
         place = ring.place(block)
         np.testing.assert_array_equal(
             layout.unpack_codes(caches[0], caches[1], place.cache_len), plain[:, : place.cache_len]
         )
-        k, v = tokens_of(ring.frame_tokens, head_dim, generator)
+        k, v = tokens_of(ring.block_tokens, head_dim, generator)
         layout.commit(
-            *layout.pack(k, v, UNIT[head_dim]), ring.frame_tokens, place.slot, caches[0], caches[1]
+            *layout.pack(k, v, UNIT[head_dim]), ring.block_tokens, place.slot, caches[0], caches[1]
         )
-        plain[:, place.slot : place.slot + ring.frame_tokens] = exact_codes(k), exact_codes(v)
+        plain[:, place.slot : place.slot + ring.block_tokens] = exact_codes(k), exact_codes(v)
     np.testing.assert_array_equal(layout.unpack_codes(caches[0], caches[1], ring.tokens), plain)
     behind = layout.unpack_codes(caches[0], caches[1], caches.shape[2] * TILE_KEYS)[0][
         ring.tokens :

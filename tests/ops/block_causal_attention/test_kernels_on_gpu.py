@@ -42,7 +42,7 @@ def test_a_launch(dim: int, kind: str, tokens: int, cached: int) -> None:
 @pytest.mark.parametrize("ring", RINGS, ids=str)
 def test_a_stream(ring: Ring, dim: int, captured: bool) -> None:
     stream = Stream(
-        checks.on_gpu(dim), ring, ring.sink_frames + 2 * ring.window_frames + 1, 2, dim, 0, "cuda"
+        checks.on_gpu(dim), ring, ring.sink_blocks + 2 * ring.window_blocks + 1, 2, dim, 0, "cuda"
     )
     errors = stream.errors(checks.replayed(stream) if captured else stream.launch)
     assert max(errors) < 0.06, errors

@@ -31,7 +31,7 @@ from tests.support.fake_generators import ConstantGenerator
 from tests.support.toys import TINY, batch_of, drawn_generator, toy_latents
 
 RING = Ring.of(TINY)
-BLOCKS = RING.sink_frames + RING.window_frames + 2
+BLOCKS = RING.sink_blocks + RING.window_blocks + 2
 DISTIL = ConsistencyStage(Optimiser(4, 2, 1e-3), blocks=3, intervals=8, shift=3.0)
 GAME = AdversarialStage(gan(4, 2, 1e-4), blocks=4, discriminator_rate=1e-4, extensions=1, overlap=2)
 PARTS = ("loss", "discriminator", "r1", "r2", "margin")

@@ -25,7 +25,7 @@ from tests.support.toys import STAGE, batch_of, drawn_generator
 
 TINY = load("tiny-cpu")
 RING = Ring.of(TINY)
-BLOCKS = RING.sink_frames + 2 * RING.window_frames + 2  # fills the ring and wraps it
+BLOCKS = RING.sink_blocks + 2 * RING.window_blocks + 2  # fills the ring and wraps it
 
 
 # --- the op under training ---

@@ -26,7 +26,7 @@ from aapt_deploy.ops.block_causal_attention import (
 from aapt_deploy.ops.block_causal_attention.onnx_function import attach, portable
 from aapt_deploy.ops.block_causal_attention.reference import block_causal_attention
 
-RING = Ring(text_tokens=32, frame_tokens=96, sink_frames=1, window_frames=2)
+RING = Ring(text_tokens=32, block_tokens=96, sink_blocks=1, window_blocks=2)
 HEADS, HEAD_DIM = 2, 64
 VALID = 32 + 2 * 96  # of the cache's 320 tokens; the rest holds numbers that must not matter
 CACHE_LEN = np.array([VALID], np.int32)
@@ -47,7 +47,7 @@ class Case:
 
 def portable_model() -> ModelProto:
     """Return one layer as an export leaves it: float32, with its function attached."""
-    block, cache = [1, RING.frame_tokens, HEADS, HEAD_DIM], [1, RING.tokens, HEADS, HEAD_DIM]
+    block, cache = [1, RING.block_tokens, HEADS, HEAD_DIM], [1, RING.tokens, HEADS, HEAD_DIM]
     shapes = {"q": block, "k": block, "v": block, "k_cache": cache, "v_cache": cache}
     inputs = [_tensor(name, shape) for name, shape in shapes.items()]
     inputs.append(helper.make_tensor_value_info("cache_len", TensorProto.INT32, [1]))
@@ -73,7 +73,7 @@ def _tokens() -> tuple[np.ndarray, ...]:
     float32 [1, T or S, H, D].
     """
     rng = np.random.default_rng(0)
-    lengths = (RING.frame_tokens,) * 3 + (RING.tokens,) * 2
+    lengths = (RING.block_tokens,) * 3 + (RING.tokens,) * 2
     arrays = (rng.standard_normal((1, n, HEADS, HEAD_DIM), np.float32) for n in lengths)
     return tuple(from_bf16(to_bf16(array)) for array in arrays)
 

@@ -20,7 +20,7 @@ from aapt_deploy.ops.block_causal_attention import (
     softmax_scale,
 )
 
-RING = Ring(text_tokens=7, frame_tokens=100, sink_frames=1, window_frames=3)
+RING = Ring(text_tokens=7, block_tokens=100, sink_blocks=1, window_blocks=3)
 H, D, LAYERS = 3, 64, 2
 TENSORRT = {
     TensorProto.BFLOAT16: "BF16",
@@ -32,7 +32,7 @@ TENSORRT = {
 
 def model(dtype: int = TensorProto.FLOAT) -> ModelProto:
     """Two layers of attention, as an export leaves them."""
-    block, cache = [1, RING.frame_tokens, H, D], [1, RING.tokens, H, D]
+    block, cache = [1, RING.block_tokens, H, D], [1, RING.tokens, H, D]
     inputs, outputs, nodes = (
         [helper.make_tensor_value_info("cache_len", TensorProto.INT32, [1])],
         [],
@@ -112,7 +112,7 @@ def test_every_node_is_one_that_the_plugin_takes(trt: ModuleType, form: str, dty
         size = python_plugin.sizes([found[name][0] for name in node.input])
         layout = "token_major" if form == "token_major" else "hopper_fp8"
         cache = RING.tokens if form == "token_major" else hopper_fp8.tiles(RING.tokens)
-        assert size == python_plugin.Sizes(layout, RING.frame_tokens, H, D, cache)
+        assert size == python_plugin.Sizes(layout, RING.block_tokens, H, D, cache)
         kinds = python_plugin.dtypes(layout, packed=form == "packed")
         assert [found[name][1] for name in node.input] == [
             kind.name for kind in kinds[: len(node.input)]
