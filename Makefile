@@ -1,5 +1,6 @@
 # make demo    install what is needed and run the whole path on the embedded checkpoint: export, build, profile, stream
 # make test    install the development tools and run the tests, in JOBS=2 processes
+# make slow    the tests that take longer, after make test; half an hour at most
 # make check   lint and types
 # make docs    write docs/commands.md and docs/messages.md again from the program
 # make mutants plant mistakes in MODULE=aapt_deploy/x.py, or on the lines that differ from BASE=main, and see which the tests find
@@ -12,13 +13,16 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs mutants bench plugins wheel clean
+.PHONY: demo test slow check docs mutants bench plugins wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/aapt demo --out demo
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+
+slow: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not gpu"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

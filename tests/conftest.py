@@ -51,7 +51,8 @@ def tiny() -> Profile:
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint:
     """The checkpoint that `bundle` is made of. Do not change it."""
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors", tiny)
+    write = lambda folder: make_checkpoint(folder / "tiny.safetensors", tiny).path
+    return checkpoint.load(once.made(tmp_path_factory, "checkpoint", write))
 
 
 @pytest.fixture(scope="session")
@@ -109,9 +110,9 @@ def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint
     Do not change it.
     """
     model = dataclasses.replace(tiny.model, depth=3, dim=128)
-    return make_checkpoint(
-        tmp_path_factory.mktemp("three") / "three.safetensors", tiny.replace(model=model)
-    )
+    profile = tiny.replace(model=model)
+    write = lambda folder: make_checkpoint(folder / "three.safetensors", profile).path
+    return checkpoint.load(once.made(tmp_path_factory, "three", write))
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ def run(profile: Profile, folder: Path) -> tuple[int, dict[str, float]]:
     return count, found
 
 
+@pytest.mark.slow
 def test_a_hundred_million_parameters_take_a_minute_and_three_times_their_weights(
     tiny: Profile, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(case: str, runs: Path) -> None:
     alone, shared = runs / "alone", runs / case

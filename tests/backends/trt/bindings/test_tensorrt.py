@@ -138,6 +138,7 @@ def f(
 """
 
 
+@pytest.mark.slow
 def test_types(release: str, tmp_path: Path) -> None:
     """Our modules are clean, and every planted mistake is found."""
     planted = tmp_path / "planted.py"
