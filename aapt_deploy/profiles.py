@@ -1,8 +1,7 @@
 """Profiles: shape of the networks, geometry of the latent, window, sampler, target.
 
-A profile is read from a TOML preset (`profiles/`), frozen and validated. Whatever can be computed
-from it is a property and is never stored, so a preset cannot contradict itself unnoticed. Nothing
-heavy is imported here, because `aapt --help` imports this file.
+A profile is read from a TOML preset (`profiles/`), frozen and validated. What can be computed from
+it is a property, never stored. Nothing heavy is imported: `aapt --help` imports this file.
 """
 
 import dataclasses
@@ -80,9 +79,7 @@ class Vae:
     decoder_channels: tuple[int, ...]  # from the latent to pixels
     blocks: int  # residual blocks per scale
     temporal_kernel: int  # frames seen by a causal convolution
-    # Which of the decoder's convolutions see past frames: a residual block's "first", or "all" but
-    # the last, as in AAPT's.
-    look_back: str = "first"
+    look_back: str = "first"  # decoder convolutions with a past: a block's "first", or "all"
 
 
 @dataclass(frozen=True)
@@ -117,19 +114,16 @@ class Quality:
 
 @dataclass(frozen=True)
 class Fp8:
-    """Linear layers of the generator that stay out of FP8, and its calibration; optional.
+    """Linear layers that stay out of FP8, and its calibration; the section is optional."""
 
-    A rule is a path in the generator: * for anything, `first` and `last` for those blocks.
-    """
-
-    # Embeddings, modulation; convolutions, the head's too, always stay.
+    # Paths in the generator: * for anything, `first` and `last` for those blocks. By default
+    # embeddings and modulation. Convolutions, the head's too, always stay.
     keep: tuple[str, ...] = ("text_in", "time_*", "*.first.*", "*.last.*")
     margin: float = 1.1  # largest magnitude of a scale, relative to the largest one seen
 
 
 PRECISIONS = ("fp32", "bf16", "fp8_e4m3", "int8")
-# Of each key, far above any real profile. With all of them, counts of bytes still fit 64 bits.
-LARGEST = {
+LARGEST = {  # far above any real profile; with all of them, counts of bytes still fit 64 bits
     "dim": 1 << 16, "depth": 1 << 10, "heads": 1 << 10, "patch": 1 << 6, "mlp_ratio": 1 << 6,
     "halo": 1 << 6, "tokens": 1 << 16, "width": 1 << 14, "height": 1 << 14, "fps": 1000,
     "latent_channels": 1 << 10, "spatial_stride": 1 << 8, "temporal_stride": 1 << 8,
@@ -177,20 +171,18 @@ class Profile:
 
     def _contradictions(self) -> Iterator[str]:
         """Yield every contradiction between sizes."""
-        m, v, vae = self.model, self.video, self.vae
+        m, v, w, vae = self.model, self.video, self.window, self.vae
         head_dim, rest = divmod(m.dim, m.heads)
         if rest:
             yield f"model.dim = {m.dim} is not a multiple of model.heads = {m.heads}"
         elif head_dim % 8:
             why = "is not a multiple of 8, which 3-D RoPE needs"
             yield f"head_dim = model.dim / model.heads = {head_dim} {why}"
-        unit = v.spatial_stride * m.patch
-        if v.width % unit or v.height % unit:
+        if v.width % (unit := v.spatial_stride * m.patch) or v.height % unit:
             yield f"video {v.width}x{v.height} is not a multiple of spatial_stride x patch = {unit}"
-        block, past, sink = v.block_frames, self.window.frames, self.window.sink_frames
-        if past % block:
-            yield f"window.frames = {past} is not a multiple of video.block_frames = {block}"
-        if sink not in (0, block):
+        if w.frames % (block := v.block_frames):
+            yield f"window.frames = {w.frames} is not a multiple of video.block_frames = {block}"
+        if (sink := w.sink_frames) not in (0, block):
             yield f"window.sink_frames = {sink}: the sink is the first block, so 0 or {block}"
         if self.text.kind not in ("vocabulary", "embedding"):
             yield f"text.kind = {self.text.kind!r} is neither 'vocabulary' nor 'embedding'"
@@ -204,7 +196,6 @@ class Profile:
         if not scales or 2**scales != v.spatial_stride or v.temporal_stride != 4:
             strides = f"video strides {v.spatial_stride} / {v.temporal_stride}"
             yield f"{strides}: the VAE knows 2, 4, 8, … in space and 4 in time"
-        # The last scale may change no size.
         fitting = [count for count in (scales, scales + 1) if count >= TIME_DOUBLINGS]
         for field in ("encoder_channels", "decoder_channels"):
             channels = getattr(vae, field)
@@ -226,15 +217,13 @@ class Profile:
                 yield f"quality.{field} = {value} is not a positive number"
         if not 1 <= (margin := self.fp8.margin) < math.inf:
             yield f"fp8.margin = {margin} is below 1: values that were seen would saturate"
-        if self.target.device not in ("cpu", "cuda"):
-            yield f"target.device = {self.target.device!r} is neither 'cpu' nor 'cuda'"
+        if (device := self.target.device) not in ("cpu", "cuda"):
+            yield f"target.device = {device!r} is neither 'cpu' nor 'cuda'"
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
-            hint = "correct the values in the profile's TOML file"
-            raise ProfileError(f"profile {self.name}: {'; '.join(problems)}", hint)
-
-    # Derived figures: computed here, stored nowhere.
+            problem = f"profile {self.name}: {'; '.join(problems)}"
+            raise ProfileError(problem, "correct the values in the profile's TOML file")
 
     @property
     def head_dim(self) -> int:
@@ -286,15 +275,12 @@ class Profile:
         """Return a copy with whole sections replaced; validated again."""
         return dataclasses.replace(self, **sections)
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     def dumps(self) -> str:
         """Return the preset as TOML; `loads(p.dumps(), source) == p`."""
         lines = [f"name = {_toml(self.name)}"]
         if LATER["family"] != self.family:
             lines.append(f"family = {_toml(self.family)}")
-        for section, fields in self.to_dict().items():
+        for section, fields in dataclasses.asdict(self).items():
             if isinstance(fields, dict):
                 lines += ["", f"[{section}]"]
                 written = {k: v for k, v in fields.items() if LATER.get(f"{section}.{k}") != v}
@@ -319,16 +305,15 @@ def loads(text: str, source: str) -> Profile:
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # an integer of 5000 digits is a ValueError
-        example = "see profiles/demo-cpu.toml for a complete example"
-        raise ProfileError(f"profile {source}: not valid TOML: {error}", example) from None
-    sections: dict[str, Any] = {}
-    hints = get_type_hints(Profile)
+        problem = f"profile {source}: not valid TOML: {error}"
+        raise ProfileError(problem, "see profiles/demo-cpu.toml for a complete example") from None
+    sections, hints = dict[str, Any](), get_type_hints(Profile)
     optional = {f.name for f in dataclasses.fields(Profile) if f.default is not MISSING}
     problems = [f"unknown key {key!r}" for key in raw if key not in hints]
     for name, kind in hints.items():
         if name not in raw:
-            if name not in optional:
-                problems.append(f"missing {'key' if kind is str else 'section'} {name!r}")
+            missing = f"missing {'key' if kind is str else 'section'} {name!r}"
+            problems += [missing] * (name not in optional)
         elif kind is str:
             sections[name] = raw[name]
             if not isinstance(raw[name], str):
@@ -338,8 +323,7 @@ def loads(text: str, source: str) -> Profile:
         else:
             sections[name] = _section(name, kind, raw[name], problems)
     if problems:
-        known = ", ".join(hints)
-        hint = f"sections are {known}; each field is described in aapt_deploy/profiles.py"
+        hint = f"sections are {', '.join(hints)}; aapt_deploy/profiles.py describes each field"
         raise ProfileError(f"profile {source}: {'; '.join(problems)}", hint)
     return Profile(**sections)
 
@@ -375,7 +359,7 @@ def _is(value: Any, wanted: type) -> bool:
 def preset_folder() -> Path:
     """Return the folder of the shipped presets: in an installed package, else in a checkout."""
     packaged = Path(__file__).parent / "profiles"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "profiles"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "profiles"
 
 
 def load(name: str) -> Profile:
@@ -391,6 +375,6 @@ def load(name: str) -> Profile:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "give a UTF-8 TOML file"
-        raise ProfileError(f"profile {path}: cannot be read: {error}", hint) from None
+        problem = f"profile {path}: cannot be read: {error}"
+        raise ProfileError(problem, "give a UTF-8 TOML file") from None
     return loads(text, str(path))

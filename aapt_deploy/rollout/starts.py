@@ -9,7 +9,6 @@ from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import UsageError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.profiles import Profile
-from aapt_deploy.video.pictures import read_image
 
 
 class Start(NamedTuple):
@@ -27,6 +26,8 @@ def start(bundle: Bundle, image: str | None, prompt: str | None) -> Start:
     Raises UsageError if the name is unknown, or the prompt is unusable or not taken.
     Raises InputError if the picture is unusable.
     """
+    from aapt_deploy.video.pictures import read_image  # av: not on every GPU machine
+
     video, frames = bundle.profile.video, start_frame_prompts(bundle)
     spoken = bundle.profile.text.kind == "vocabulary"
     if prompt and not bundle.profile.text.tokens:

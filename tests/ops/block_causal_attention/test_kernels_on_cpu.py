@@ -166,6 +166,7 @@ def plainest(tmp_path_factory: pytest.TempPathFactory) -> Plainest:
 OTHERS = [(name, 128) for name in list(kernels.VARIANTS)[1:]] + [("K6V5, prefetch 8", 64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dim"), OTHERS)
 def test_every_variant_gives_the_same_bits(
     name: str,
