@@ -19,7 +19,7 @@ Letters: F tokens of a block, H heads, D head_dim, L text tokens, S tokens of a 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -266,4 +266,5 @@ def fp8_layers(
 
 
 def _layer(stream: nn.Module, linears: dict[str, Linear]) -> Layer:
-    return Layer(linears, stream.norm_q.detach().float(), stream.norm_k.detach().float())  # type: ignore[operator]
+    norms: list[Any] = [stream.norm_q, stream.norm_k]
+    return Layer(linears, *(norm.detach().float() for norm in norms))
