@@ -33,7 +33,7 @@ from aapt_deploy import assets
 from aapt_deploy.backends import build
 from aapt_deploy.backends.ort.engine import OrtGenerator, Threads, open_session
 from aapt_deploy.backends.table import open_engines
-from aapt_deploy.backends.trial import Options
+from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.export import export
 from aapt_deploy.measure.latency import measure_bundle
@@ -311,7 +311,7 @@ def main() -> None:
         export.export_bundle(loaded, path, False, say)
         bundle = Bundle.open(path)
         for backend in ("onnxruntime", "torch"):
-            build.build_engine(bundle, backend, None, Options(say))
+            build.build_engine(bundle, backend, None, BuildOptions(say))
         say("step latency")
         latency = measure_bundle(bundle, "onnxruntime", None, 200, say, lambda text: None)
         record = {

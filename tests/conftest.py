@@ -22,7 +22,7 @@ import torch
 from aapt_deploy import profiles
 from aapt_deploy.backends import build, torch_eager
 from aapt_deploy.backends.ort import build as build_ort
-from aapt_deploy.backends.trial import Options
+from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.scales import Scales
 from aapt_deploy.cli import commands
@@ -72,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, loaded: Checkpoint) -> Made:
         with pytest.MonkeyPatch.context() as patch:
             for module in (build_ort, torch_eager):
                 patch.setattr(module, "cores", lambda: 1)
-            opened, options = Bundle.open(path), Options(said.append)
+            opened, options = Bundle.open(path), BuildOptions(said.append)
             engines = [
                 build.build_engine(opened, backend, None, options)
                 for backend in ("onnxruntime", "torch")

@@ -7,13 +7,13 @@ the bundle. The reference is the fp32 engine on a CPU, and the exported graphs o
 import importlib
 
 from aapt_deploy.backends.table import BACKENDS, Backend, buildable, refuse_unknown
-from aapt_deploy.backends.trial import Built, Options
+from aapt_deploy.backends.trial import BuildOptions, Built
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import MachineError, UsageError
 
 
 def build_engine(
-    bundle: Bundle, backend: str, precision: str | None, options: Options
+    bundle: Bundle, backend: str, precision: str | None, options: BuildOptions
 ) -> list[Built]:
     """Build the engines of `backend` in one precision; by default in all that fit the bundle.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aapt_deploy.backends.cpu import cores
-from aapt_deploy.backends.trial import Built, Options, Report, mean_psnr_db, median_step_ms
+from aapt_deploy.backends.trial import BuildOptions, Built, Report, mean_psnr_db, median_step_ms
 from aapt_deploy.bundle.bundle import Bundle, export_again
 from aapt_deploy.bundle.signature import GraphSignature, text_pairs
 from aapt_deploy.errors import BundleError
@@ -158,7 +158,7 @@ class EagerEngines:
         self.modules = {}
 
 
-def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
+def build(bundle: Bundle, precisions: Sequence[str], options: BuildOptions) -> list[Built]:
     """Measure the checkpoint in each of `precisions`, and compare bf16 with fp32.
 
     Nothing is compiled.

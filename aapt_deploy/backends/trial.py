@@ -34,8 +34,8 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of a build, beside the precision."""
+class BuildOptions:
+    """BuildOptions of a build, beside the precision."""
 
     report: Report  # gets one line a step
     attention: str = "auto"  # one of the backend's forms, or the best that is proved

@@ -252,7 +252,7 @@ def _build(
     with needs_extra("export"):
         from aapt_deploy.backends import build, trial
 
-        options = trial.Options(report, attention, progress)
+        options = trial.BuildOptions(report, attention, progress)
         return build.build_engine(opened, backend, precision, options)
 
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import io
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from aapt_deploy import __version__
 from aapt_deploy.backends.trial import Report
 from aapt_deploy.bundle import bundle, graph_file, scales
+from aapt_deploy.bundle.files import free_memory_bytes
 from aapt_deploy.bundle.scales import Scales
 from aapt_deploy.bundle.signature import GraphSignature
 from aapt_deploy.errors import InputError, ParityError
@@ -98,7 +98,7 @@ def export_bundle(
             used = _write(model, path, modules[name], weights)
             report(f"checking {name} against PyTorch")
             needed = ROOM * 4 * sum(modules[name].state_dict()[n].numel() for n in used)
-            if name in ("prompt", "generator") and needed > _free_bytes():
+            if name in ("prompt", "generator") and needed > free_memory_bytes():
                 size = f"{name} would take {needed / 1e9:.0f} GB to check"
                 report(f"{size}; a copy with two of its blocks takes its place")
                 table += _check_reduced(draft.path, signature.name, profile, weights)
@@ -220,10 +220,6 @@ def _write(model: onnx.ModelProto, path: Path, module: nn.Module, weights: Weigh
 
     graph_file.write(model, path, read)
     return names
-
-
-def _free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from aapt_deploy.backends.ort.engine import OrtEngine, OrtEngines, OrtGenerator,
 from aapt_deploy.backends.table import precision_of
 from aapt_deploy.backends.torch_cuda.engine import GpuEngines
 from aapt_deploy.backends.torch_eager import EagerGenerator
-from aapt_deploy.backends.trial import Options
+from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.backends.trt.engine import TrtEngines
 from aapt_deploy.bundle import bundle as bundles
 from aapt_deploy.bundle.bundle import Bundle
@@ -559,7 +559,7 @@ def test_another_graph_under_the_bundles_name_is_refused_by_the_build(
     with pytest.raises(
         BundleError, match=f"graph {bare}/{graph}.onnx is not the {graph} of its bundle: input "
     ) as caught:
-        build.build_engine(opened, "onnxruntime", precision, Options(lambda text: None))
+        build.build_engine(opened, "onnxruntime", precision, BuildOptions(lambda text: None))
     assert caught.value.hint.endswith(f"aapt export CKPT -o {bare} --force")
     assert Bundle.open(bare).engines == {} and not list(bare.glob(".stage-*"))
 

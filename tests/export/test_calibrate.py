@@ -18,7 +18,7 @@ from torch import nn
 
 from aapt_deploy.backends import build
 from aapt_deploy.backends.torch_eager import round_products
-from aapt_deploy.backends.trial import Options
+from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.backends.trt import lower_attention
 from aapt_deploy.bundle import scales
 from aapt_deploy.bundle.bundle import Bundle
@@ -412,15 +412,15 @@ def test_an_fp8_bundle_is_built_compared_and_measured(
     exported: Exported, aapt: Callable[..., Ran], tmp_path: Path
 ) -> None:
     opened = Bundle.open(Path(shutil.copytree(exported.path, tmp_path / "bundle")))
-    (built,) = build.build_engine(opened, "onnxruntime", None, Options(silent))
+    (built,) = build.build_engine(opened, "onnxruntime", None, BuildOptions(silent))
     assert built.key == "onnxruntime-fp8" and built.psnr_db is not None and 20 < built.psnr_db < 90
     for precision in ("fp32", "int8"):
         with pytest.raises(
             UsageError,
             match=f"holds graphs in fp8; onnxruntime builds fp8 from them, not {precision}",
         ):
-            build.build_engine(opened, "onnxruntime", precision, Options(silent))
-    (half,) = build.build_engine(opened, "torch", "bf16", Options(silent))
+            build.build_engine(opened, "onnxruntime", precision, BuildOptions(silent))
+    (half,) = build.build_engine(opened, "torch", "bf16", BuildOptions(silent))
     assert (
         half.key == "torch-bf16" and half.psnr_db is not None and built.psnr_db < half.psnr_db < 90
     )

@@ -23,8 +23,8 @@ from aapt_deploy.backends.ort import lower
 from aapt_deploy.backends.ort.engine import BACKEND, OrtEngine, OrtEngines, Threads
 from aapt_deploy.backends.table import open_engines
 from aapt_deploy.backends.trial import (
+    BuildOptions,
     Built,
-    Options,
     Report,
     left_and_right,
     mean_psnr_db,
@@ -42,7 +42,7 @@ CALIBRATION_BLOCKS = 8  # per start frame
 LINEAR_PATH = ".decoder.linear."  # in the names of its weights
 
 
-def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
+def build(bundle: Bundle, precisions: Sequence[str], options: BuildOptions) -> list[Built]:
     """Build the engines of `precisions`.
 
     fp32 is built before int8, which is calibrated on it and compared with it. Raises BusyError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aapt_deploy.backends.torch_cuda.kernels import Kernels
-from aapt_deploy.backends.torch_cuda.step import LINEARS, NOWHERE, Layer, Linear, Step, Wide
+from aapt_deploy.backends.torch_cuda.step import LINEARS, NOWHERE, Linear, Step, StepLayer, Wide
 from aapt_deploy.bundle.scales import LinearScales, Scales
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.rope import temporal_rope
@@ -63,7 +63,7 @@ class WatchedCache:
 
 
 def calibrate(
-    generator: Generator, wide: list[Layer], kernels: Kernels, dtype: torch.dtype,
+    generator: Generator, wide: list[StepLayer], kernels: Kernels, dtype: torch.dtype,
     text: tuple[list[Tensor], list[Tensor]] | None, blocks: int = 3,
 ) -> Scales:  # fmt: skip
     """Compute scales from `blocks` blocks of noise, and from the `text` of one prompt."""
@@ -71,7 +71,7 @@ def calibrate(
     for layer in wide:
         wides = ((name, x) for name, x in layer.linears.items() if isinstance(x, Wide))
         linears: dict[str, Linear] = {name: Watched(x) for name, x in wides}
-        watched.append(Layer(linears, layer.norm_q, layer.norm_k))
+        watched.append(StepLayer(linears, layer.norm_q, layer.norm_k))
     step, device = Step(generator, watched, cache, kernels, dtype), generator.step_spread.device
     if text:
         for i, (k, v) in enumerate(zip(*text, strict=True)):

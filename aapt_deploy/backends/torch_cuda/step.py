@@ -182,7 +182,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Layer:
+class StepLayer:
     """The visual half of one MMDiT block."""
 
     linears: dict[str, Linear]
@@ -197,7 +197,7 @@ class Step:
     """
 
     def __init__(
-        self, generator: Generator, layers: Sequence[Layer], cache: Cache, kernels: Kernels,
+        self, generator: Generator, layers: Sequence[StepLayer], cache: Cache, kernels: Kernels,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.generator, self.layers, self.cache = generator, layers, cache
@@ -236,7 +236,7 @@ class Step:
         return clean
 
 
-def wide_layers(generator: Generator, dtype: torch.dtype) -> list[Layer]:
+def wide_layers(generator: Generator, dtype: torch.dtype) -> list[StepLayer]:
     """Return the visual stream in `dtype`."""
 
     def linears(stream: nn.Module) -> dict[str, Linear]:
@@ -248,7 +248,7 @@ def wide_layers(generator: Generator, dtype: torch.dtype) -> list[Layer]:
 def fp8_layers(
     generator: Generator, scales: Scales, kernels: Kernels, dtype: torch.dtype,
     device: torch.device, by_row: bool,
-) -> list[Layer]:  # fmt: skip
+) -> list[StepLayer]:  # fmt: skip
     """Return the visual stream with the layers that have scales in FP8, others in `dtype`."""
     tokens, layers = generator.profile.frame_tokens, []
     for i, stream in enumerate(generator.step_blocks):
@@ -265,6 +265,6 @@ def fp8_layers(
     return layers
 
 
-def _layer(stream: nn.Module, linears: dict[str, Linear]) -> Layer:
+def _layer(stream: nn.Module, linears: dict[str, Linear]) -> StepLayer:
     norms: list[Any] = [stream.norm_q, stream.norm_k]
-    return Layer(linears, *(norm.detach().float() for norm in norms))
+    return StepLayer(linears, *(norm.detach().float() for norm in norms))

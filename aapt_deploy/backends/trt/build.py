@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aapt_deploy.backends.trial import Built, Options, Progress, Report, median_step_ms
+from aapt_deploy.backends.trial import BuildOptions, Built, Progress, Report, median_step_ms
 from aapt_deploy.backends.trt import cuda, plan_file
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON, Choice
@@ -78,7 +78,7 @@ class Finished:
     audit: dict[str, int]
 
 
-def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[Built]:
+def build(bundle: Bundle, precisions: Sequence[str], options: BuildOptions) -> list[Built]:
     """Build the engine of each of `precisions`.
 
     Raises MachineError without TensorRT, GPU or room. Raises BundleError for a damaged bundle or
@@ -88,7 +88,7 @@ def build(bundle: Bundle, precisions: Sequence[str], options: Options) -> list[B
     return [_build(bundle, precision, options) for precision in precisions]
 
 
-def _build(bundle: Bundle, precision: str, options: Options) -> Built:
+def _build(bundle: Bundle, precision: str, options: BuildOptions) -> Built:
     began, report = time.monotonic(), options.report
     from aapt_deploy.backends.trt import api
 

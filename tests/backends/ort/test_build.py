@@ -24,7 +24,7 @@ from aapt_deploy.backends import cpu, trial
 from aapt_deploy.backends.build import build_engine
 from aapt_deploy.backends.ort import build
 from aapt_deploy.backends.ort.engine import OrtEngine, Threads, open_session
-from aapt_deploy.backends.trial import Options
+from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import BundleError, BusyError, MachineError, UsageError
 from aapt_deploy.export import export
@@ -109,7 +109,7 @@ def test_a_cpu_that_would_overflow_gets_weights_of_seven_bits(
     The manifest says which weights an engine has.
     """
     monkeypatch.setattr(build, "adds_int8_exactly", lambda: exact)
-    build_engine(Bundle.open(copied), "onnxruntime", "int8", Options(silent))
+    build_engine(Bundle.open(copied), "onnxruntime", "int8", BuildOptions(silent))
     opened = Bundle.open(copied)
     assert opened.engines["onnxruntime-int8"]["weight_bits"] == bits
     for name in ("generator", "decoder"):
@@ -291,10 +291,10 @@ def test_the_fastest_threads_win(
 def test_int8_alone_brings_the_fp32_that_it_is_compared_with(bare: Path) -> None:
     opened = Bundle.open(bare)
     assert [
-        engine.key for engine in build_engine(opened, "onnxruntime", "int8", Options(silent))
+        engine.key for engine in build_engine(opened, "onnxruntime", "int8", BuildOptions(silent))
     ] == ["onnxruntime-fp32", "onnxruntime-int8"]
     assert [
-        engine.key for engine in build_engine(opened, "onnxruntime", "int8", Options(silent))
+        engine.key for engine in build_engine(opened, "onnxruntime", "int8", BuildOptions(silent))
     ] == ["onnxruntime-int8"]
     again = Bundle.open(bare)
     again.verify()
@@ -306,7 +306,7 @@ def test_int8_alone_brings_the_fp32_that_it_is_compared_with(bare: Path) -> None
 def test_a_bundle_without_start_frames_is_built_all_the_same(bare: Path) -> None:
     rewrite_manifest(bare, lambda manifest: manifest.update(start_frames={}))
     opened = Bundle.open(bare)
-    build_engine(opened, "onnxruntime", "int8", Options(silent))
+    build_engine(opened, "onnxruntime", "int8", BuildOptions(silent))
     opened.verify()
     assert len(frames(open_engines(opened, "onnxruntime", "int8"), opened)) == trial.QUALITY_BLOCKS
 
@@ -324,7 +324,7 @@ def test_unknown_names_are_refused_with_the_known_ones(
     bundle: Path, backend: str, precision: str | None, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        build_engine(Bundle.open(bundle), backend, precision, Options(silent))
+        build_engine(Bundle.open(bundle), backend, precision, BuildOptions(silent))
     assert caught.value.exit_code == 2
     assert any(word in caught.value.hint for word in ("onnxruntime", "fp32", "--precision fp8"))
 
@@ -335,7 +335,7 @@ def test_a_profile_for_a_gpu_is_refused(bundle: Path, tiny: Profile) -> None:
     with pytest.raises(
         MachineError, match="profile tiny-cpu is for H100; onnxruntime runs on the CPU only"
     ) as caught:
-        build_engine(opened, "onnxruntime", None, Options(silent))
+        build_engine(opened, "onnxruntime", None, BuildOptions(silent))
     assert caught.value.exit_code == 5
     assert caught.value.hint
 
@@ -346,7 +346,7 @@ def test_a_damaged_graph_is_found_before_it_is_lowered(bare: Path) -> None:
     (bare / "generator.onnx").write_bytes(content)
     before = tree(bare)
     with pytest.raises(BundleError, match=r"generator\.onnx does not match the manifest") as caught:
-        build_engine(Bundle.open(bare), "onnxruntime", None, Options(silent))
+        build_engine(Bundle.open(bare), "onnxruntime", None, BuildOptions(silent))
     assert "aapt export" in caught.value.hint
     assert tree(bare) - {".lock"} == before - {".lock"}
 
@@ -356,7 +356,7 @@ def test_two_builds_at_once_are_one_too_many(bare: Path) -> None:
         Bundle.open(bare).add_engine("somebody-elses"),
         pytest.raises(BusyError, match="is being written by process"),
     ):
-        build_engine(Bundle.open(bare), "onnxruntime", "fp32", Options(silent))
+        build_engine(Bundle.open(bare), "onnxruntime", "fp32", BuildOptions(silent))
 
 
 # --- builds that die ---
@@ -379,7 +379,7 @@ def test_a_build_that_breaks_off_leaves_the_engines_that_were(
     before, opened = tree(copied), Bundle.open(copied)
     monkeypatch.setattr(build, where, fail)
     with pytest.raises(type(error)):
-        build_engine(opened, "onnxruntime", "int8", Options(silent))
+        build_engine(opened, "onnxruntime", "int8", BuildOptions(silent))
     assert tree(copied) == before
     again = Bundle.open(copied)
     again.verify()

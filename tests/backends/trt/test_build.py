@@ -17,7 +17,7 @@ import pytest
 
 from aapt_deploy import profiles
 from aapt_deploy.backends.build import build_engine
-from aapt_deploy.backends.trial import Options
+from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.backends.trt import build, cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
@@ -41,7 +41,10 @@ def made(
 ) -> Bundle:
     opened = Bundle.open(path)
     build_engine(
-        opened, "tensorrt", precision, Options((said if said is not None else []).append, attention)
+        opened,
+        "tensorrt",
+        precision,
+        BuildOptions((said if said is not None else []).append, attention),
     )
     return opened
 
@@ -252,7 +255,7 @@ def attempt(path: Path, attention: str = "auto") -> list[str]:
     """Build the generator alone, as far as it comes; what was said."""
     said: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):
-        build_engine(Bundle.open(path), "tensorrt", None, Options(said.append, attention))
+        build_engine(Bundle.open(path), "tensorrt", None, BuildOptions(said.append, attention))
     return said
 
 

@@ -81,7 +81,11 @@ def test_what_cannot_be_downloaded_is_told_with_a_way_out(
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-@pytest.fixture(scope="module", params=wheels.RELEASES)
+OLDER, NEWEST = wheels.RELEASES
+RELEASES = [pytest.param(OLDER, marks=pytest.mark.slow), NEWEST]
+
+
+@pytest.fixture(scope="module", params=RELEASES)
 def release(request: pytest.FixtureRequest) -> str:
     """A release whose bindings are here. Skips, with pip's reason, if they cannot be fetched."""
     name: str = request.param
