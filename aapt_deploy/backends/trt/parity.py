@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.bundle.signature import GraphSignature, layer_names
+from aapt_deploy.bundle.signature import GraphSignature, text_pairs
 from aapt_deploy.errors import ParityError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.rollout.engine import Engines
@@ -48,11 +48,8 @@ def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
         text = np.asarray(first.text, spec.dtype).reshape(spec.shape)
         wanted = _reference(bundle, "prompt", {"text": text})
         generator.reset(**engines["prompt"].run(text=text))
-        for kind in ("k", "v"):
-            names = layer_names(f"text_{kind}", profile)
-            caches = layer_names(f"{kind}_cache", profile)
-            for name, cache in zip(names, caches, strict=True):
-                state[cache][:, : profile.text.tokens] = wanted[name]
+        for cache, keys_or_values in text_pairs(profile, wanted):
+            state[cache][:, : profile.text.tokens] = keys_or_values
     rng = np.random.default_rng(0)
     specs = [spec for spec in graphs["generator"].inputs if spec.name != "cache_len"]
     inputs = {s.name: rng.standard_normal(s.shape).astype(s.dtype) for s in specs}
