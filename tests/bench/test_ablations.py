@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from aapt_deploy.models.aapt.rope import temporal_rope
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.train.judge import evaluate
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 BENCH = ROOT / "bench" / "ablations.py"
 

@@ -10,8 +10,8 @@ import torch
 
 from aapt_deploy.ops.block_causal_attention import kernels
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import TILE_KEYS, Swizzle, geometry
+from tests.support import ROOT
 from tests.support.attention_checks import Case, image
-from tests.support.commands import ROOT
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 BENCH = ROOT / "bench"
 FAKE = """

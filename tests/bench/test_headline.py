@@ -16,7 +16,7 @@ import torch
 
 from aapt_deploy.models.cost import cost_of
 from aapt_deploy.profiles import load
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 BENCH = ROOT / "bench" / "headline.py"
 

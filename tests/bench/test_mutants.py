@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 BENCH = ROOT / "bench"
 # A stage of three parts; what happens in the second is an argument.

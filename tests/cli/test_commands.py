@@ -18,7 +18,8 @@ from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.cli import commands, measure
 from aapt_deploy.models import checkpoint, random_weights
 from aapt_deploy.models.checkpoint import Checkpoint
-from tests.support.commands import COMMAND, ENVIRONMENT, ROOT, Ran
+from tests.support import ROOT
+from tests.support.commands import COMMAND, ENVIRONMENT, Ran
 
 Aapt = Callable[..., Ran]
 HEAVY = {"torch", "onnx", "onnxscript", "onnxruntime", "av", "numpy", "tensorrt", "safetensors"}

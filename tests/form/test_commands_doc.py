@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from tests.support import pages
-from tests.support.pages import ROOT
+from tests.support import ROOT, pages
 
 
 @pytest.mark.parametrize("page", pages.PAGES)

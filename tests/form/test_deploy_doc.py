@@ -7,7 +7,7 @@ import pytest
 import typer.main
 
 from aapt_deploy.cli.commands import app
-from tests.support.pages import ROOT
+from tests.support import ROOT
 
 TEXT = (ROOT / "docs" / "deploy-h100.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    aapt ")]

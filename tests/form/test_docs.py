@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.support.pages import ROOT
+from tests.support import ROOT
 
 FOUND = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/**/*.md"))
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in FOUND)

@@ -4,7 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 TESTS = ROOT / "tests"
 OTHERS = ("aapt_deploy", "onnx", "torch", "numpy")

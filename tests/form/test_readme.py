@@ -9,7 +9,7 @@ import pytest
 import typer.main
 
 from aapt_deploy.cli.commands import app
-from tests.support.pages import ROOT
+from tests.support import ROOT
 
 PACKAGE = ROOT / "aapt_deploy"
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from aapt_deploy.models.aapt.family import FAMILY, CameraFeed
 from aapt_deploy.models.aapt.prompts import parse, token_ids
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.loop import Rollout, Steering
-from tests.support.commands import ROOT
+from tests.support import ROOT
 from tests.support.fake_engines import FakeEngines
 
 PRESETS = sorted(path.stem for path in (ROOT / "profiles").glob("*.toml"))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from aapt_deploy.models.aapt.layers import EPS, rms_norm, rotate
 from aapt_deploy.ops import fused
 from aapt_deploy.profiles import load
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 
 def draw(*shape: int) -> torch.Tensor:

@@ -2,10 +2,9 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 class Ran(NamedTuple):

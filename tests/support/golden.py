@@ -6,7 +6,7 @@ RENEW_GOLDEN=1 in the environment writes the files anew. Read the difference bef
 import os
 from pathlib import Path
 
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 FOLDER = ROOT / "tests" / "golden"
 RENEW = "RENEW_GOLDEN"

@@ -10,7 +10,6 @@ import functools
 import html
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ import typer.main
 
 from aapt_deploy import errors
 from aapt_deploy.cli.commands import app
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 WIDTH = 100  # columns
 FIRST = ("export", "build-engine", "profile", "stream")  # in the order of a deployment
 RENEW = "make docs"

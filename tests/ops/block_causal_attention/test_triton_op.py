@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ROOT
+from tests.support import ROOT
 
 INTERPRETED = """
 import numpy as np, torch

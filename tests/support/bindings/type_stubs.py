@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.support import ROOT
 from tests.support.bindings import wheels
-from tests.support.commands import ROOT
 
 CONVERTED = {  # what the real bindings take in the place of a type
     "Dims": "Dims | collections.abc.Sequence[int]",

@@ -17,8 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from tests.support import ROOT
 from tests.support.bindings import link_stubs
-from tests.support.commands import ROOT
 
 RELEASES = {"10.16": "10.16.1.11", "11.4": "11.4.0.106"}
 PACKAGE = "tensorrt-cu13-bindings"

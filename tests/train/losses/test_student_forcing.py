@@ -20,7 +20,7 @@ from aapt_deploy.ops.block_causal_attention.torch_op import block_causal_attenti
 from aapt_deploy.profiles import load
 from aapt_deploy.rollout.loop import Steering, rollout
 from aapt_deploy.train.losses.student_forcing import Streams, forced_flow_loss
-from tests.support.commands import ROOT
+from tests.support import ROOT
 from tests.support.toys import STAGE, batch_of, drawn_generator
 
 TINY = load("tiny-cpu")

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from aapt_deploy.errors import MachineError
+from tests.support import ROOT
 from tests.support.bindings import link_stubs, type_stubs, wheels
-from tests.support.commands import ROOT
 
 HERE = Path(__file__).parent
 MODULES = (
