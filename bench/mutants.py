@@ -22,6 +22,7 @@ import difflib
 import hashlib
 import json
 import os
+import queue
 import random
 import re
 import shutil
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -330,6 +332,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, help="only the first N of those that are left")
     parser.add_argument("--limit-s", type=float, default=300.0, help="for one run of the tests")
+    parser.add_argument("--jobs", type=int, default=1, help="trees to plant in at the same time")
+    parser.add_argument(
+        "--again", action="store_true", help="only the survivors of the record, with today's tests"
+    )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "mutants.json", help="the record"
     )
@@ -348,22 +354,37 @@ def main() -> None:
         save()
         return
     graph = import_graph()
-    left = [mutant for mutant in wanted(options) if mutant.key not in record["mutants"]][
-        : options.first
-    ]
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = Tree(Path(folder), options.limit_s) if left else None
-        for mutant in left:
-            assert tree is not None
-            began = time.monotonic()
+    if options.again:
+        survivors = [e for e in record["mutants"].values() if e["state"] == SURVIVED]
+        left = [Mutant(*(entry[name] for name in Mutant._fields)) for entry in survivors]
+    else:
+        left = [mutant for mutant in wanted(options) if mutant.key not in record["mutants"]]
+    left = left[: options.first]
+
+    trees = queue.SimpleQueue[Tree]()
+
+    def judge(mutant: Mutant) -> tuple[Mutant, dict[str, Any]]:
+        tree, began = trees.get(), time.monotonic()
+        try:
             state, ring = tree.judge(mutant, *tests_of(mutant.module, graph))
-            entry = {"state": state, "ring": ring, "seconds": round(time.monotonic() - began, 1)}
-            record["mutants"][mutant.key] = entry | mutant._asdict() | {"diff": difference(mutant)}
-            save()
-            place = f"{mutant.module}:{mutant.line} {mutant.operator}"
-            print(
-                f"{state:<9} {entry['seconds']:6.1f} s  {place}  ({score(record)})", file=sys.stderr
-            )
+        finally:
+            trees.put(tree)
+        entry = {"state": state, "ring": ring, "seconds": round(time.monotonic() - began, 1)}
+        return mutant, entry | mutant._asdict() | {"diff": difference(mutant)}
+
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for number in range(options.jobs if left else 0):
+            trees.put(Tree(Path(folder) / str(number), options.limit_s))
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for done in as_completed([pool.submit(judge, mutant) for mutant in left]):
+                mutant, entry = done.result()
+                record["mutants"][mutant.key] = entry
+                save()
+                place = f"{mutant.module}:{mutant.line} {mutant.operator}"
+                print(
+                    f"{entry['state']:<9} {entry['seconds']:6.1f} s  {place}  ({score(record)})",
+                    file=sys.stderr,
+                )
     print(score(record))
 
 
