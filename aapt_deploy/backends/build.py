@@ -27,6 +27,9 @@ def build_engine(
         raise UsageError(f"backend {backend!r} cannot be built", f"backends: {', '.join(builders)}")
     row = builders[backend]
     _refuse_form(row, options.attention)
+    if options.sms and not row.names_sms:
+        fit = ", ".join(other.name for other in BACKENDS.values() if other.names_sms)
+        raise UsageError(f"--sm is for {fit}, not for {row.name}", "leave it out")
     refuse_unknown(backend, precision)
     possible = buildable(bundle, backend)
     default = tuple(name for name in row.by_default if name in possible)

@@ -4,6 +4,7 @@ A new backend is one file or folder here and one row of BACKENDS. Nothing else l
 """
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ class Backend:
     builder: str = ""  # module with build(bundle, precisions, options) -> list[Built]
     forms: tuple[str, ...] = ()  # forms of attention that a build accepts
     by_default: tuple[str, ...] = ()  # precisions of a build if none is named and the graphs fit
+    names_sms: bool = False  # a build accepts compute capabilities of other machines' GPUs
     summary: str = ""  # for --help
 
     @property
@@ -48,8 +50,12 @@ _ROWS = (
             by_default=("fp32",), summary="slow reference; our kernels with --device cuda"),
     Backend("torch-cuda", "cuda", ("fp8", "bf16"), False, "aapt_deploy.backends.torch_cuda.engine"),
     Backend("tensorrt", "cuda", ("fp8", "bf16", "fp32"), True,
-            "aapt_deploy.backends.trt.engine", "aapt_deploy.backends.trt.build",
+            "aapt_deploy.backends.trt.opening", "aapt_deploy.backends.trt.build",
             ("python", "aot", "native"), by_default=("fp8", "bf16"), summary="NVIDIA GPU"),
+    Backend("tensorrt-rtx", "cuda", ("fp8", "bf16", "fp32"), True,
+            "aapt_deploy.backends.trt.rtx", "aapt_deploy.backends.trt.rtx",
+            ("native",), by_default=("fp8", "bf16"), names_sms=True,
+            summary="GeForce and RTX GPUs; built on any machine"),
 )  # fmt: skip
 BACKENDS = {row.name: row for row in _ROWS}
 
@@ -98,7 +104,8 @@ def open_engines(
 ) -> "Engines":
     """Open every graph of `bundle` with `backend`; see `precision_of` for a precision of None.
 
-    Calls `warn` with one line if this CPU would overflow the engine's int8 weights.
+    Calls `warn` with one line if this CPU would overflow the engine's int8 weights, or if the
+    engine never ran.
     Raises UsageError if the backend or the precision does not exist.
     Raises BundleError if the bundle has no such engine, or a damaged one.
     """
@@ -109,6 +116,11 @@ def open_engines(
             f"engine {backend}-{chosen} of {bundle.path} has weights of {WEIGHT_BITS} bits, "
             "whose products overflow on this CPU and spoil pictures; build it again on this "
             f"machine: {_build_command(bundle, backend, chosen)}"
+        )
+    if "step_ms" in entry and entry["step_ms"] is None:
+        warn(
+            f"engine {backend}-{chosen} of {bundle.path} was built without its GPU and never "
+            f"compared; to compare it here: {_build_command(bundle, backend, chosen)}"
         )
     engines: Engines = importlib.import_module(BACKENDS[backend].module).open_bundle(bundle, chosen)
     return engines
@@ -132,7 +144,8 @@ def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
     if precision is None and bundle.profile.precision.weights in built:
         return bundle.profile.precision.weights
     if precision is None and built:
-        return min(built, key=lambda name: float(built[name]["step_ms"]))
+        order = BACKENDS[backend].precisions
+        return min(built, key=lambda name: (_step_ms(built[name]), order.index(name)))
     if precision is None:
         hint = f"build one with: aapt build-engine {bundle.path} --backend {backend}"
         raise BundleError(f"bundle {bundle.path} has no {backend} engine", hint)
@@ -141,6 +154,11 @@ def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
         there = ", ".join(sorted(built)) or "none"
         raise BundleError(lacking, f"built: {there}; {to_get(bundle, backend, precision)}")
     return precision
+
+
+def _step_ms(entry: dict[str, Any]) -> float:
+    """Return the measured step; infinite for an engine that was built elsewhere and never run."""
+    return math.inf if entry["step_ms"] is None else float(entry["step_ms"])
 
 
 def buildable(bundle: Bundle, backend: str) -> tuple[str, ...]:
@@ -167,14 +185,16 @@ def _built(bundle: Bundle, backend: str) -> dict[str, dict[str, Any]]:
 
     Raises BundleError if one is not sensible, since a manifest may be written by hand.
     """
-    shape = {"precision": (str,), "threads": (int,), "spinning": (bool,), "step_ms": (int, float)}
+    shape = {"precision": (str,), "threads": (int,), "spinning": (bool,)}
     built = {}
     for key, entry in bundle.engines.items():
         if entry.get("backend") != backend:
             continue
         sound = all(type(entry.get(name)) in kinds for name, kinds in shape.items())
         sound = sound and 1 <= entry["threads"] <= MOST_THREADS
-        sound = sound and 0 <= entry["step_ms"] <= LONGEST_MS
+        step_ms = entry.get("step_ms", "")
+        measured = type(step_ms) in (int, float) and 0 <= step_ms <= LONGEST_MS
+        sound = sound and (measured or (step_ms is None and BACKENDS[backend].names_sms))
         if not sound or key != f"{backend}-{entry['precision']}":
             wrong = f"bundle {bundle.path}: what its manifest says of engine {key} makes no sense"
             hint = f"build it again: aapt build-engine {bundle.path} --backend {backend}"

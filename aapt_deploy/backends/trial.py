@@ -39,6 +39,7 @@ class BuildOptions:
 
     report: Report  # gets one line a step
     attention: str = "auto"  # one of the backend's forms, or the best that is proved
+    sms: tuple[int, ...] = ()  # compute capabilities x 10 to build for; (): the GPU that is here
     progress: Progress | None = None  # gets phases of known length, if the backend has them
 
 
@@ -47,7 +48,7 @@ class Built:
     """The measurements of one new engine."""
 
     key: str  # "<backend>-<precision>"
-    step_ms: float  # median of a whole step
+    step_ms: float | None  # median of a whole step; None if the engine cannot run here
     bytes: int  # of the engine's files
     threads: int
     spinning: bool

@@ -99,17 +99,20 @@ def build_engine(
     backend: opt.Backend = "onnxruntime",
     precision: opt.BuildPrecision = None,
     attention: opt.Attention = "auto",
+    sm: opt.TargetSms = None,
     as_json: opt.Json = False,
 ) -> None:
     """Build engines for this machine, measure each and compare it with fp32.
 
     TensorRT engines are compared with the exported graphs. Ctrl-C stops a TensorRT build at its
-    next step. Run again, the command resumes with the plan that was not finished.
+    next step. Run again, the command resumes with the plan that was not finished. TensorRT-RTX
+    also builds plans for other machines' GPUs; those are neither measured nor compared here.
     """
     from aapt_deploy.cli import console, reports
 
+    targets = opt.sms(sm)
     with console.phases(f"building {backend} engines in {bundle}") as step:
-        built = _build(bundle, backend, precision, step, attention, step)
+        built = _build(bundle, backend, precision, step, attention, step, targets)
     reports.engines(built)
     if as_json:
         engines = [asdict(engine) for engine in built]
@@ -245,6 +248,7 @@ def _build(
     report: Callable[[str], None],
     attention: str = "auto",
     progress: "Progress | None" = None,
+    sms: tuple[int, ...] = (),
 ) -> "list[Built]":
     from aapt_deploy.bundle.bundle import Bundle
 
@@ -252,7 +256,7 @@ def _build(
     with needs_extra("export"):
         from aapt_deploy.backends import build, trial
 
-        options = trial.BuildOptions(report, attention, progress)
+        options = trial.BuildOptions(report, attention, sms, progress)
         return build.build_engine(opened, backend, precision, options)
 
 

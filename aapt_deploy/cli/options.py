@@ -3,6 +3,7 @@
 An option that several commands share means the same in each.
 """
 
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from aapt_deploy.backends.table import BACKENDS, options
-from aapt_deploy.errors import OutputError
+from aapt_deploy.errors import OutputError, UsageError
 from aapt_deploy.video.formats import DEFAULT_PIPE_FORMAT, FORMATS, SUFFIXES
 
 
@@ -33,6 +34,17 @@ def _needs_stdout(asked: bool) -> bool:
         hint = "send it to a file or a pipe, or leave out --json"
         raise OutputError("stdout is closed, and --json writes to it", hint)
     return asked
+
+
+def sms(text: str | None) -> tuple[int, ...]:
+    """Return compute capabilities x 10 from such as 89,120 or 8.9,12.0. Raises UsageError."""
+    words = [] if text is None else [word.strip() for word in text.split(",")]
+    if wrong := [
+        word for word in words if not re.fullmatch(r"[1-9][0-9]{1,2}|[1-9][0-9]?\.[0-9]", word)
+    ]:
+        hint = "compute capabilities with commas between them, such as --sm 89,120"
+        raise UsageError(f"--sm: {wrong[0]!r} is no compute capability", hint)
+    return tuple(int(word.replace(".", "")) for word in words)
 
 
 _PLACES = listed(f"{name} ({row.summary})" for name, row in options().items())
@@ -80,6 +92,16 @@ BuildPrecision = Annotated[
 ]
 Attention = Annotated[
     str, Option(help=f"{_FORMS}. auto takes the best that `aapt doctor --tensorrt` proved here.")
+]
+
+_NAMED = listed(row.name for row in _BUILT if row.names_sms)
+TargetSms = Annotated[
+    str | None,
+    Option(
+        "--sm",
+        help=f"{_NAMED}: compute capabilities to build for, such as 89,120; no GPU is needed. "
+        "Default: the GPU that is here, else the common ones.",
+    ),
 ]
 
 # profile, plan, diff, quality

@@ -67,7 +67,8 @@ def engines(rows: "Sequence[Built]") -> None:
     cells = []
     for row in rows:
         threads = f"{row.threads}{' spinning' * row.spinning}"
-        psnr = _cells(".1f", row.psnr_db, missing="reference")
+        missing = "reference" if row.step_ms is not None else "not run"
+        psnr = _cells(".1f", row.psnr_db, missing=missing)
         size = _cells(".1f", row.step_ms, row.bytes / 1e6)
         cells.append((row.key, *size, threads, *psnr, f"{row.seconds:.1f}"))
     table("engines", ENGINES, cells)

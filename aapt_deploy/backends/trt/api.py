@@ -1,4 +1,7 @@
-"""The one module that calls TensorRT's API (10.16 to 11.x): ONNX file -> plan -> context.
+"""The one module that calls TensorRT's API: ONNX file -> plan -> context.
+
+It is the API of TensorRT 10.16 to 11.x and of TensorRT-RTX; flavour.py says which, and api_rtx.py
+has the calls that only the latter has.
 
     build(graph, settings, progress)   parse, check and build; returns a BuiltPlan
     open_plan(plan)                    deserialise; returns a Plan with its tensors and layers
@@ -18,22 +21,23 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, SupportsFloat, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 from aapt_deploy.backends.trial import Progress
-from aapt_deploy.backends.trt import remedies
-from aapt_deploy.backends.trt.plan_file import AGAIN, PlanLayer, read_layers
+from aapt_deploy.backends.trt import api_rtx, flavour
+from aapt_deploy.backends.trt.interrupt import interruptible
+from aapt_deploy.backends.trt.plan_file import PlanLayer, Tensor, read_layers
+from aapt_deploy.backends.trt.remedies import EXPORT_AGAIN, SMALLER, NodeError, refusal
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
 
-INSTALL = "pip install 'aapt_deploy[tensorrt]'"
-try:
+if TYPE_CHECKING:
     import tensorrt as trt
-except (ImportError, OSError) as error:  # OSError: a library is missing
-    raise MachineError(f"TensorRT cannot be loaded: {error}", INSTALL) from None
 
-OLDEST, TOO_NEW = (10, 16), (12,)
-POLL_S = 0.2  # how often a build looks for Ctrl-C
+    FLAVOUR: flavour.Flavour
+else:
+    FLAVOUR, trt = flavour.bindings()
+
 KEPT_MESSAGES = 20
 
 
@@ -43,18 +47,10 @@ class Settings:
 
     plugin_layers: int  # BlockCausalAttention layers that the network must have
     workspace_bytes: int  # the most that TensorRT may use for scratch memory
+    decomposable: bool = False  # attention may run as separate operations: float32 has no kernel
+    sms: tuple[int, ...] = ()  # compute capabilities x 10, where the flavour builds for named ones
     optimization_level: int = 3  # 0 (fast build) to 5 (fast engine)
     timing_cache: bytes = b""  # of an earlier build; another machine's is ignored
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output of a plan."""
-
-    name: str
-    is_input: bool
-    dtype: str  # TensorRT's own name: "FLOAT", "BF16", "FP8", "INT32", …
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,11 @@ class BuiltPlan:
 
 def version() -> str:
     """Return TensorRT's version. Raises MachineError if this module is not for it."""
-    found = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if not OLDEST <= found < TOO_NEW:
-        raise MachineError(
-            f"TensorRT {trt.__version__} is not supported: {'.'.join(map(str, OLDEST))} to 11 are",
-            "pip install 'aapt_deploy[tensorrt]' brings one",
-        )
+    found, here = tuple(int(part) for part in trt.__version__.split(".")[:2]), FLAVOUR
+    if not here.oldest <= found < here.too_new:
+        wanted = f"{'.'.join(map(str, here.oldest))} to {here.too_new[0] - 1} are"
+        text = f"{here.title} {trt.__version__} is not supported: {wanted}"
+        raise MachineError(text, f"{here.install} brings one")
     return str(trt.__version__)
 
 
@@ -139,25 +134,34 @@ def build(
 
     `failures` is the list in which our plugin records what it raised (Creator.failures). Raises
     BundleError if TensorRT cannot parse or build the graph. Raises ParityError if a plugin layer
-    is missing. Raises MachineError for an unknown TensorRT or without a GPU. Raises what our
-    plugin raised, if that is the cause.
+    is missing. Raises MachineError for an unknown TensorRT, or without a GPU that it needs.
+    Raises what our plugin raised, if that is the cause.
     """
     version()
+    # RTX's parser would end the process at a plugin, and it reads an empty file as a graph.
+    assert FLAVOUR.plugins or not settings.plugin_layers, f"{FLAVOUR.title} has no plugins"
+    if not graph.is_file() or not graph.stat().st_size:
+        raise BundleError(f"graph {graph} is empty or no file", EXPORT_AGAIN)
     messages, earlier = messages or Messages(), len(failures)
     builder = _made(lambda: trt.Builder(messages), messages)
     network = builder.create_network(_network_flags())
     parser = trt.OnnxParser(network, messages)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        nodes = [f"{e.node_operator()} node {e.node_name()!r}: {e.desc()}" for e in errors]
-        _explain(f"TensorRT cannot read {graph}", nodes, messages, failures[earlier:])
+        nodes = [NodeError(e.node_operator(), e.node_name(), e.desc()) for e in errors]
+        raise _refusal(f"cannot read {graph}", nodes, messages, failures[earlier:])
     tensors = _check(network, graph, settings.plugin_layers)
+    if settings.decomposable:
+        _allow_decomposition(network)
     monitor = Monitor(progress)
     config = _configure(builder, settings, monitor)
-    plan = _interruptible(lambda: builder.build_serialized_network(network, config), monitor)
+    build = lambda: builder.build_serialized_network(network, config)
+    plan = interruptible(build, monitor.cancelled)
+    if monitor.failure:
+        raise monitor.failure
     if plan is None:
-        _explain(f"TensorRT cannot build {graph}", [], messages, failures[earlier:])
-    cache = config.get_timing_cache()
+        raise _refusal(f"cannot build {graph}", [], messages, failures[earlier:])
+    cache = config.get_timing_cache() if FLAVOUR.timing_cache else None
     timings = bytes(memoryview(cache.serialize())) if cache else b""
     return BuiltPlan(memoryview(plan), timings, network.num_layers, tensors)
 
@@ -173,9 +177,8 @@ def _made(make: Callable[[], T], messages: Messages) -> T:
     try:
         return make()
     except TypeError as error:
-        reason = messages.kept[-1] if messages.kept else str(error)
-        hint = "aapt doctor tells what this machine lacks; a GPU and its driver are needed"
-        raise MachineError(f"TensorRT cannot start: {reason}", hint) from None
+        said = refusal(f"{FLAVOUR.title} cannot start", [], messages.kept or [str(error)])
+        raise MachineError(str(said), said.hint) from None
 
 
 def _check(network: trt.INetworkDefinition, graph: Path, plugin_layers: int) -> tuple[Tensor, ...]:
@@ -193,7 +196,20 @@ def _check(network: trt.INetworkDefinition, graph: Path, plugin_layers: int) -> 
     given += [(network.get_output(index), False) for index in range(network.num_outputs)]
     tensors = tuple(Tensor(t.name, is_in, t.dtype.name, tuple(t.shape)) for t, is_in in given)
     _require_static(tensors, str(graph))
+    if not network.num_outputs:
+        raise BundleError(f"graph {graph} has no outputs", EXPORT_AGAIN)
     return tensors
+
+
+def _allow_decomposition(network: trt.INetworkDefinition) -> None:
+    """Let attention run as separate operations where there is no fused kernel.
+
+    The ONNX node has an attribute for it, which ONNX Runtime and the checker refuse.
+    """
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
+            layer.attention.decomposable = True
 
 
 def _require_static(tensors: Sequence[Tensor], where: str) -> None:
@@ -210,6 +226,10 @@ def _configure(builder: trt.Builder, settings: Settings, monitor: Monitor) -> tr
     # The audit reads layer names and types.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor
+    if settings.sms:
+        api_rtx.set_targets(trt, config, settings.sms)
+    if not FLAVOUR.timing_cache:
+        return config
     cache = config.create_timing_cache(settings.timing_cache)
     if cache is None or not config.set_timing_cache(cache, False):  # of another GPU or release
         cache = config.create_timing_cache(b"")
@@ -218,49 +238,14 @@ def _configure(builder: trt.Builder, settings: Settings, monitor: Monitor) -> tr
     return config
 
 
-def _interruptible(work: Callable[[], T], monitor: Monitor) -> T:
-    """Do `work` in a thread.
-
-    Ctrl-C reaches Python in the main thread only, and TensorRT would keep that until it has
-    built.
-    """
-    answers: list[T] = []
-    errors: list[BaseException] = []
-    # Not Thread.join: interrupted, it takes a running thread for a stopped one (Python 3.11).
-    finished = threading.Event()
-
-    def run() -> None:
-        try:
-            answers.append(work())
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            finished.set()
-
-    try:
-        threading.Thread(target=run, name="TensorRT build").start()
-        while not finished.wait(POLL_S):
-            pass
-    except BaseException:
-        monitor.cancelled.set()
-        finished.wait()
-        raise
-    if monitor.failure:
-        raise monitor.failure
-    if errors:
-        raise errors[0]
-    return answers[0]
-
-
-def _explain(
-    what: str, nodes: list[str], messages: Messages, failures: Sequence[Exception]
-) -> NoReturn:
-    """Raise what our plugin raised, else TensorRT's last message with a hint."""
+def _refusal(
+    what: str, nodes: list[NodeError], messages: Messages, failures: Sequence[Exception]
+) -> AaptError:
+    """Return what our plugin raised, else TensorRT's reason with a hint."""
     if failures and isinstance(failures[-1], AaptError):
-        raise failures[-1]
+        return failures[-1]
     ours = [f"our plugin: {failure}" for failure in failures[-1:]]
-    text = "; ".join([*ours, *nodes[:3], *messages.kept[-1:]]) or "it gave no reason"
-    raise BundleError(f"{what}: {text}", remedies.hint(text))
+    return refusal(f"{FLAVOUR.title} {what}", nodes, [*ours, *messages.kept])
 
 
 # Running
@@ -290,9 +275,12 @@ class Context:
         assert stream, "TensorRT synchronises on the default stream"
         assert not self._unbound, f"no address for {sorted(self._unbound)}"
         if not self._context.execute_async_v3(stream):
-            reason = self._messages.kept[-1] if self._messages.kept else "it gave no reason"
-            hint = "aapt doctor tells what this machine lacks"
-            raise MachineError(f"TensorRT cannot run the plan: {reason}", hint)
+            said = refusal(f"{FLAVOUR.title} cannot run the plan", [], self._messages.kept)
+            raise MachineError(str(said), said.hint)
+
+    def capturable(self, stream: int) -> bool:
+        """Return whether a run on `stream` can be captured into a CUDA graph."""
+        return not FLAVOUR.compiles_here or api_rtx.capturable(self._context, stream)
 
     def timed(self, stream: int, wait: Callable[[], None], runs: int) -> dict[str, list[float]]:
         """Return the milliseconds of every layer in `runs` runs, by TensorRT's profiler.
@@ -330,6 +318,7 @@ class Plan:
     def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine, messages: Messages) -> None:
         self._runtime = runtime  # it must outlive its engines
         self._engine, self._messages = engine, messages
+        self._compiled: list[Any] = []  # RTX: code that contexts compiled for this GPU
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.tensors = tuple(map(self._tensor, names))
         _require_static(self.tensors, "the plan")
@@ -346,13 +335,27 @@ class Plan:
         inspector = self._engine.create_engine_inspector()
         return read_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
-    def context(self) -> Context:
-        """Make a context with its own scratch memory. Raises MachineError if it is too large."""
-        context = self._engine.create_execution_context()
+    def context(self, captured: bool = True, compiled: Path | None = None) -> Context:
+        """Make a context with its own scratch memory. Raises MachineError if it is too large.
+
+        `captured` if the caller captures CUDA graphs, and `compiled` a file of `keep_compiled`;
+        TensorRT-RTX reads both.
+        """
+        if FLAVOUR.compiles_here:
+            config, cache = api_rtx.runtime_config(trt, self._engine, compiled, captured)
+            self._compiled = [cache]
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context()
         if context is None:
-            text = f"TensorRT cannot get {self.scratch_bytes} bytes of scratch memory"
-            raise MachineError(text, "close other programs on the GPU")
+            text = f"{FLAVOUR.title} cannot get {self.scratch_bytes} bytes of scratch memory"
+            raise MachineError(text, SMALLER)
         return Context(context, [tensor.name for tensor in self.tensors], self._messages)
+
+    def keep_compiled(self, file: Path) -> None:
+        """Write what the last context compiled, for the next start. Raises OSError."""
+        for cache in self._compiled:
+            api_rtx.keep(cache, file)
 
 
 def open_plan(file: Path, messages: Messages | None = None) -> Plan:
@@ -375,6 +378,5 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
         hint = "build the engine again: aapt build-engine"
         raise BundleError(f"plan {file} cannot be read: {error}", hint) from None
     if engine is None:
-        reason = messages.kept[-1] if messages.kept else "it gave no reason"
-        raise BundleError(f"TensorRT cannot load plan {file}: {reason}", AGAIN)
+        raise refusal(f"{FLAVOUR.title} cannot load plan {file}", [], messages.kept)
     return Plan(runtime, engine, messages)

@@ -12,18 +12,20 @@ sampler runs there. Frames arrive in pinned memory. The second stream lets the r
 latent while this one is decoded (Engines.overlapped). Everything is allocated when the bundle is
 opened.
 
-A plan's receipt (TensorRT, GPU, kernels, graph) and its hash are checked before it is deserialised.
+opening.py checks plans and opens them.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aapt_deploy.backends.trt import plan_file
-from aapt_deploy.backends.trt.cuda import Device, Stream, with_driver
-from aapt_deploy.backends.trt.plan_file import AGAIN, Receipt, join
+from aapt_deploy.backends.trt.cuda import Device, Stream
+from aapt_deploy.backends.trt.flavour import PROPER
+from aapt_deploy.backends.trt.plan_file import AGAIN, Tensor, join
 from aapt_deploy.backends.trt.state import (
     CacheLayer,
     HopperTiles,
@@ -32,7 +34,6 @@ from aapt_deploy.backends.trt.state import (
     TokenMajor,
     size_of,
 )
-from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, layer_names
 from aapt_deploy.errors import BundleError
 from aapt_deploy.models.family import family_of
@@ -41,16 +42,14 @@ from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import LayerTime, OneState
 
 if TYPE_CHECKING:
-    from aapt_deploy.backends.trt.api import Plan, Tensor
+    from aapt_deploy.backends.trt.api import Context, Plan
 
-BACKEND = "tensorrt"
 FITTING = {  # type in the signature -> in the plan
     "float32": ("FLOAT", "HALF", "BF16"),
     "int32": ("INT32",),
     "int64": ("INT64", "INT32"),
     "uint8": ("UINT8",),
 }
-PLUGINS = ("python", "aot", "native")
 
 
 class TrtEngine:
@@ -62,10 +61,11 @@ class TrtEngine:
         signature: GraphSignature,
         device: Device,
         stream: Stream,
-        captured: bool,
+        options: "RunOptions",
     ) -> None:
         given = {tensor.name: tensor for tensor in plan.tensors}
-        self.stream, self.context = stream, plan.context()
+        self.stream = stream
+        self.context, captured = _context(plan, signature.name, stream, options)
         self.inputs = StagingBuffer(device, [given[spec.name] for spec in signature.inputs])
         self.outputs = StagingBuffer(device, [given[spec.name] for spec in signature.outputs])
         # State is read from one set and written to the other; with no state one graph is enough.
@@ -126,7 +126,8 @@ class TrtGenerator:
     ) -> None:  # fmt: skip
         given = {tensor.name: tensor for tensor in plan.tensors}
         self.profile, self.ring = profile, Ring.of(profile)
-        self.stream, self.context = stream, plan.context()
+        self.stream = stream
+        self.context, captured = _context(plan, signature.name, stream, options)
         self.inputs = StagingBuffer(device, [given[spec.name] for spec in signature.inputs])
         self.clean = StagingBuffer(device, [given["clean"]])
         specs = (*signature.state, *signature.outputs)
@@ -138,7 +139,7 @@ class TrtGenerator:
         self.reset()  # before the first run: new memory may have NaN
         for name, address in (self.inputs.addresses | self.clean.addresses | self.held).items():
             self.context.bind(name, address)
-        self.step = stream.prepare(self._step, options.captured)
+        self.step = stream.prepare(self._step, captured)
         cache = given[signature.state[0].name]
         if len(cache.shape) == 4:
             row = size_of(cache) // self.ring.tokens
@@ -147,7 +148,6 @@ class TrtGenerator:
             self.cache = TokenMajor(stream, self.layers, cache.dtype, row, tokens)
         else:
             launch, scales = options.launch(profile.head_dim), options.scales
-            captured = options.captured
             self.cache = HopperTiles(
                 device, stream, launch, self.layers, scales, self.ring, captured
             )
@@ -194,12 +194,24 @@ class RunOptions:
     captured: bool = True  # into CUDA graphs
     scales: list[hopper_fp8.Scales] = field(default_factory=list)  # of every layer; FP8 caches only
     launch: Callable[[int], Launch] = _kernels  # head_dim -> our kernels
+    # Graph -> the file that keeps what TensorRT-RTX compiles for this GPU.
+    compiled: Mapping[str, Path] = field(default_factory=dict)
+
+
+def _context(
+    plan: "Plan", graph: str, stream: Stream, options: RunOptions
+) -> tuple["Context", bool]:
+    """Return a context of `plan`, and whether its runs are to be captured into CUDA graphs."""
+    file = options.compiled.get(graph)
+    context = plan.context(options.captured, file)
+    if options.captured and not context.capturable(stream.handle):
+        return plan.context(False, file), False
+    return context, options.captured
 
 
 class TrtEngines(OneState):
     """All graphs of a bundle on one GPU. Closing it closes the device."""
 
-    backend = BACKEND
     overlapped = True
 
     def __init__(
@@ -209,13 +221,15 @@ class TrtEngines(OneState):
         device: Device,
         precision: str,
         options: RunOptions,
+        backend: str = PROPER.backend,
     ) -> None:
         """Open all engines. `device` is closed if that fails.
 
         Raises BundleError if a plan's tensors are not the profile's.
         Raises MachineError if the GPU is full.
         """
-        self.precision, self.device, self.plans = precision, device, dict(plans)
+        self.backend, self.precision = backend, precision
+        self.device, self.plans = device, dict(plans)
         self.engines: dict[str, TrtEngine | TrtGenerator] = {}
         try:
             main, beside = device.stream(), device.stream()
@@ -225,8 +239,11 @@ class TrtEngines(OneState):
                 self.engines[name] = (
                     TrtGenerator(plan, signature, profile, device, main, options)
                     if name == "generator"
-                    else TrtEngine(plan, signature, device, stream, options.captured)
+                    else TrtEngine(plan, signature, device, stream, options)
                 )
+                if name in options.compiled:
+                    with contextlib.suppress(OSError):  # it is compiled again at the next start
+                        plan.keep_compiled(options.compiled[name])
             device.seal()
         except BaseException:
             self.close()
@@ -266,7 +283,7 @@ class TrtEngines(OneState):
 
 
 def check_tensors(
-    graph: str, tensors: "Sequence[Tensor]", signature: GraphSignature, profile: Profile
+    graph: str, tensors: Sequence[Tensor], signature: GraphSignature, profile: Profile
 ) -> None:
     """Check that a plan reads and writes what the profile's graph does.
 
@@ -295,79 +312,9 @@ def check_tensors(
         raise BundleError(f"{misfit}: {'; '.join(sorted(wrong))}", AGAIN)
 
 
-def _is_tiled(found: "Tensor", spec: TensorSpec, profile: Profile) -> bool:
+def _is_tiled(found: Tensor, spec: TensorSpec, profile: Profile) -> bool:
     if profile.head_dim not in hopper_fp8.HEAD_DIMS:
         return False
     *outer, tile = hopper_fp8.image_shape(profile.model.heads, spec.shape[1], profile.head_dim)
     forms = (("FP8", (*outer, tile)), ("INT32", (*outer, tile // 4)))
     return (found.dtype, tuple(found.shape)) in forms
-
-
-# Opening
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One TensorRT engine, as the manifest describes it."""
-
-    graphs: dict[str, str]  # graph -> plan file
-    receipts: dict[str, Receipt]
-    # "python": our plugin in Python; "aot": compiled into the plan; "native": TensorRT's attention
-    plugin: str
-    scales: str | None  # file with the scales of FP8 caches
-    captured: bool
-
-    @classmethod
-    def of(cls, bundle: Bundle, precision: str) -> "Entry":
-        """Read the manifest. Raises BundleError if its entry is not whole."""
-        raw = bundle.engines[f"{BACKEND}-{precision}"]
-        files, receipts = raw.get("graphs"), raw.get("receipts")
-        plugin, scales, captured = raw.get("plugin"), raw.get("scales"), raw.get("cuda_graph", True)
-        wanted, named = family_of(bundle.profile).signatures(bundle.profile).keys(), False
-        if isinstance(files, dict) and isinstance(receipts, dict):
-            named = files.keys() == receipts.keys() == wanted
-        if not (
-            named and files and receipts and all(isinstance(file, str) for file in files.values())
-            and plugin in PLUGINS and isinstance(scales, str | None) and isinstance(captured, bool)
-        ):  # fmt: skip
-            entry = f"what its manifest says of its {BACKEND} engine in {precision}"
-            raise BundleError(f"bundle {bundle.path}: {entry} is not whole", AGAIN)
-        parsed = {name: Receipt.of(receipts[name], files[name]) for name in files}
-        return cls(files, parsed, str(plugin), scales, captured)
-
-
-def open_bundle(bundle: Bundle, precision: str) -> TrtEngines:
-    """Open the engines of `bundle` in `precision`: graphs captured, everything allocated.
-
-    No plan is deserialised before all of them have been checked. Raises MachineError without
-    TensorRT, driver or GPU, or with another than the plans' own. Raises BundleError for plans
-    that are stale, changed or not whole. Raises InputError for damaged scales.
-    """
-    entry = Entry.of(bundle, precision)
-    device = with_driver()
-    try:
-        from aapt_deploy.backends.trt import api
-        from aapt_deploy.ops.block_causal_attention import kernels
-
-        version = api.version()
-        for name, receipt in entry.receipts.items():
-            here = device.gpu(version, kernels.source_hash() if receipt.kernels else "")
-            sha256 = plan_file.graph_sha256(bundle.manifest["files"], name)
-            plan_file.check(receipt, here, sha256, entry.graphs[name])
-        files = {name: bundle.checked(file) for name, file in entry.graphs.items()}
-        caches = _scales(bundle, entry.scales) if entry.scales else []
-        if entry.plugin == "python":
-            from aapt_deploy.backends.trt.plugin import python as python_plugin
-
-            python_plugin.register(kernels.launcher)
-        plans = {name: api.open_plan(file) for name, file in files.items()}
-    except BaseException:
-        device.close()
-        raise
-    return TrtEngines(bundle.profile, plans, device, precision, RunOptions(entry.captured, caches))
-
-
-def _scales(bundle: Bundle, file: str) -> list[hopper_fp8.Scales]:
-    from aapt_deploy.bundle.scales import load
-
-    return load(bundle.checked(file), bundle.profile).attention

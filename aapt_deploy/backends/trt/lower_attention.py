@@ -54,6 +54,10 @@ def lower_native(model: ModelProto, ring: Ring, dtype: int) -> ModelProto:
     blocks = {name for node in ours for name in node.output[1:3]}
     tokens, total = ring.block_tokens, ring.tokens + ring.block_tokens
 
+    for node in ours:
+        scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
+        constant = numpy_helper.from_array(np.array(scale, np.float32), f"{node.output[0]}.scale")
+        graph.initializer.append(constant)
     own = np.arange(total) >= ring.tokens  # the block itself is always attended to
     shape = (1, 1, 1, total)
     positions = np.arange(total, dtype=np.int32).reshape(shape)
@@ -86,15 +90,19 @@ def _native_nodes(node: NodeProto, dtype: int) -> list[NodeProto]:
     """Return nodes for k_block, v_block and the attention of one layer."""
     q, k, v, k_cache, v_cache, _ = node.input
     out, k_block, v_block = node.output
-    scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
-    q_heads, k_all, k_heads, v_all, v_heads, q_cast, answer, tokens = (
+    scale, q_scaled, q_heads, k_all, k_heads, v_all, v_heads, q_cast, answer, tokens = (
         f"{out}.{part}"
-        for part in ("q.heads", "k.all", "k.heads", "v.all", "v.heads", "q", "heads", "tokens")
-    )
+        for part in (
+            "scale", "q.scaled", "q.heads", "k.all", "k.heads", "v.all", "v.heads", "q", "heads",
+            "tokens",
+        )
+    )  # fmt: skip
     turned: dict[str, Any] = {"perm": [0, 2, 1, 3]}
     node_of = helper.make_node
     nodes = [
-        node_of("Cast", [q], [q_cast], to=dtype),  # [1, T, H, D]
+        # Scaled in float32: TensorRT's parser would round the scale's root to `dtype`.
+        node_of("Mul", [q, scale], [q_scaled]),
+        node_of("Cast", [q_scaled], [q_cast], to=dtype),  # [1, T, H, D]
         node_of("Cast", [k], [k_block], to=dtype),
         node_of("Cast", [v], [v_block], to=dtype),
         node_of("Concat", [k_cache, k_block], [k_all], axis=1),  # [1, S + T, H, D]
@@ -102,7 +110,7 @@ def _native_nodes(node: NodeProto, dtype: int) -> list[NodeProto]:
         node_of("Transpose", [q_cast], [q_heads], **turned),  # [1, H, T, D]
         node_of("Transpose", [k_all], [k_heads], **turned),  # [1, H, S + T, D]
         node_of("Transpose", [v_all], [v_heads], **turned),
-        node_of("Attention", [q_heads, k_heads, v_heads, MASK], [answer], scale=scale),
+        node_of("Attention", [q_heads, k_heads, v_heads, MASK], [answer], scale=1.0),
         node_of("Transpose", [answer], [tokens], **turned),  # [1, T, H, D]
         node_of("Cast", [tokens], [out], to=TensorProto.FLOAT),
     ]

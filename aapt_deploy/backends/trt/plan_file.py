@@ -25,6 +25,16 @@ SHOWN = 8  # layer names in an error
 
 
 @dataclass(frozen=True)
+class Tensor:
+    """An input or output of a plan."""
+
+    name: str
+    is_input: bool
+    dtype: str  # TensorRT's own name: "FLOAT", "BF16", "FP8", "INT32", …
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PlanLayer:
     """One layer of a plan, often made from several layers of the network."""
 
@@ -146,31 +156,28 @@ class Receipt:
     """What one plan was built with."""
 
     tensorrt: str
-    sm: int
+    sms: tuple[int, ...]  # compute capabilities x 10 that it is for
     kernels: str
     graph_sha256: str
-    cuda: str  # for the record; a newer driver runs older plans
+    # For the record; a newer driver runs older plans. "" if it was built without a GPU.
+    cuda: str
     driver: str
     gpu: str
 
-    @classmethod
-    def of_build(cls, here: Gpu, ours: bool, graph_sha256: str) -> "Receipt":
-        """Return the receipt of a plan that is built here; `ours` if it runs our kernels."""
-        kernels = here.kernels if ours else ""
-        return cls(here.tensorrt, here.sm, kernels, graph_sha256, here.cuda, here.driver, here.gpu)
-
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"sms": list(self.sms)}
 
     @classmethod
     def of(cls, entry: Any, plan: str) -> "Receipt":
         """Return the receipt in a manifest's entry. Raises BundleError if it is not whole."""
-        wanted = {field.name: field.type for field in fields(cls)}
-        complete = isinstance(entry, dict) and entry.keys() == wanted.keys()
-        if not complete or any(type(entry[name]) is not kind for name, kind in wanted.items()):
+        names = {field.name for field in fields(cls)}
+        complete = isinstance(entry, dict) and entry.keys() == names
+        sms = entry["sms"] if complete else ()
+        listed = isinstance(sms, list) and bool(sms) and all(type(sm) is int for sm in sms)
+        if not listed or any(type(entry[name]) is not str for name in names - {"sms"}):
             hint = "build the engine again: aapt build-engine"
             raise BundleError(f"plan {plan} has no whole receipt", hint)
-        return cls(**entry)
+        return cls(**entry | {"sms": tuple(sms)})
 
 
 def graph_sha256(files: Mapping[str, Any], graph: str) -> str:
@@ -190,8 +197,9 @@ def check(receipt: Receipt, here: Gpu, graph_sha256: str, plan: str) -> None:
     Raises BundleError for a plan that is older than its graph or our kernels.
     """
     was_built = f"plan {plan} was built"
-    if receipt.sm != here.sm:
-        built_for = f"for SM {receipt.sm} ({receipt.gpu})"
+    if here.sm not in receipt.sms:
+        on = f" ({receipt.gpu})" if receipt.gpu else ""
+        built_for = f"for SM {', '.join(map(str, receipt.sms))}{on}"
         raise MachineError(f"{was_built} {built_for}; this GPU is SM {here.sm}", AGAIN)
     if receipt.tensorrt != here.tensorrt:
         raise MachineError(

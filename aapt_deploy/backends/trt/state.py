@@ -9,15 +9,13 @@ Nothing here waits for a pass, reads a plan, or decides when a block is kept.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aapt_deploy.backends.trt.cuda import Device, Stream
+from aapt_deploy.backends.trt.plan_file import Tensor
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8
-
-if TYPE_CHECKING:
-    from aapt_deploy.backends.trt.api import Tensor
 
 ALIGNMENT = 256  # of tensors on the device, bytes
 STORED = {  # TensorRT's type -> NumPy's; BF16 as its bits
@@ -40,14 +38,14 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def size_of(tensor: "Tensor") -> int:
+def size_of(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * np.dtype(STORED[tensor.dtype]).itemsize
 
 
 class StagingBuffer:
     """Tensors that are copied together: one pinned buffer, one on the device."""
 
-    def __init__(self, device: Device, tensors: "Sequence[Tensor]") -> None:
+    def __init__(self, device: Device, tensors: Sequence[Tensor]) -> None:
         self.kinds = {tensor.name: tensor.dtype for tensor in tensors}
         offsets, size = {}, 0
         for tensor in tensors:

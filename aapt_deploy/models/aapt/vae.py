@@ -272,10 +272,13 @@ class Vae(nn.Module):
 
 
 def to_pixels(frames: Tensor) -> Tensor:
-    """Convert [..., 3, H, W] in [-1, 1] to uint8 [..., H, W, 3]."""
-    return ((frames.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(-3, -1)
+    """Convert [..., 3, H, W] in [-1, 1] to uint8 [..., H, W, 3].
+
+    The conversion comes last: TensorRT takes uint8 as an input or output of a graph only.
+    """
+    return ((frames.clamp(-1, 1) + 1) * 127.5 + 0.5).movedim(-3, -1).to(torch.uint8)
 
 
 def from_pixels(frames: Tensor) -> Tensor:
     """Convert uint8 [..., H, W, 3] to float32 [..., 3, H, W] in [-1, 1]."""
-    return frames.movedim(-1, -3).to(torch.float32) / 127.5 - 1
+    return frames.to(torch.float32).movedim(-1, -3) / 127.5 - 1

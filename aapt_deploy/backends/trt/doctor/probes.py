@@ -19,7 +19,7 @@ import numpy as np
 from aapt_deploy.backends.trt import api, cuda
 from aapt_deploy.backends.trt.doctor import cases, receipts
 from aapt_deploy.backends.trt.doctor.cases import Case
-from aapt_deploy.backends.trt.plan_file import audit
+from aapt_deploy.backends.trt.plan_file import Tensor, audit
 from aapt_deploy.errors import AaptError, ParityError
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 
@@ -84,7 +84,7 @@ class Bench:
         return found
 
 
-def _bytes(tensor: api.Tensor) -> int:
+def _bytes(tensor: Tensor) -> int:
     return int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype]
 
 

@@ -76,6 +76,11 @@ def timing_cache_file(here: Gpu) -> Path:
     return cache_folder() / f"timing-sm{here.sm}-{here.tensorrt}.bin"
 
 
+def compiled_file(plan_sha256: str, here: Gpu) -> Path:
+    """Return the file that keeps what TensorRT-RTX compiled from a plan for this GPU."""
+    return cache_folder() / "compiled" / f"{plan_sha256[:32]}-sm{here.sm}-{here.tensorrt}.bin"
+
+
 def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all, and make its folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
