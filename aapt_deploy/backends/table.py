@@ -144,8 +144,7 @@ def precision_of(bundle: Bundle, backend: str, precision: str | None) -> str:
     if precision is None and bundle.profile.precision.weights in built:
         return bundle.profile.precision.weights
     if precision is None and built:
-        order = BACKENDS[backend].precisions
-        return min(built, key=lambda name: (_step_ms(built[name]), order.index(name)))
+        return min(built, key=lambda name: _step_ms(built[name]))
     if precision is None:
         hint = f"build one with: aapt build-engine {bundle.path} --backend {backend}"
         raise BundleError(f"bundle {bundle.path} has no {backend} engine", hint)

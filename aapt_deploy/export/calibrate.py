@@ -94,13 +94,22 @@ def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
     return Scales(linear, attention.scales(profile.fp8.margin), metadata)
 
 
+def bf16_above(values: np.ndarray) -> np.ndarray:
+    """Return the least numbers of bf16, as float32, that are not below positive `values`.
+
+    TensorRT's FP8 products read their scales in bf16. Rounded here, they are equal everywhere.
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return (bits + np.uint32(0xFFFF) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def _linear_scales(module: Any, margin: float) -> LinearScales:
     """Return the scales of one layer. Keep the scale 1 if its input was always zero."""
 
     def scale(amax: Tensor, margin: float) -> np.ndarray:
         largest = amax.detach().float().reshape(-1).numpy()
         scaled = largest * np.float32(margin / fp8.E4M3_MAX)
-        return np.where(largest > 0, scaled, np.float32(1)).astype(np.float32)
+        return bf16_above(np.where(largest > 0, scaled, np.float32(1)))
 
     weight = scale(module.weight_quantizer.amax, 1.0)  # weights are known: no margin
     return LinearScales(scale(module.input_quantizer.amax, margin), weight)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -114,9 +115,11 @@ def test_scales_are_the_largest_magnitudes_of_the_rollouts(
     passes = calibrate._rollouts(ours, 0, silent)
     assert set(calibrated.linear) == QUANTISED
     for path, own in calibrated.linear.items():
-        assert own.input_scale[0] * 448 == pytest.approx(inputs[path] * 1.1, rel=1e-5), path
         weight = three.generator.get_parameter(f"{path}.weight").detach().abs().amax(1)
-        np.testing.assert_allclose(own.weight_scale * 448, weight.numpy(), rtol=1e-5)
+        wanted = np.append(weight.numpy() / 448, inputs[path] * 1.1 / 448)
+        found = np.append(own.weight_scale, own.input_scale)
+        assert np.array_equal(found, found.astype(ml_dtypes.bfloat16)), path
+        assert ((found >= wanted * (1 - 1e-6)) & (found < wanted * (1 + 2**-7))).all(), path
     for layer, own_attention in enumerate(calibrated.attention):
         np.testing.assert_allclose(
             own_attention.q_scale * 448, largest_q[layer].numpy() * 1.1, rtol=1e-5
@@ -189,7 +192,8 @@ def test_rounding_is_that_of_the_other_facets(three: Checkpoint, calibrated: Sca
     with torch.no_grad():
         found = layer(sample)
         loss = (found - plain(sample)).square().mean() / plain(sample).square().mean()
-        assert (found - expected).square().mean() < 1e-3 * (found - plain(sample)).square().mean()
+        # modelopt multiplies by a reciprocal, so a quotient between two codes may go either way.
+        assert (found - expected).square().mean() < 5e-3 * (found - plain(sample)).square().mean()
     assert 1e-4 < float(loss.sqrt()) < 0.06
 
 

@@ -15,6 +15,7 @@ addresses as m3+256 (device), h1 (pinned).
 import ctypes
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -291,9 +292,16 @@ class Plan:
 
     def __init__(self, driver: Driver, tensors: list[Tensor], compute: Compute) -> None:
         self.driver, self.tensors, self.compute = driver, tensors, compute
+        self.contexts: list[tuple[bool, Path | None]] = []
+        self.capturable = True
 
-    def context(self) -> "Context":
+    def context(self, captured: bool = True, compiled: Path | None = None) -> "Context":
+        self.contexts.append((captured, compiled))
         return Context(self)
+
+    def keep_compiled(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"compiled")
 
     def layers(self) -> list[Any]:
         return []
@@ -315,6 +323,9 @@ class Context:
         missing = {tensor.name for tensor in self.plan.tensors} - where.keys()
         assert not missing, f"no address for {missing}"
         self.plan.driver.queue(stream, lambda: self._run(where))
+
+    def capturable(self, stream: int) -> bool:
+        return self.plan.capturable
 
     def _run(self, where: dict[str, int]) -> None:
         driver = self.plan.driver

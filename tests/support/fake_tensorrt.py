@@ -12,12 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from aapt_deploy.backends.trt import build, cuda
+from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
-from aapt_deploy.backends.trt.lower import fp8_products
+from aapt_deploy.backends.trt.flavour import PROPER
+from aapt_deploy.backends.trt.lower_products import fp8_products
 from aapt_deploy.backends.trt.plan_file import PlanLayer
-from aapt_deploy.ops.block_causal_attention import NAME
+from aapt_deploy.ops.block_causal_attention import NAME, kernels
 from aapt_deploy.profiles import Profile
 from tests.support import cuda_emulator
 from tests.support.cuda_emulator import Driver
@@ -35,6 +36,8 @@ KINDS = {
 class Settings:
     plugin_layers: int
     workspace_bytes: int
+    decomposable: bool = False
+    sms: tuple[int, ...] = ()
     optimization_level: int = 3
     timing_cache: bytes = b""
 
@@ -110,10 +113,11 @@ def here(
         fake.open_plan,
     )
     module.Settings, module.Messages = Settings, lambda: None
+    module.FLAVOUR = PROPER
     monkeypatch.setitem(sys.modules, "aapt_deploy.backends.trt.api", module)
     monkeypatch.setattr(cuda, "with_driver", lambda: cuda.Device(fake.driver))
     monkeypatch.setattr(
-        "aapt_deploy.backends.trt.engine.with_driver", lambda: cuda.Device(fake.driver)
+        "aapt_deploy.backends.trt.opening.with_driver", lambda: cuda.Device(fake.driver)
     )
     monkeypatch.setattr(cuda, "driver_release", lambda: "580.65.06")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -127,7 +131,7 @@ def here(
 def receipt(here: TensorRT, *names: str) -> None:
     device = cuda.Device(here.driver)
     receipts.save(
-        device.gpu(here.version, build.kernels.source_hash()),
+        device.gpu(here.version, kernels.source_hash()),
         [Proof(name, True, "", 1.0) for name in names],
     )
     device.close()

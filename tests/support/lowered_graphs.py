@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -100,6 +100,10 @@ def in_float(model: ModelProto) -> ModelProto:
             nodes.append(helper.make_node("Cast", [node.output[0]], [name], to=FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
+    for tensor in graph.initializer:
+        if tensor.data_type == BF16:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == BF16:
             value.type.tensor_type.elem_type = FLOAT

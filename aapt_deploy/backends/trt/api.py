@@ -138,10 +138,8 @@ def build(
     Raises what our plugin raised, if that is the cause.
     """
     version()
-    # RTX's parser would end the process at a plugin, and it reads an empty file as a graph.
+    # RTX's parser would end the process at a plugin.
     assert FLAVOUR.plugins or not settings.plugin_layers, f"{FLAVOUR.title} has no plugins"
-    if not graph.is_file() or not graph.stat().st_size:
-        raise BundleError(f"graph {graph} is empty or no file", EXPORT_AGAIN)
     messages, earlier = messages or Messages(), len(failures)
     builder = _made(lambda: trt.Builder(messages), messages)
     network = builder.create_network(_network_flags())
@@ -183,6 +181,8 @@ def _made(make: Callable[[], T], messages: Messages) -> T:
 
 def _check(network: trt.INetworkDefinition, graph: Path, plugin_layers: int) -> tuple[Tensor, ...]:
     """Check that the network is what the graph says; return its inputs and outputs."""
+    if not network.num_outputs:  # an empty file is parsed as such a graph
+        raise BundleError(f"graph {graph} has no outputs", EXPORT_AGAIN)
     kinds = [network.get_layer(index).type for index in range(network.num_layers)]
     found = sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds)
     if found != plugin_layers:
@@ -196,8 +196,6 @@ def _check(network: trt.INetworkDefinition, graph: Path, plugin_layers: int) -> 
     given += [(network.get_output(index), False) for index in range(network.num_outputs)]
     tensors = tuple(Tensor(t.name, is_in, t.dtype.name, tuple(t.shape)) for t, is_in in given)
     _require_static(tensors, str(graph))
-    if not network.num_outputs:
-        raise BundleError(f"graph {graph} has no outputs", EXPORT_AGAIN)
     return tensors
 
 

@@ -212,6 +212,7 @@ def _context(
 class TrtEngines(OneState):
     """All graphs of a bundle on one GPU. Closing it closes the device."""
 
+    backend = PROPER.backend  # or another flavour's
     overlapped = True
 
     def __init__(

@@ -32,7 +32,7 @@ from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.graph_file import read_structure
 from aapt_deploy.bundle.signature import layer_names
 from aapt_deploy.errors import BundleError
-from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8
+from aapt_deploy.ops.block_causal_attention import DOMAIN, Ring, hopper_fp8
 from aapt_deploy.ops.block_causal_attention.onnx_function import is_ours, strip
 
 LAYERS_OF_A_NODE = {AOT: 2}  # plugin layers; one in the other form, none in TensorRT's own
@@ -76,6 +76,7 @@ def lower(
             depth = bundle.profile.model.depth
             raise BundleError(f"{source} has {nodes} attention layers, the profile {depth}", hint)
         model = _attention(model, Ring.of(bundle.profile), precision, choice, scales)
+    _refuse_left_over(model, source, 0 if native else nodes * LAYERS_OF_A_NODE.get(choice.form, 1))
     if precision != "fp32":
         model = products_in_bf16(model, source.parent)
     if graph == "prompt" and precision != "fp32":
@@ -93,6 +94,19 @@ def lower(
         fp8_products=fp8_products(model),
         products=sum(node.op_type in PRODUCTS for node in model.graph.node),
     )
+
+
+def _refuse_left_over(model: onnx.ModelProto, source: Path, wanted: int) -> None:
+    """Raise BundleError for nodes of our domain that were not lowered.
+
+    TensorRT-RTX has no plugins: its parser would end the process at one that it is offered.
+    """
+    found = [node for node in model.graph.node if node.domain == DOMAIN]
+    if len(found) > wanted:
+        text = (
+            f"{source} has {found[0].op_type} node {found[0].name!r}, which a {source.stem} has not"
+        )
+        raise BundleError(text, "export the checkpoint again with this version")
 
 
 def _attention(

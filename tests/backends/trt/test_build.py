@@ -18,9 +18,12 @@ import pytest
 from aapt_deploy import profiles
 from aapt_deploy.backends.build import build_engine
 from aapt_deploy.backends.trial import BuildOptions
-from aapt_deploy.backends.trt import build, cuda
+from aapt_deploy.backends.trt import cuda, kept_plans
+from aapt_deploy.backends.trt import order as order_module
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
+from aapt_deploy.backends.trt.flavour import PROPER, RTX
+from aapt_deploy.backends.trt.order import Order
 from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.cli import console
@@ -75,13 +78,13 @@ def test_an_engine_is_built_compared_timed_and_streams(
     receipt = entry["receipts"]["generator"]
     assert (
         receipt["tensorrt"],
-        receipt["sm"],
+        receipt["sms"],
         receipt["cuda"],
         receipt["driver"],
         receipt["gpu"],
     ) == (
         VERSION,
-        90,
+        [90],
         "13.0",
         "580.65.06",
         "Emulated H100",
@@ -306,18 +309,23 @@ def test_everything_that_a_plan_is_made_of_changes_its_hash(bare: Path, here: Te
     choices = receipts.choose(
         {name: Proof(name, True, "", 1.0) for name in receipts.PROBES}, fp8=True
     )
-    order = build.Order(fp8_bundle(bare), "fp8", choices[0], found, None, print, None)
+    opened = fp8_bundle(bare)
+    cost = order_module.cost_of(opened.profile)
+    order = Order(opened, "fp8", PROPER, VERSION, (90,), found, choices[0], None, cost, print, None)
+    wider = [replace(stage, activations_gb=1.0) for stage in cost.stages]
     orders = [
         order, replace(order, precision="bf16"),
         *(replace(order, choice=choice) for choice in choices[1:]),
         replace(order, choice=replace(choices[0], packed=True)),
-        replace(order, here=replace(found, sm=89)),
-        replace(order, here=replace(found, tensorrt="10.16.1.11")),
+        replace(order, sms=(89,)),
+        replace(order, tensorrt="10.16.1.11"),
+        replace(order, flavour=RTX),
+        replace(order, cost=replace(cost, stages=wider)),
         replace(order, here=replace(found, kernels="o" * 64)),
     ]  # fmt: skip
-    assert len({build.inputs_hash(one, "generator") for one in orders}) == len(orders)
+    assert len({kept_plans.inputs_hash(one, "generator") for one in orders}) == len(orders)
     assert (
-        len({build.inputs_hash(one, "decoder") for one in orders}) == 4
+        len({kept_plans.inputs_hash(one, "decoder") for one in orders}) == 6
     )  # neither form nor kernels concern it
 
 
@@ -343,7 +351,7 @@ def test_what_does_not_fit_the_bundle_or_does_not_exist_is_refused(
     ):
         made(bare, precision="bf16")
     here.driver.sm = 80
-    with pytest.raises(MachineError, match="SM 80; products in FP8 need SM 89"):
+    with pytest.raises(MachineError, match="SM 80 has no products in FP8, which need SM 89"):
         made(bare, precision=None)
     assert not here.built
 
@@ -352,14 +360,14 @@ def test_without_room_on_the_gpu_nothing_is_begun(
     bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan of a large preset, and less memory than it needs."""
-    large = build.cost_of(profiles.load("aapt-8b-736x416-h100"))
-    monkeypatch.setattr(build, "cost_of", lambda profile: large)
+    large = order_module.cost_of(profiles.load("aapt-8b-736x416-h100"))
+    monkeypatch.setattr(order_module, "cost_of", lambda profile: large)
     here.driver.free = 20_000_000_000
     assert large.total_gb > 25
     with pytest.raises(
         MachineError,
-        match=rf"profile tiny-cpu needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are free on "
-        "Emulated H100",
+        match=rf"aapt-8b-736x416-h100 needs {large.total_gb:.2f} GB \(weights .*20\.00 GB are "
+        "free on Emulated H100",
     ) as caught:
         made(bare)
     assert "aapt plan" in caught.value.hint and not here.built

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aapt_deploy.backends.trt import cuda, engine
+from aapt_deploy.backends.trt import cuda, opening
+from aapt_deploy.backends.trt.flavour import PROPER
 from aapt_deploy.backends.trt.plan_file import Receipt, graph_sha256
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.scales import FILE, Scales, save
@@ -53,7 +54,8 @@ def here(bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> Iterat
     module: Any = ModuleType("aapt_deploy.backends.trt.api")
     module.version, module.open_plan = lambda: machine.version, machine.open_plan
     monkeypatch.setitem(sys.modules, "aapt_deploy.backends.trt.api", module)
-    monkeypatch.setattr(engine, "with_driver", lambda: cuda.Device(machine.driver))
+    module.FLAVOUR = PROPER
+    monkeypatch.setattr(opening, "with_driver", lambda: cuda.Device(machine.driver))
     yield machine
     assert not (
         machine.driver.held
@@ -66,7 +68,7 @@ def here(bundle: Path, tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def receipt(bundle: Bundle, graph: str) -> Receipt:
     return Receipt(
         VERSION,
-        90,
+        (90,),
         "",
         bundle.manifest["files"][f"{graph}.onnx"]["sha256"],
         "13.0",
@@ -107,7 +109,7 @@ def test_every_plan_that_belongs_here_is_opened_once(copied: Path, here: Machine
 
 FOREIGN: dict[str, tuple[dict[str, Any], type[AaptError], str]] = {
     "a GPU of another kind": (
-        {"sm": 89, "gpu": "NVIDIA L40S"},
+        {"sms": [89], "gpu": "NVIDIA L40S"},
         MachineError,
         r"SM 89 \(NVIDIA L40S\); this GPU is SM 90",
     ),
@@ -118,7 +120,7 @@ FOREIGN: dict[str, tuple[dict[str, Any], type[AaptError], str]] = {
     ),
     "other kernels": ({"kernels": "b" * 64}, BundleError, "kernels bbbbbbbbbbbb"),
     "a stale graph": ({"graph_sha256": "d" * 64}, BundleError, "another graph"),
-    "half a receipt": ({"sm": "90"}, BundleError, "no whole receipt"),
+    "half a receipt": ({"sms": ["90"]}, BundleError, "no whole receipt"),
 }
 
 
@@ -224,17 +226,17 @@ def test_without_room_on_the_gpu_the_profile_s_need_is_named(copied: Path, here:
 def test_scales_are_read_and_checked(copied: Path, tiny: Profile) -> None:
     opened = built(copied, scales=True)
     file = opened.engines["tensorrt-fp32"]["scales"]
-    for found, wanted in zip(engine._scales(opened, file), toy_scales(tiny), strict=True):
+    for found, wanted in zip(opening._scales(opened, file), toy_scales(tiny), strict=True):
         assert all(
             np.array_equal(array, getattr(wanted, name)) for name, array in vars(found).items()
         )
     (copied / file).write_bytes(b"no tensors")
     with pytest.raises(BundleError, match="does not match"):
-        engine._scales(Bundle.open(copied), file)
+        opening._scales(Bundle.open(copied), file)
     loose = Bundle.open(copied)
     loose._seen.add(file)  # as if it had been sealed like that
     with pytest.raises(InputError, match="cannot be read"):
-        engine._scales(loose, file)
+        opening._scales(loose, file)
 
 
 def test_a_graph_s_hash_is_that_of_its_weights_too() -> None:
@@ -336,7 +338,7 @@ def test_a_refusal_reaches_the_user_as_two_lines(copied: Path, here: Machine, aa
     built(
         copied,
         lambda entry: entry["receipts"]["generator"].update(
-            dataclasses.asdict(receipt(Bundle.open(copied), "generator")) | {"sm": 80}
+            dataclasses.asdict(receipt(Bundle.open(copied), "generator")) | {"sms": [80]}
         ),
     )
     ran = aapt("stream", copied, "-o", "-", "--backend", "tensorrt")

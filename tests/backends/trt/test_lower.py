@@ -15,8 +15,13 @@ from onnx.reference import ReferenceEvaluator
 
 from aapt_deploy.backends.trt.doctor import cases
 from aapt_deploy.backends.trt.doctor.receipts import NATIVE, Choice
-from aapt_deploy.backends.trt.lower import fp8_products, lower, outputs_in_bf16, products_in_bf16
+from aapt_deploy.backends.trt.lower import lower
 from aapt_deploy.backends.trt.lower_attention import lower_native
+from aapt_deploy.backends.trt.lower_products import (
+    fp8_products,
+    outputs_in_bf16,
+    products_in_bf16,
+)
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import BundleError
 from aapt_deploy.models.aapt.signature import signatures
@@ -98,19 +103,19 @@ def quantised_and_not() -> ModelProto:
 
 
 def test_products_become_bf16_but_for_those_in_fp8() -> None:
-    lowered = products_in_bf16(quantised_and_not())
+    lowered = products_in_bf16(quantised_and_not(), Path())
     onnx.checker.check_model(lowered, full_check=True)
     nodes = {node.name: node for node in lowered.graph.node}
     assert list(nodes["product"].input) == ["x.fp8", "weight.t"] and list(nodes["plain"].input) == [
         "between.bf16",
         "more.bf16",
     ]
-    assert fp8_products(lowered) == {"x": ["product"]}
+    assert fp8_products(lowered) == {"x.bf16": ["product"]}
     found = ReferenceEvaluator(lowered).run(None, {"x": cases.fp8_product().inputs["x"]})[0]
     wanted = cases.fp8_product().out
     assert (
         found.dtype == np.float32
-        and 1e-6 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.01
+        and 1e-6 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.03
     )
 
 
@@ -144,10 +149,8 @@ def test_every_graph_of_a_bundle_is_lowered(
             if value.startswith(("k_cache", "v_cache", "k_block", "v_block", "text_"))
         }
         assert half == (stored if precision == "bf16" else set())
-        assert (lowered.plugin_layers, lowered.attention_layers) == (
-            0,
-            tiny.model.depth if name == "generator" else 0,
-        )
+        attention = {"generator": tiny.model.depth, "prompt": tiny.model.depth - 1}
+        assert (lowered.plugin_layers, lowered.attention_layers) == (0, attention.get(name, 0))
         assert lowered.products > 0 and not lowered.fp8_products
 
 

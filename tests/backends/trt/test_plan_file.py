@@ -105,7 +105,7 @@ def test_what_tells_no_layers_is_refused(text: str) -> None:
 
 HERE = Gpu("11.4.0.106", 90, "13.0", "580.65.06", "NVIDIA H100", "a" * 64)
 GRAPH = "c" * 64
-RECEIPT = Receipt("11.4.0.106", 90, "a" * 64, GRAPH, "13.0", "580.65", "NVIDIA H100")
+RECEIPT = Receipt("11.4.0.106", (90,), "a" * 64, GRAPH, "13.0", "580.65", "NVIDIA H100")
 
 
 def test_the_machine_that_built_a_plan_runs_it() -> None:
@@ -118,7 +118,10 @@ def test_the_machine_that_built_a_plan_runs_it() -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "reason"),
     [
-        ({"sm": 89, "gpu": "NVIDIA L40S"}, MachineError, "SM 89 (NVIDIA L40S); this GPU is SM 90"),
+        (
+            {"sms": (80, 89), "gpu": "NVIDIA L40S"}, MachineError,
+            "SM 80, 89 (NVIDIA L40S); this GPU is SM 90",
+        ),
         ({"tensorrt": "10.16.1.11"}, MachineError, "TensorRT 10.16.1.11; here is 11.4.0.106"),
         ({"tensorrt": "11.4.0.107"}, MachineError, "11.4.0.107"),
         ({"kernels": "b" * 64}, BundleError, "kernels bbbbbbbbbbbb"),
@@ -137,7 +140,17 @@ def test_a_receipt_goes_through_a_manifest() -> None:
     assert Receipt.of(RECEIPT.to_dict(), "generator.plan") == RECEIPT
 
 
-@pytest.mark.parametrize("change", [{"sm": "90"}, {"sm": True}, {"more": 1}, {"tensorrt": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sms": [90, "90"]},
+        {"sms": [True]},
+        {"sms": []},
+        {"sms": 90},
+        {"more": 1},
+        {"tensorrt": None},
+    ],
+)
 def test_a_receipt_that_is_not_whole_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="no whole receipt"):
         Receipt.of(RECEIPT.to_dict() | change, "generator.plan")

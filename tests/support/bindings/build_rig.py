@@ -17,10 +17,13 @@ from aapt_deploy import profiles
 from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import cases
 from aapt_deploy.backends.trt.doctor.receipts import Choice
+from aapt_deploy.backends.trt.flavour import PROPER
+from aapt_deploy.backends.trt.order import Order
 from aapt_deploy.bundle import bundle as bundles
 from aapt_deploy.bundle import scales
 from aapt_deploy.bundle.signature import GraphSignature
 from aapt_deploy.models.aapt.signature import signatures
+from aapt_deploy.models.cost import cost_of
 from aapt_deploy.ops.block_causal_attention import (
     DOMAIN,
     NAME,
@@ -272,9 +275,11 @@ class Rig:
         return json.dumps({"Layers": layers})
 
     def order(self, choice: Choice) -> Any:
-        return self.module.Order(
-            self.bundle, "fp8", choice, self.here, self.scales, self.said.append, None
-        )
+        tensorrt, cost = self.trt.__version__, cost_of(self.profile)
+        return Order(
+            self.bundle, "fp8", PROPER, tensorrt, (90,), self.here, choice, self.scales, cost,
+            self.said.append, None,
+        )  # fmt: skip
 
     def plans(self, *choices: Choice) -> Any:
         with self.bundle.add_engine("tensorrt-fp8") as stage:

@@ -218,7 +218,7 @@ def test_the_builder_s_last_words_are_told_with_a_hint(
         messages.log(trt.ILogger.Severity.INFO, "not this one")
 
     rig.script["Builder.build_serialized_network"] = fail
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(AaptError) as caught:
         rig.build(messages=messages)
     assert said in str(caught.value) and hint in caught.value.hint
 

@@ -82,10 +82,11 @@ def test_a_build_of_a_bundle_is_these_calls(rig: Rig, release: str, form: str, w
 
 
 def test_the_runtime_reads_what_the_builder_wrote(rig: Rig) -> None:
-    from aapt_deploy.backends.trt.engine import Entry
+    from aapt_deploy.backends.trt.flavour import PROPER
+    from aapt_deploy.backends.trt.opening import Entry
 
     rig.plans(CHOICES[PYTHON])
-    entry = Entry.of(rig.bundle, "fp8")
+    entry = Entry.of(rig.bundle, "fp8", PROPER)
     assert entry.plugin == PYTHON and entry.captured and entry.scales
     for found, wanted in zip(
         scales.load(rig.bundle.checked(entry.scales), rig.profile).attention,
