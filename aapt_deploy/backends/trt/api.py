@@ -19,14 +19,14 @@ strongly typed). plan_file.py checks before whether a plan fits this machine.
 import mmap
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 from aapt_deploy.backends.trial import Progress
 from aapt_deploy.backends.trt import api_rtx, flavour
 from aapt_deploy.backends.trt.interrupt import interruptible
-from aapt_deploy.backends.trt.plan_file import PlanLayer, Tensor, read_layers
+from aapt_deploy.backends.trt.plan_file import PlanLayer, read_layers
+from aapt_deploy.backends.trt.plans import BuiltPlan, Settings, Tensor
 from aapt_deploy.backends.trt.remedies import EXPORT_AGAIN, SMALLER, NodeError, refusal
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
@@ -39,28 +39,6 @@ else:
     FLAVOUR, trt = flavour.bindings()
 
 KEPT_MESSAGES = 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to build one graph."""
-
-    plugin_layers: int  # BlockCausalAttention layers that the network must have
-    workspace_bytes: int  # the most that TensorRT may use for scratch memory
-    decomposable: bool = False  # attention may run as separate operations: float32 has no kernel
-    sms: tuple[int, ...] = ()  # compute capabilities x 10, where the flavour builds for named ones
-    optimization_level: int = 3  # 0 (fast build) to 5 (fast engine)
-    timing_cache: bytes = b""  # of an earlier build; another machine's is ignored
-
-
-@dataclass(frozen=True)
-class BuiltPlan:
-    """A finished plan, still in memory."""
-
-    plan: memoryview
-    timing_cache: bytes
-    network_layers: int
-    tensors: tuple[Tensor, ...]
 
 
 def version() -> str:
@@ -76,11 +54,10 @@ def version() -> str:
 # Building
 
 
-class Messages(trt.ILogger):
-    """TensorRT's log. Its last errors and warnings are kept, to explain a failure."""
+class Messages:
+    """TensorRT's last errors and warnings, to explain a failure."""
 
     def __init__(self, report: Callable[[str], None] | None = None) -> None:
-        trt.ILogger.__init__(self)
         self.report = report
         self.kept: list[str] = []
 
@@ -90,6 +67,20 @@ class Messages(trt.ILogger):
             self.kept = [*self.kept, msg][-KEPT_MESSAGES:]
             if self.report:
                 self.report(msg)
+
+
+class Log(trt.ILogger):
+    """The log of this process: TensorRT ignores a second one while it lives."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.to = Messages()
+
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        self.to.log(severity, msg)
+
+
+_LOG = Log()
 
 
 class Monitor(trt.IProgressMonitor):
@@ -140,14 +131,14 @@ def build(
     version()
     # RTX's parser would end the process at a plugin.
     assert FLAVOUR.plugins or not settings.plugin_layers, f"{FLAVOUR.title} has no plugins"
-    messages, earlier = messages or Messages(), len(failures)
-    builder = _made(lambda: trt.Builder(messages), messages)
+    _LOG.to, earlier = messages or Messages(), len(failures)
+    builder = _made(lambda: trt.Builder(_LOG))
     network = builder.create_network(_network_flags())
-    parser = trt.OnnxParser(network, messages)
+    parser = trt.OnnxParser(network, _LOG)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         nodes = [NodeError(e.node_operator(), e.node_name(), e.desc()) for e in errors]
-        raise _refusal(f"cannot read {graph}", nodes, messages, failures[earlier:])
+        raise _refusal(f"cannot read {graph}", nodes, failures[earlier:])
     tensors = _check(network, graph, settings.plugin_layers)
     if settings.decomposable:
         _allow_decomposition(network)
@@ -158,7 +149,7 @@ def build(
     if monitor.failure:
         raise monitor.failure
     if plan is None:
-        raise _refusal(f"cannot build {graph}", [], messages, failures[earlier:])
+        raise _refusal(f"cannot build {graph}", [], failures[earlier:])
     cache = config.get_timing_cache() if FLAVOUR.timing_cache else None
     timings = bytes(memoryview(cache.serialize())) if cache else b""
     return BuiltPlan(memoryview(plan), timings, network.num_layers, tensors)
@@ -170,12 +161,12 @@ def _network_flags() -> int:
     return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
 
-def _made(make: Callable[[], T], messages: Messages) -> T:
+def _made(make: Callable[[], T]) -> T:
     """Make a builder or runtime. The bindings raise TypeError if TensorRT returned nothing."""
     try:
         return make()
     except TypeError as error:
-        said = refusal(f"{FLAVOUR.title} cannot start", [], messages.kept or [str(error)])
+        said = refusal(f"{FLAVOUR.title} cannot start", [], _LOG.to.kept or [str(error)])
         raise MachineError(str(said), said.hint) from None
 
 
@@ -236,14 +227,12 @@ def _configure(builder: trt.Builder, settings: Settings, monitor: Monitor) -> tr
     return config
 
 
-def _refusal(
-    what: str, nodes: list[NodeError], messages: Messages, failures: Sequence[Exception]
-) -> AaptError:
+def _refusal(what: str, nodes: list[NodeError], failures: Sequence[Exception]) -> AaptError:
     """Return what our plugin raised, else TensorRT's reason with a hint."""
     if failures and isinstance(failures[-1], AaptError):
         return failures[-1]
     ours = [f"our plugin: {failure}" for failure in failures[-1:]]
-    return refusal(f"{FLAVOUR.title} {what}", nodes, [*ours, *messages.kept])
+    return refusal(f"{FLAVOUR.title} {what}", nodes, [*ours, *_LOG.to.kept])
 
 
 # Running
@@ -252,10 +241,8 @@ def _refusal(
 class Context:
     """One execution context: tensors at fixed addresses, runs on a stream."""
 
-    def __init__(
-        self, context: trt.IExecutionContext, names: Sequence[str], messages: Messages
-    ) -> None:
-        self._context, self._messages = context, messages
+    def __init__(self, context: trt.IExecutionContext, names: Sequence[str]) -> None:
+        self._context = context
         self._unbound = set(names)
 
     def bind(self, name: str, address: int) -> None:
@@ -273,7 +260,7 @@ class Context:
         assert stream, "TensorRT synchronises on the default stream"
         assert not self._unbound, f"no address for {sorted(self._unbound)}"
         if not self._context.execute_async_v3(stream):
-            said = refusal(f"{FLAVOUR.title} cannot run the plan", [], self._messages.kept)
+            said = refusal(f"{FLAVOUR.title} cannot run the plan", [], _LOG.to.kept)
             raise MachineError(str(said), said.hint)
 
     def capturable(self, stream: int) -> bool:
@@ -313,9 +300,8 @@ class LayerTimes(trt.IProfiler):
 class Plan:
     """Deserialised plan. Raises BundleError if a shape in it is not static."""
 
-    def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine, messages: Messages) -> None:
-        self._runtime = runtime  # it must outlive its engines
-        self._engine, self._messages = engine, messages
+    def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine) -> None:
+        self._runtime, self._engine = runtime, engine  # the runtime must outlive its engines
         self._compiled: list[Any] = []  # RTX: code that contexts compiled for this GPU
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.tensors = tuple(map(self._tensor, names))
@@ -348,7 +334,7 @@ class Plan:
         if context is None:
             text = f"{FLAVOUR.title} cannot get {self.scratch_bytes} bytes of scratch memory"
             raise MachineError(text, SMALLER)
-        return Context(context, [tensor.name for tensor in self.tensors], self._messages)
+        return Context(context, [tensor.name for tensor in self.tensors])
 
     def keep_compiled(self, file: Path) -> None:
         """Write what the last context compiled, for the next start. Raises OSError."""
@@ -362,8 +348,8 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
     Raises BundleError if TensorRT refuses it, MachineError without a GPU.
     """
     version()
-    messages = messages or Messages()
-    runtime = _made(lambda: trt.Runtime(messages), messages)
+    _LOG.to = messages or Messages()
+    runtime = _made(lambda: trt.Runtime(_LOG))
     runtime.engine_host_code_allowed = False
     try:
         with (
@@ -376,5 +362,5 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
         hint = "build the engine again: aapt build-engine"
         raise BundleError(f"plan {file} cannot be read: {error}", hint) from None
     if engine is None:
-        raise refusal(f"{FLAVOUR.title} cannot load plan {file}", [], messages.kept)
-    return Plan(runtime, engine, messages)
+        raise refusal(f"{FLAVOUR.title} cannot load plan {file}", [], _LOG.to.kept)
+    return Plan(runtime, engine)

@@ -25,7 +25,8 @@ import numpy as np
 
 from aapt_deploy.backends.trt.cuda import Device, Stream
 from aapt_deploy.backends.trt.flavour import PROPER
-from aapt_deploy.backends.trt.plan_file import AGAIN, Tensor, join
+from aapt_deploy.backends.trt.plan_file import AGAIN, join
+from aapt_deploy.backends.trt.plans import Tensor
 from aapt_deploy.backends.trt.state import (
     CacheLayer,
     HopperTiles,

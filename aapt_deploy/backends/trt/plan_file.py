@@ -25,16 +25,6 @@ SHOWN = 8  # layer names in an error
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """An input or output of a plan."""
-
-    name: str
-    is_input: bool
-    dtype: str  # TensorRT's own name: "FLOAT", "BF16", "FP8", "INT32", …
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class PlanLayer:
     """One layer of a plan, often made from several layers of the network."""
 

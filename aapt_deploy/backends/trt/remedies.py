@@ -148,11 +148,11 @@ UNKNOWN = "see TensorRT's messages above; aapt doctor tells the versions to repo
 
 # What the parser and the compiler say around a message, and lines that only repeat others.
 _AROUND = re.compile(
-    r"^(?:\[?\w+\.(?:cpp|hpp|h)(?:::\w+)*(?:::?\d+)?(?:: \w+)?\]?:?\s*"
-    r"|\w+::\w+: |Error Code \d+: |\(\w+\): |Assertion failed: |ERROR: )"
+    r"^(?:\[\w+\.(?:cpp|hpp|h)\b[^\]]*\]:?\s*|\w+\.(?:cpp|hpp|h)(?:::\w+)*::?\d+:\s*"
+    r"|\w+Exception: |WARNING |\w+::\w+: |Error Code \d+: |\(\w+\): |Assertion failed: |ERROR: )"
 )
 _KIND = re.compile(r"^(?:API Usage Error|Internal Error|Shape Error|Cuda Runtime|Myelin) \((.*)\)$")
-_PLACE = re.compile(r"[.;]? In \w+ at \S+?:\d+(?=\)|$)")
+_PLACE = re.compile(r"[.;]? In \w+ at \S+?:\d+(?=\)|$)|\[\w+\.\w+:\d+: \w+\] ")
 _REPEATED = re.compile(
     r"^While parsing node number|^--- (?:Begin|End) node|^Node name: |^Invalid Node - "
     r"|^ModelImporter\.cpp:\d+: (?:ERROR|---|While)|^\[\d+\] Invalid Node|In function parseNode"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aapt_deploy.backends.trt.cuda import Device, Stream
-from aapt_deploy.backends.trt.plan_file import Tensor
+from aapt_deploy.backends.trt.plans import Tensor
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8
 
 ALIGNMENT = 256  # of tensors on the device, bytes

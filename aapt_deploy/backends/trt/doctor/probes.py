@@ -19,7 +19,8 @@ import numpy as np
 from aapt_deploy.backends.trt import api, cuda
 from aapt_deploy.backends.trt.doctor import cases, receipts
 from aapt_deploy.backends.trt.doctor.cases import Case
-from aapt_deploy.backends.trt.plan_file import Tensor, audit
+from aapt_deploy.backends.trt.plan_file import audit
+from aapt_deploy.backends.trt.plans import Settings, Tensor
 from aapt_deploy.errors import AaptError, ParityError
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 
@@ -49,7 +50,7 @@ class Bench:
         """Build and open the plan of `case`; the network must have its plugin layers."""
         graph, file = self.folder / "probe.onnx", self.folder / "probe.plan"
         graph.write_bytes(case.model.SerializeToString())
-        settings, log = api.Settings(case.plugin_layers, WORKSPACE_BYTES), api.Messages(_to_stderr)
+        settings, log = Settings(case.plugin_layers, WORKSPACE_BYTES), api.Messages(_to_stderr)
         built = api.build(graph, settings, None, self.failures, log)
         file.write_bytes(built.plan)
         return api.open_plan(file, api.Messages(_to_stderr))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aapt_deploy.errors import BundleError, MachineError, ParityError
+from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from tests.support.bindings import GOLDEN, type_stubs
 from tests.support.bindings.recorder import Fake, Recorder, Stubs
 
@@ -415,8 +415,8 @@ PLANTED = {  # what is written instead of what, and how the bindings answer
         (AttributeError,),
     ),
     "an unknown keyword": (
-        "trt.OnnxParser(network, messages)",
-        "trt.OnnxParser(network, log=messages)",
+        "trt.OnnxParser(network, _LOG)",
+        "trt.OnnxParser(network, log=_LOG)",
         (TypeError,),
     ),
     "a read-only property": (
