@@ -38,7 +38,7 @@ from aapt_deploy.ops.block_causal_attention.onnx_function import (
 ATTENTION = "TRT_QuantizedAttention"
 TRT_DOMAIN = "trt"  # of operators that only TensorRT's parser knows
 P_SCALE = 1 / E4M3_MAX  # of softmax's results, which are at most 1
-# RTX 1.7 refuses 12 and 512. It takes 20 and 24, which TensorRT's own quantiser leaves in bf16.
+# RTX 1.7 refuses 12 and 512. It takes 20 and 24, which NVIDIA's Model Optimizer does not quantise.
 HEAD_DIMS = range(16, 257, 16)
 FP8, BF16, FLOAT = TensorProto.FLOAT8E4M3FN, TensorProto.BFLOAT16, TensorProto.FLOAT
 

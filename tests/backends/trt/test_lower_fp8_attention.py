@@ -16,6 +16,7 @@ import tensorrt_rtx_bindings as trt
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from aapt_deploy.backends.trt import engine
+from aapt_deploy.backends.trt.lower import products_in_bf16
 from aapt_deploy.backends.trt.lower_fp8_attention import (
     lower_native_fp8,
     q_factors,
@@ -27,7 +28,7 @@ from aapt_deploy.bundle.scales import Scales as Calibrated
 from aapt_deploy.bundle.signature import layer_names
 from aapt_deploy.errors import BundleError
 from aapt_deploy.models.aapt.signature import signatures
-from aapt_deploy.ops.block_causal_attention import Ring, softmax_scale
+from aapt_deploy.ops.block_causal_attention import OPSET, Ring, softmax_scale
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import Scales, calibrate
 from tests.support.attention_data import LONG, SHORT, case, draw, rmse
 from tests.support.cuda_emulator import Driver
@@ -302,6 +303,29 @@ def test_attention_becomes_one_fp8_kernel(head_dim: int) -> None:
     kinds = dict(inputs_of(line))
     for shape in ((16, head_dim), (head_dim, keys), (keys, head_dim)):
         assert kinds[",".join(map(str, (HEADS, *shape)))] == "FP8", "q, K transposed, V"
+
+
+def test_a_whole_generator_builds(exported: Exported, calibrated: Calibrated) -> None:
+    """With its FP8 products: every layer's attention is one kernel."""
+    profile = Bundle.open(exported.path).profile
+    plain = onnx.load(exported.path / "generator.onnx")
+    model = lower_native_fp8(products_in_bf16(plain), Ring.of(profile), calibrated.attention)
+    ok, said = built(model, ["SM89", "SM120"])
+    assert ok, said.errors
+    assert len(said.attention()) == profile.model.depth
+
+
+def test_codes_of_a_text_leave_a_plan() -> None:
+    names, shape = ("text_k", "text_v"), [1, 7, HEADS, 64]
+    tensor = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+    nodes = [helper.make_node("Mul", ["x", "x"], [name], name) for name in names]
+    graph = helper.make_graph(nodes, "prompt", [tensor("x")], [tensor(name) for name in names])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
+    ok, said = built(text_in_fp8(model, [names], [some_scales(64)]), ["SM89", "SM120"])
+    assert ok, said.errors
+    for name in names:
+        assert any(f"{name}, Dimensions: [1,7,2,64]" in line and "FP8" in line
+                   for line in said.lines if line.startswith("Name: ")), name  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["SM80", "SM86"])
