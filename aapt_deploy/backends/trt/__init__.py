@@ -6,6 +6,7 @@ cuda.py              the CUDA driver: memory, streams, graphs
 plan_file.py         what is inside a plan, and whether it belongs on this machine
 lower.py             the graphs as TensorRT reads them: FP8 and bf16 products, the form of attention
 lower_attention.py   the operator as a plugin node, or in TensorRT's own operators
+lower_fp8_attention.py  the operator in its FP8 kernel, over caches of codes
 build.py             build plans, keep what is finished, audit and compare them
 parity.py            compare plans with the graphs they were built from
 engine.py            open plans, check their receipts and run them

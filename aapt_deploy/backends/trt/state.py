@@ -85,7 +85,10 @@ class CacheLayer(NamedTuple):
 
 
 class TokenMajor:
-    """Caches [1, S, H, D] in the plan's type; blocks and text are runs of rows."""
+    """Caches [1, S, H, D] in the plan's type; blocks and text are runs of rows.
+
+    FP8 caches hold codes, and the plans compute those of blocks and text.
+    """
 
     def __init__(
         self, stream: Stream, layers: list[CacheLayer], kind: str, row_bytes: int, tokens: int
@@ -99,7 +102,7 @@ class TokenMajor:
                 self.stream.copy(cache + slot * self.row_bytes, block, self.tokens * self.row_bytes)
 
     def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
-        """Copy k, v [1, L, H, D], float32 or the cache's own type, to the front."""
+        """Copy k, v [1, L, H, D] to the front: the cache's own type, or float32 unless FP8."""
         for cache, values in ((layer.k_cache, k), (layer.v_cache, v)):
             self.stream.upload(cache, _stored(values, self.kind))
         self.stream.wait()  # before what was converted goes away
@@ -169,5 +172,6 @@ def _stored(values: np.ndarray, kind: str) -> np.ndarray:
     """Convert to the device's type; return arrays of that type as they are."""
     if values.dtype == STORED[kind]:
         return np.ascontiguousarray(values)
+    assert kind != "FP8", f"{values.dtype} for caches of FP8 codes"
     plain = from_bf16(values) if values.dtype == np.uint16 else values
     return to_bf16(plain) if kind == "BF16" else np.ascontiguousarray(plain, STORED[kind])
