@@ -51,10 +51,11 @@ _ROWS = (
     Backend("torch-cuda", "cuda", ("fp8", "bf16"), False, "aapt_deploy.backends.torch_cuda.engine"),
     Backend("tensorrt", "cuda", ("fp8", "bf16", "fp32"), True,
             "aapt_deploy.backends.trt.opening", "aapt_deploy.backends.trt.build",
-            ("python", "aot", "native"), by_default=("fp8", "bf16"), summary="NVIDIA GPU"),
+            ("python", "aot", "native-fp8", "native"), by_default=("fp8", "bf16"),
+            summary="NVIDIA GPU"),
     Backend("tensorrt-rtx", "cuda", ("fp8", "bf16", "fp32"), True,
             "aapt_deploy.backends.trt.rtx", "aapt_deploy.backends.trt.rtx",
-            ("native",), by_default=("fp8", "bf16"), names_sms=True,
+            ("native-fp8", "native"), by_default=("fp8", "bf16"), names_sms=True,
             summary="GeForce and RTX GPUs; built on any machine"),
 )  # fmt: skip
 BACKENDS = {row.name: row for row in _ROWS}

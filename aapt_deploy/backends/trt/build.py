@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from aapt_deploy.backends.trial import BuildOptions, Built, median_step_ms
 from aapt_deploy.backends.trt import cuda, kept_plans, plan_file
 from aapt_deploy.backends.trt.doctor import receipts
-from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON, Choice
+from aapt_deploy.backends.trt.doctor.receipts import OURS, PYTHON, Choice
 from aapt_deploy.backends.trt.engine import RunOptions, TrtEngines
 from aapt_deploy.backends.trt.flavour import PROPER, Flavour
 from aapt_deploy.backends.trt.kept_plans import Finished
@@ -213,7 +213,7 @@ def _place(stage: Stage, order: Order, finished: dict[str, Finished]) -> None:
             os.link(done.path, target)
         except OSError:  # another file system
             shutil.copyfile(done.path, target)
-    ours = order.choice.form != NATIVE
+    ours = order.choice.form in OURS
     listed, here = order.bundle.manifest["files"], order.here if order.runs_here else None
     compiled = here.kernels if here and ours else ""
     on = (here.cuda, here.driver, here.gpu) if here else ("", "", "")
@@ -255,7 +255,7 @@ def _prove(order: Order, stage: Stage) -> tuple[dict[str, Any], float | None]:
     except BaseException:
         device.close()
         raise
-    scales = order.scales if order.choice.form in (PYTHON, AOT) and order.scales else []
+    scales = order.scales if order.choice.form in OURS and order.scales else []
     options = RunOptions(order.choice.captured, scales)
     engines = TrtEngines(profile, plans, device, order.precision, options, order.flavour.backend)
     try:

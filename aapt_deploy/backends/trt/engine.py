@@ -246,6 +246,7 @@ class TrtEngines(OneState):
                 if name in options.compiled:
                     with contextlib.suppress(OSError):  # it is compiled again at the next start
                         plan.keep_compiled(options.compiled[name])
+            self._check_text()
             device.seal()
         except BaseException:
             self.close()
@@ -254,6 +255,15 @@ class TrtEngines(OneState):
     def _let_go(self) -> None:
         self.engines.clear()  # contexts before their plans
         self.plans.clear()
+
+    def _check_text(self) -> None:
+        """Raise BundleError if a prompt's text is in other codes than the generator's caches."""
+        prompt, cache = self.engines.get("prompt"), self.generator.cache
+        kinds = prompt.outputs.kinds.values() if isinstance(prompt, TrtEngine) else ()
+        stored = cache.kind if isinstance(cache, TokenMajor) else "BF16"  # tiles pack the text
+        if any((kind == "FP8") != (stored == "FP8") for kind in kinds):
+            text = "the plans of prompt and generator hold keys and values in different codes"
+            raise BundleError(text, AGAIN)
 
     @property
     def generator(self) -> TrtGenerator:
@@ -301,7 +311,9 @@ def check_tensors(
     caches = ("k_cache", "v_cache", "k_block", "v_block") if graph == "generator" else ()
     for name in sorted(wanted.keys() & given.keys()):
         (spec, is_input), found = wanted[name], given[name]
-        fits = found.dtype in FITTING[spec.dtype] and tuple(found.shape) == spec.shape
+        in_cache = name.startswith(caches) or (graph == "prompt" and not is_input)
+        fp8 = found.dtype == "FP8" and in_cache
+        fits = (fp8 or found.dtype in FITTING[spec.dtype]) and tuple(found.shape) == spec.shape
         fits |= name.startswith(caches) and _is_tiled(found, spec, profile)
         if found.is_input is not is_input or not fits:
             text = f"{name} is {found.dtype} {list(found.shape)}"

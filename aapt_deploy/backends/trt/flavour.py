@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON
+from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, NATIVE_FP8, PYTHON
 from aapt_deploy.errors import MachineError, UsageError
 
 API = "aapt_deploy.backends.trt.api"
@@ -91,11 +91,11 @@ class Flavour:
 
 
 PROPER = Flavour(
-    "tensorrt", "TensorRT", "tensorrt", (10, 16), (12,), (PYTHON, AOT, NATIVE),
+    "tensorrt", "TensorRT", "tensorrt", (10, 16), (12,), (PYTHON, AOT, NATIVE_FP8, NATIVE),
     timing_cache=True, plugins=True,
 )  # fmt: skip
 RTX = Flavour(
-    "tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx_bindings", (1, 7), (2,), (NATIVE,),
+    "tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx_bindings", (1, 7), (2,), (NATIVE_FP8, NATIVE),
     sms=(80, 86, 89, 120, 121), default_sms=(86, 89, 120), compiles_here=True,
 )  # fmt: skip
 FLAVOURS = {flavour.backend: flavour for flavour in (PROPER, RTX)}

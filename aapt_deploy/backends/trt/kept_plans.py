@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aapt_deploy.backends.trt.doctor import receipts
-from aapt_deploy.backends.trt.doctor.receipts import NATIVE
+from aapt_deploy.backends.trt.doctor.receipts import NATIVE_FP8, OURS
 from aapt_deploy.backends.trt.order import Order
 from aapt_deploy.bundle.scales import FILE as SCALES
 from aapt_deploy.errors import BundleError
@@ -40,16 +40,17 @@ def workspace_bytes(order: Order, graph: str) -> int:
 def inputs_hash(order: Order, graph: str) -> str:
     """Return the sha256 of everything that a plan is made from; equal inputs, same plan."""
     files = order.bundle.manifest["files"]
-    ours = graph == "generator" and order.choice.form != NATIVE
+    generator, form = graph == "generator", order.choice.form
+    ours = generator and form in OURS
+    scaled = ours or (form == NATIVE_FP8 and graph in ("generator", "prompt"))
     stored = (f"{graph}.onnx", f"{graph}.onnx.data")
-    form = [order.choice.form, order.choice.packed]
     made_from = {
         "recipe": RECIPE, "graph": graph, "precision": order.precision,
         "flavour": order.flavour.backend, "tensorrt": order.tensorrt, "sms": order.sms,
         "files": [files.get(name, {}).get("sha256") for name in stored],
-        "attention": form if graph == "generator" else None,
+        "attention": [form, order.choice.packed] if generator or scaled else None,
         "kernels": order.here.kernels if ours and order.here else None,
-        "scales": files[SCALES]["sha256"] if ours else None,
+        "scales": files[SCALES]["sha256"] if scaled else None,
         "workspace": workspace_bytes(order, graph),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

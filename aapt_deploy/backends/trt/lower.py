@@ -18,10 +18,10 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from aapt_deploy.backends.trt import lower_attention
-from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, Choice
+from aapt_deploy.backends.trt import lower_attention, lower_fp8_attention, lower_products
+from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, NATIVE_FP8, PYTHON, Choice
+from aapt_deploy.backends.trt.lower_fp8_attention import text_in_fp8
 from aapt_deploy.backends.trt.lower_products import (
-    ATTENTION,
     PRODUCTS,
     attention_in_bf16,
     fp8_products,
@@ -35,7 +35,8 @@ from aapt_deploy.errors import BundleError
 from aapt_deploy.ops.block_causal_attention import DOMAIN, Ring, hopper_fp8
 from aapt_deploy.ops.block_causal_attention.onnx_function import is_ours, strip
 
-LAYERS_OF_A_NODE = {AOT: 2}  # plugin layers; one in the other form, none in TensorRT's own
+LAYERS_OF_A_NODE = {PYTHON: 1, AOT: 2}  # plugin layers; none in TensorRT's own forms
+TENSORRTS = (lower_products.ATTENTION, lower_fp8_attention.ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def lower(
 ) -> Lowered:
     """Write `graph` into `folder`, in `precision` and (generator) the form of `choice`.
 
-    `scales` are the generator's, one a layer; only the forms with our kernels read them. Raises
+    `scales` are the generator's, one a layer; the forms with FP8 caches read them. Raises
     BundleError if the graph is damaged, reads files outside, or is not the profile's.
     """
     source = bundle.checked(f"{graph}.onnx")
@@ -68,20 +69,25 @@ def lower(
     model = strip(read_structure(source, bundle.listed_bytes(weights)))
     if precision != "fp32":
         model = attention_in_bf16(model)
-    native = choice.form == NATIVE
-    nodes = sum(is_ours(node) for node in model.graph.node)
+    plugin_layers = 0
     if graph == "generator":
+        nodes = sum(is_ours(node) for node in model.graph.node)
         if nodes != bundle.profile.model.depth:
             hint = "export the checkpoint again with this version"
             depth = bundle.profile.model.depth
             raise BundleError(f"{source} has {nodes} attention layers, the profile {depth}", hint)
         model = _attention(model, Ring.of(bundle.profile), precision, choice, scales)
-    _refuse_left_over(model, source, 0 if native else nodes * LAYERS_OF_A_NODE.get(choice.form, 1))
+        plugin_layers = nodes * LAYERS_OF_A_NODE.get(choice.form, 0)
+    _refuse_left_over(model, source, plugin_layers)
     if precision != "fp32":
         model = products_in_bf16(model, source.parent)
     if graph == "prompt" and precision != "fp32":
-        names = [*layer_names("text_k", bundle.profile), *layer_names("text_v", bundle.profile)]
-        model = outputs_in_bf16(model, names)
+        pairs = [layer_names(f"text_{kind}", bundle.profile) for kind in ("k", "v")]
+        if choice.form == NATIVE_FP8:
+            assert scales is not None, f"{choice.form} reads scales"
+            model = text_in_fp8(model, list(zip(*pairs, strict=True)), scales)
+        else:
+            model = outputs_in_bf16(model, [*pairs[0], *pairs[1]])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.name
     path.write_bytes(model.SerializeToString())
@@ -89,8 +95,8 @@ def lower(
         _link(bundle.checked(weights), folder / weights)
     return Lowered(
         path,
-        plugin_layers=0 if native else nodes * LAYERS_OF_A_NODE.get(choice.form, 1),
-        attention_layers=sum(node.op_type == ATTENTION for node in model.graph.node),
+        plugin_layers,
+        attention_layers=sum(node.op_type in TENSORRTS for node in model.graph.node),
         fp8_products=fp8_products(model),
         products=sum(node.op_type in PRODUCTS for node in model.graph.node),
     )
@@ -120,6 +126,8 @@ def _attention(
         dtype = TensorProto.FLOAT if precision == "fp32" else TensorProto.BFLOAT16
         return lower_attention.lower_native(model, ring, dtype)
     assert scales is not None, f"{choice.form} reads scales"
+    if choice.form == NATIVE_FP8:
+        return lower_fp8_attention.lower_native_fp8(model, ring, scales)
     lowered = lower_attention.lower_for_plugin(model, ring, scales, packed=choice.packed)
     return lower_attention.split_for_aot(lowered) if choice.form == AOT else lowered
 

@@ -9,7 +9,7 @@ functions return a new model. Weights stay float32 on disk; TensorRT rounds them
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -22,7 +22,6 @@ from aapt_deploy.ops.block_causal_attention.onnx_function import replace
 PRODUCTS = ("MatMul", "Gemm", "Conv")  # not ConvTranspose: TensorRT's compiler has none in bf16
 ATTENTION = "Attention"
 PASSING = ("Transpose", "Reshape")  # between a weight's DequantizeLinear and its product
-QUANTISING = ("QuantizeLinear", "DequantizeLinear")
 BF16 = TensorProto.BFLOAT16
 
 
@@ -51,10 +50,11 @@ def products_in_bf16(model: ModelProto, folder: Path) -> ModelProto:
     lowered.CopyFrom(model)
     graph = lowered.graph
     made = {name: node for node in graph.node for name in node.output}
-    halved = _scales_in_bf16(lowered, folder)
+    quantising = _quantising(graph.node, made)
+    halved = _scales_in_bf16(lowered, [made[name] for name in sorted(quantising)], folder)
     casts, nodes = _Casts("bf16"), list[NodeProto]()
     for node in graph.node:
-        if node.op_type in QUANTISING:
+        if node.output[0] in quantising:
             if node.op_type == "QuantizeLinear":
                 node.input[0], new = casts.of(node.input[0])
                 nodes += new
@@ -74,13 +74,25 @@ def products_in_bf16(model: ModelProto, folder: Path) -> ModelProto:
     return lowered
 
 
-def _scales_in_bf16(model: ModelProto, folder: Path) -> dict[str, str]:
-    """Add a bf16 copy of every scale of a quantising node; return its name by the old one.
+def _quantising(nodes: Iterable[NodeProto], made: dict[str, NodeProto]) -> set[str]:
+    """Return the outputs of the nodes that quantise and dequantise the operands of products."""
+    found = set()
+    for node in nodes:
+        for name in node.input if node.op_type in PRODUCTS else ():
+            if dq := dequantised(name, made):
+                found |= {dq.output[0]} | ({dq.input[0]} & made.keys())
+    return found
+
+
+def _scales_in_bf16(
+    model: ModelProto, quantising: Iterable[NodeProto], folder: Path
+) -> dict[str, str]:
+    """Put the scales of these nodes into bf16; return their new names by the old ones.
 
     Raises BundleError if a scale is not a constant.
     """
     graph = model.graph
-    names = {node.input[1] for node in graph.node if node.op_type in QUANTISING}
+    names = {node.input[1] for node in quantising}
     given = {tensor.name: tensor for tensor in graph.initializer if tensor.name in names}
     if missing := sorted(names - given.keys()):
         text = f"graph {graph.name!r} computes the scale {missing[0]!r}, which must be a constant"

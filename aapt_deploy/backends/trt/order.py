@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from aapt_deploy.backends.trial import BuildOptions, Progress, Report
 from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import receipts
-from aapt_deploy.backends.trt.doctor.receipts import NATIVE, Choice
+from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, Choice
 from aapt_deploy.backends.trt.flavour import Flavour
 from aapt_deploy.backends.trt.remedies import SMALLER
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.files import free_memory_bytes
 from aapt_deploy.bundle.scales import FILE as SCALES
 from aapt_deploy.bundle.scales import load as load_scales
-from aapt_deploy.errors import MachineError
+from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.models.cost import Cost, cost_of
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 
@@ -121,10 +121,21 @@ def _check_host(needed: Cost, report: Report) -> None:
         report(f"warning: {host_gb:.1f} GB of host memory are free; {taken}")
 
 
+def _without_plugins(attention: str, fp8: bool) -> Choice:
+    """Return the form of attention for a flavour that no proof can be made for yet."""
+    if attention != NATIVE_FP8:
+        why = "native-fp8 is not proved on a GPU yet" if attention == "auto" else "asked for"
+        return Choice(NATIVE, False, True, why)
+    if not fp8:
+        text = f"attention in form {attention!r} needs the scales of an fp8 bundle"
+        raise UsageError(text, "export another bundle with --precision fp8")
+    return Choice(NATIVE_FP8, False, True, "asked for; not proved on a GPU yet")
+
+
 def _choices(flavour: Flavour, here: cuda.Gpu | None, attention: str, fp8: bool) -> list[Choice]:
     """Return the forms to try, in order. Raises MachineError if the wanted one is not proved."""
     if not flavour.plugins:
-        return [Choice(NATIVE, False, True, f"{flavour.title} has no plugins")]
+        return [_without_plugins(attention, fp8)]
     assert here is not None, f"{flavour.title} builds on a GPU"
     choices = receipts.choose(receipts.load(here), fp8)
     if attention == "auto":

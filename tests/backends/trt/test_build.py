@@ -344,7 +344,7 @@ def test_what_does_not_fit_the_bundle_or_does_not_exist_is_refused(
         made(bare, precision="int8")
     with pytest.raises(UsageError, match="magic") as caught:
         made(bare, attention="magic")
-    assert caught.value.hint == "forms: auto, python, aot, native"
+    assert caught.value.hint == "forms: auto, python, aot, native-fp8, native"
     fp8_bundle(bare)
     with pytest.raises(
         UsageError, match="holds graphs in fp8; tensorrt builds fp8 from them, not bf16"

@@ -6,17 +6,17 @@ is in its log.
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import tensorrt_rtx_bindings as trt
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from aapt_deploy.backends.trt import engine
-from aapt_deploy.backends.trt.lower import products_in_bf16
+from aapt_deploy.backends.trt.doctor.receipts import NATIVE_FP8, Choice
+from aapt_deploy.backends.trt.lower import lower
 from aapt_deploy.backends.trt.lower_fp8_attention import (
     lower_native_fp8,
     q_factors,
@@ -42,6 +42,10 @@ from tests.support.native_fp8 import (
 from tests.support.one_layer import one_layer
 from tests.support.tiny import FEW_BLOCKS, Exported, frames_of
 from tests.support.trt_plans import by_onnx, decibels, opened_over, toy_scales
+
+trt = pytest.importorskip(
+    "tensorrt_rtx_bindings", reason="TensorRT-RTX has no wheels for this Python"
+)
 
 SMALL = Ring(text_tokens=3, block_tokens=16, sink_blocks=1, window_blocks=2)
 HEADS = 2
@@ -186,7 +190,6 @@ def test_a_stream_of_fp8_caches(
     graphs["generator"] = computed_fp8(generator, ring.block_tokens)
     graphs["prompt"] = computed_fp8(prompt, ring.block_tokens)
     stored = ("k_cache", "v_cache", "k_block", "v_block", "text_")
-    monkeypatch.setitem(engine.FITTING, "float32", ("FLOAT", "HALF", "BF16", "FP8"))
     kinds = lambda _, name: "FP8" if name.startswith(stored) else None
     engines = opened_over(Driver(), profile, graphs, kinds=kinds)
     try:
@@ -305,14 +308,14 @@ def test_attention_becomes_one_fp8_kernel(head_dim: int) -> None:
         assert kinds[",".join(map(str, (HEADS, *shape)))] == "FP8", "q, K transposed, V"
 
 
-def test_a_whole_generator_builds(exported: Exported, calibrated: Calibrated) -> None:
-    """With its FP8 products: every layer's attention is one kernel."""
-    profile = Bundle.open(exported.path).profile
-    plain = onnx.load(exported.path / "generator.onnx")
-    model = lower_native_fp8(products_in_bf16(plain), Ring.of(profile), calibrated.attention)
-    ok, said = built(model, ["SM89", "SM120"])
+def test_every_layer_of_a_generator_is_one_kernel(
+    exported: Exported, calibrated: Calibrated, tmp_path: Path
+) -> None:
+    opened, form = Bundle.open(exported.path), Choice(NATIVE_FP8, False, True, "")
+    lowered = lower(opened, "generator", "fp8", form, calibrated.attention, tmp_path)
+    ok, said = built(onnx.load(lowered.path), ["SM89", "SM120"])
     assert ok, said.errors
-    assert len(said.attention()) == profile.model.depth
+    assert len(said.attention()) == lowered.attention_layers == opened.profile.model.depth
 
 
 def test_codes_of_a_text_leave_a_plan() -> None:

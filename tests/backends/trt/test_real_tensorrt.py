@@ -19,11 +19,13 @@ from onnx import ModelProto, TensorProto, helper
 
 from aapt_deploy import profiles
 from aapt_deploy.backends.trt.doctor import cases
-from aapt_deploy.backends.trt.doctor.receipts import NATIVE, Choice
+from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, Choice
 from aapt_deploy.backends.trt.flavour import RTX
 from aapt_deploy.backends.trt.lower import lower
 from aapt_deploy.backends.trt.lower_attention import lower_for_plugin
 from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.bundle.scales import FILE as SCALES
+from aapt_deploy.bundle.scales import load as load_scales
 from aapt_deploy.errors import AaptError, BundleError, MachineError, UsageError
 from aapt_deploy.export import export
 from aapt_deploy.models import checkpoint, random_weights
@@ -39,6 +41,7 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has no wheels 
 
 ALL, FP8 = (80, 86, 89, 120, 121), (89, 120, 121)
 NATIVE_FORM = Choice(NATIVE, packed=False, captured=True, reason="")
+CODES = (NATIVE_FP8,)  # forms whose caches hold codes
 GB = 1_000_000_000
 FLOAT, BF16, UINT8 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.UINT8
 CACHES = ("k_cache", "v_cache", "k_block", "v_block", "text_")
@@ -55,18 +58,24 @@ def built(api: Any, path: Path, sms: tuple[int, ...] = (89,), **more: Any) -> An
     return api.build(path, settings)
 
 
-def all_built(api: Any, path: Path, precision: str, folder: Path, sms: tuple[int, ...]) -> None:
+def all_built(
+    api: Any, path: Path, precision: str, folder: Path, sms: tuple[int, ...], form: str = NATIVE
+) -> None:
     """Lower and build every graph of a bundle, and compare the networks with the signature."""
-    opened = Bundle.open(path)
+    opened, choice = Bundle.open(path), Choice(form, packed=False, captured=True, reason="")
+    scales = (
+        load_scales(opened.checked(SCALES), opened.profile).attention if form in CODES else None
+    )
+    cached = "FP8" if form in CODES else "BF16"
     for name, signature in family_of(opened.profile).signatures(opened.profile).items():
-        lowered = lower(opened, name, precision, NATIVE_FORM, None, folder)
+        lowered = lower(opened, name, precision, choice, scales, folder)
         plan = built(api, lowered.path, sms, decomposable=precision == "fp32")
         assert len(plan.plan) > 1000 and plan.timing_cache == b""
         found = {tensor.name: tensor for tensor in plan.tensors}
         for spec in (*signature.inputs, *signature.state, *signature.outputs):
             tensor = found[spec.name]
             half = precision != "fp32" and name != "decoder" and spec.name.startswith(CACHES)
-            kind = "BF16" if half else {"float32": "FLOAT"}.get(spec.dtype, spec.dtype.upper())
+            kind = cached if half else {"float32": "FLOAT"}.get(spec.dtype, spec.dtype.upper())
             assert (tensor.dtype, tensor.shape) == (kind, spec.shape), tensor
 
 
@@ -77,10 +86,11 @@ def test_every_graph_is_built_for_every_gpu(
     all_built(api, bundle, precision, tmp_path, ALL)
 
 
+@pytest.mark.parametrize("form", [NATIVE, NATIVE_FP8])
 def test_every_graph_in_fp8_is_built_for_every_gpu_that_has_it(
-    api: Any, exported: Exported, tmp_path: Path
+    api: Any, exported: Exported, tmp_path: Path, form: str
 ) -> None:
-    all_built(api, exported.path, "fp8", tmp_path, FP8)
+    all_built(api, exported.path, "fp8", tmp_path, FP8, form)
 
 
 @pytest.mark.slow

@@ -18,8 +18,10 @@ from aapt_deploy.bundle.files import whole
 
 FORMAT = "aapt-tensorrt-proofs-1"
 
-PYTHON, AOT, NATIVE = "python", "aot", "native"  # forms of attention in a plan
-FORMS = (PYTHON, AOT, NATIVE)  # the best first
+# Forms of attention in a plan, the best first.
+PYTHON, AOT, NATIVE_FP8, NATIVE = "python", "aot", "native-fp8", "native"
+FORMS = (PYTHON, AOT, NATIVE_FP8, NATIVE)
+OURS = (PYTHON, AOT)  # run our kernels
 
 # Names of the checks, in the order in which they are made. What each does is in probes.py.
 NATIVE_BUILDS = "native attention"
@@ -127,6 +129,8 @@ def choose(proofs: dict[str, Proof] | None, fp8: bool) -> list[Choice]:
         why = "our kernels need the FP8 scales of an fp8 bundle"
     captured = proved(CAPTURED) or proofs is None  # if not disproved: opening fails otherwise
     choices = [Choice(NATIVE, False, captured, why)]
+    if fp8 and proved(FP8_ATTENTION):
+        choices.insert(0, Choice(NATIVE_FP8, False, captured, "proved here, without our kernels"))
     if fp8 and proved(AOT_WORKS, AOT_OP):
         choices.insert(0, Choice(AOT, False, captured, "proved here; the plan holds our kernels"))
     if fp8 and (proved(PLUGIN_FP8) or proved(PLUGIN_PACKED)):

@@ -8,7 +8,7 @@ import pytest
 
 from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor import receipts
-from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON, Proof
+from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, NATIVE_FP8, PYTHON, Proof
 
 HERE = Gpu("11.4.0.106", 90, "13.0", "580.65.06", "NVIDIA H100", "a" * 64)
 
@@ -85,7 +85,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         ((receipts.PLUGIN_PACKED,), True, [PYTHON, NATIVE], True),
         ((receipts.AOT_WORKS, receipts.AOT_OP, receipts.CAPTURED), True, [AOT, NATIVE], False),
         ((receipts.AOT_WORKS, receipts.AOT_STATIC), True, [NATIVE], False),
-        (receipts.PROBES, True, [PYTHON, AOT, NATIVE], False),
+        ((receipts.FP8_ATTENTION,), True, [NATIVE_FP8, NATIVE], False),
+        ((receipts.FP8_ATTENTION,), False, [NATIVE], False),
+        (receipts.PROBES, True, [PYTHON, AOT, NATIVE_FP8, NATIVE], False),
         (receipts.PROBES, False, [NATIVE], False),
     ],
 )
