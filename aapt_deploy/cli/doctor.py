@@ -16,7 +16,8 @@ def doctor(
     """Check what this machine can run, and print the fix for what it cannot.
 
     Exit 3 if streaming on the CPU would fail; with --tensorrt, if every plan would.
-    With BUNDLE, check that each of its files is whole instead. Exit 4 at the first that is not.
+    With BUNDLE, check that each of its files is whole instead, and say which of its engines this
+    machine can run. Exit 4 at the first file that is not whole.
     """
     if bundle and tensorrt:
         raise UsageError("--tensorrt checks this machine, and BUNDLE a bundle", "leave one out")
@@ -29,11 +30,16 @@ def doctor(
 def _verify(bundle: Path) -> tuple[object, bool]:
     """Check every file of `bundle`; return the record."""
     from aapt_deploy.bundle.bundle import Bundle
-    from aapt_deploy.cli import console
+    from aapt_deploy.cli import console, reports
+    from aapt_deploy.measure.doctor import engines
 
-    count = Bundle.open(bundle).verify()
+    opened = Bundle.open(bundle)
+    count = opened.verify()
     console.say(f"{count} files, all whole")
-    return {"bundle": str(bundle), "files": count}, True
+    if checks := engines(opened):
+        reports.doctor(checks)
+    found = [asdict(check) for check in checks]
+    return {"bundle": str(bundle), "files": count, "engines": found}, True
 
 
 def _examine() -> tuple[object, bool]:

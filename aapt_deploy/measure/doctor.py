@@ -11,10 +11,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from aapt_deploy import assets
 from aapt_deploy.backends.cpu import cores
+from aapt_deploy.backends.table import BACKENDS
+from aapt_deploy.backends.trt import cuda, opening
+from aapt_deploy.backends.trt.flavour import BF16_SM, FLAVOURS, FP8_SM
+from aapt_deploy.bundle.bundle import Bundle
+from aapt_deploy.errors import AaptError, MachineError
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,12 @@ PACKAGES = (  # import name, distribution, what it is for, needed to stream, ext
     ("torch", "torch", "export, train, torch engine", False, "export"),
     ("onnx", "onnx", "export, build-engine", False, "export"),
     ("onnxscript", "onnxscript", "export", False, "export"),
-    ("tensorrt", "tensorrt", "the H100 engine", False, "tensorrt"),
-)
+    ("tensorrt", "tensorrt", "plans for an H100", False, "tensorrt"),
+    (
+        "tensorrt_rtx_bindings", "tensorrt-rtx-cu13-bindings", "plans for a GeForce", False,
+        "tensorrt-rtx",
+    ),
+)  # fmt: skip
 
 
 def examine() -> list[Check]:
@@ -135,18 +143,37 @@ def _ffmpeg() -> Check:
 
 
 def _gpu() -> Check:
-    driver = Path("/proc/driver/nvidia/version")
-    if not driver.exists():
-        return Check(
-            "nvidia driver",
-            False,
-            False,
-            "none; the CPU engine needs none",
-            "an H100 with a current driver is needed for TensorRT plans",
-        )
-    return Check(
-        "nvidia driver",
-        True,
-        False,
-        driver.read_text().splitlines()[0] + "; TensorRT itself: aapt doctor --tensorrt",
-    )
+    """Name this machine's GPU, and what it can compute in."""
+    name = "nvidia gpu"
+    try:
+        device = cuda.with_driver()
+    except MachineError as error:
+        fix = "the CPU engine needs none; plans for a GPU elsewhere: --backend tensorrt-rtx"
+        return Check(name, False, False, str(error), fix)
+    try:
+        formats = [word for word, sm in (("fp8", FP8_SM), ("bf16", BF16_SM)) if device.sm >= sm]
+        fit = [f.backend for f in FLAVOURS.values() if not f.sms or device.sm in f.sms]
+        can = f"{', '.join([*formats, 'fp32'])} by {' or '.join(fit)}"
+        found = f"{device.name}, SM {device.sm}, CUDA {device.cuda}: {can}"
+        return Check(name, True, False, f"{found}; to prove it: aapt doctor --tensorrt")
+    finally:
+        device.close()
+
+
+def engines(bundle: Bundle) -> list[Check]:
+    """Return, for every engine of a bundle, whether this machine can run it."""
+    return [_engine(bundle, key) for key in sorted(bundle.engines)]
+
+
+def _engine(bundle: Bundle, key: str) -> Check:
+    backend, _, precision = key.rpartition("-")
+    try:
+        if backend in FLAVOURS:
+            found = opening.runs_here(bundle, precision, FLAVOURS[backend])
+        else:
+            found = f"runs on the {BACKENDS[backend].device}"
+        return Check(key, True, False, found)
+    except AaptError as error:
+        return Check(key, False, False, str(error), error.hint)
+    except KeyError:
+        return Check(key, False, False, "this version has no such backend", "build another engine")

@@ -26,7 +26,7 @@ def test_messages_are_read_whole() -> None:
     Hints that depend on the case are the exception, so their number has a limit.
     """
     text = pages.messages()
-    assert "| `TensorRT cannot be loaded: {error}` | pip install 'aapt_deploy[tensorrt]' |" in text
+    assert "| `package {name} is not installed` | pip install 'aapt_deploy[{extra}]' |" in text
     assert "| `bundle {path} exists` | add --force to replace it |" in text
     assert "| `checkpoint {path} is not of format aapt-checkpoint-1: {found}` |" in text
     assert "make a whole one in its place with: aapt export CKPT -o {path} --force |" in text

@@ -127,7 +127,7 @@ def remedies(package: "Package") -> list[tuple[str, str]]:
     """Return what TensorRT says, as patterns, and the hint for each."""
     found = []
     for call, scopes in package.calls({"Remedy"}):
-        said, hint = (package.text(argument, scopes) for argument in call.args)
+        said, hint = (package.text(argument, scopes) for argument in call.args[:2])
         found.append((said, hint))
     assert found, "the package has no Remedy(said, hint)"
     return found

@@ -47,7 +47,7 @@ def version() -> str:
     if not here.oldest <= found < here.too_new:
         wanted = f"{'.'.join(map(str, here.oldest))} to {here.too_new[0] - 1} are"
         text = f"{here.title} {trt.__version__} is not supported: {wanted}"
-        raise MachineError(text, f"{here.install} brings one")
+        raise MachineError(text, f"pip install 'aapt_deploy[{here.backend}]' brings one")
     return str(trt.__version__)
 
 
@@ -340,6 +340,12 @@ class Plan:
         """Write what the last context compiled, for the next start. Raises OSError."""
         for cache in self._compiled:
             api_rtx.keep(cache, file)
+
+
+def validity(file: Path) -> tuple[str, list[str]]:
+    """Return what TensorRT-RTX says of a plan before it is opened; see api_rtx.validity."""
+    _LOG.to = Messages()
+    return api_rtx.validity(trt, _made(lambda: trt.Runtime(_LOG)), file.read_bytes())
 
 
 def open_plan(file: Path, messages: Messages | None = None) -> Plan:

@@ -29,6 +29,7 @@ from aapt_deploy.backends.trt.doctor.receipts import OURS, PYTHON, Choice
 from aapt_deploy.backends.trt.engine import RunOptions, TrtEngines
 from aapt_deploy.backends.trt.flavour import PROPER, Flavour
 from aapt_deploy.backends.trt.kept_plans import Finished
+from aapt_deploy.backends.trt.loading import api_of
 from aapt_deploy.backends.trt.lower import Lowered, lower
 from aapt_deploy.backends.trt.order import Order, take_order
 from aapt_deploy.backends.trt.parity import compare, start_of
@@ -131,7 +132,7 @@ def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
 
 def _write_plan(order: Order, graph: str, lowered: Lowered, path: Path) -> None:
     """Build the plan of a lowered graph into the file `path`, and keep the timings."""
-    api, flavour = order.flavour.api(), order.flavour
+    api, flavour = api_of(order.flavour), order.flavour
     failures = _register(order, lowered)
     cache, timings = None, b""
     if flavour.timing_cache and order.here:
@@ -173,7 +174,7 @@ def _register(order: Order, lowered: Lowered) -> Sequence[Exception]:
 def _audit(order: Order, graph: str, lowered: Lowered, path: Path) -> dict[str, int]:
     """Open a plan and audit it. What TensorRT-RTX compiles later is only reported."""
     try:
-        return audited(order.flavour.api().open_plan(path), lowered, order, graph)
+        return audited(api_of(order.flavour).open_plan(path), lowered, order, graph)
     except (BundleError, ParityError) as error:
         if not order.flavour.compiles_here:
             raise
@@ -242,7 +243,7 @@ def _prove(order: Order, stage: Stage) -> tuple[dict[str, Any], float | None]:
 
     Returns the figures and the median ms of a step.
     """
-    api, bundle, profile = order.flavour.api(), order.bundle, order.bundle.profile
+    api, bundle, profile = api_of(order.flavour), order.bundle, order.bundle.profile
     if order.choice.form == PYTHON:
         from aapt_deploy.backends.trt.plugin import python as python_plugin
 

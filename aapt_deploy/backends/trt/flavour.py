@@ -6,19 +6,16 @@ GPU, and finishes them on the user's GPU. It has neither plugins nor timing cach
     PROPER  10.16 to 11.x   plans for the GPU that is here; our plugin or TensorRT's own attention
     RTX     1.7 and later   plans for one or more named GPUs; TensorRT's own attention
 
-A process uses one of them, whichever `Flavour.api` is asked for first.
+A process uses one of them, whichever loading.py is asked for first.
 """
 
 import importlib
-import sys
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, NATIVE_FP8, PYTHON
 from aapt_deploy.errors import MachineError, UsageError
 
-API = "aapt_deploy.backends.trt.api"
 FP8_SM, BF16_SM = 89, 80  # the oldest with products in these formats
 
 
@@ -37,24 +34,6 @@ class Flavour:
     timing_cache: bool = False
     plugins: bool = False
     compiles_here: bool = False  # a plan is finished on the user's GPU, just in time
-
-    @property
-    def install(self) -> str:
-        return f"pip install 'aapt_deploy[{self.backend}]'"
-
-    def api(self) -> Any:
-        """Return the module api.py over this flavour's bindings.
-
-        Raises MachineError if they are not installed, or another flavour is in use here.
-        """
-        global _wanted
-        if API not in sys.modules:
-            _wanted = self
-        module = importlib.import_module(API)
-        if module.FLAVOUR is not self:
-            text = f"this process uses {module.FLAVOUR.title} already"
-            raise MachineError(text, f"run {self.title} in a process of its own")
-        return module
 
     def targets(self, wanted: tuple[int, ...], here: int | None, precision: str) -> tuple[int, ...]:
         """Return the compute capabilities to build for, each x 10.
@@ -103,6 +82,12 @@ FLAVOURS = {flavour.backend: flavour for flavour in (PROPER, RTX)}
 _wanted = PROPER
 
 
+def want(flavour: Flavour) -> None:
+    """Let the next import of api.py be over `flavour`."""
+    global _wanted
+    _wanted = flavour
+
+
 def bindings() -> tuple[Flavour, ModuleType]:
     """Return the flavour of this process and its bindings. Only api.py calls this.
 
@@ -112,4 +97,4 @@ def bindings() -> tuple[Flavour, ModuleType]:
         return _wanted, importlib.import_module(_wanted.module)
     except (ImportError, OSError) as error:  # OSError: a library is missing
         text = f"{_wanted.title} cannot be loaded: {error}"
-        raise MachineError(text, _wanted.install) from None
+        raise MachineError(text, f"pip install 'aapt_deploy[{_wanted.backend}]'") from None

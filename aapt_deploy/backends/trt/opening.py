@@ -6,13 +6,14 @@ A plan's receipt (TensorRT, GPU, kernels, graph) and its hash are checked before
 from dataclasses import dataclass
 
 from aapt_deploy.backends.trt import plan_file
-from aapt_deploy.backends.trt.cuda import with_driver
+from aapt_deploy.backends.trt.cuda import Device, Gpu, with_driver
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.engine import RunOptions, TrtEngines
 from aapt_deploy.backends.trt.flavour import PROPER, Flavour
+from aapt_deploy.backends.trt.loading import api_of
 from aapt_deploy.backends.trt.plan_file import AGAIN, Receipt
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.errors import BundleError
+from aapt_deploy.errors import BundleError, MachineError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import hopper_fp8
 
@@ -58,18 +59,13 @@ def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> Tr
     entry = Entry.of(bundle, precision, flavour)
     device = with_driver()
     try:
-        api = flavour.api()
-        from aapt_deploy.ops.block_causal_attention import kernels
-
-        version = api.version()
-        for name, receipt in entry.receipts.items():
-            here = device.gpu(version, kernels.source_hash() if receipt.kernels else "")
-            sha256 = plan_file.graph_sha256(bundle.manifest["files"], name)
-            plan_file.check(receipt, here, sha256, entry.graphs[name])
+        api = api_of(flavour)
+        here = _checked(bundle, entry, device, api.version())
         files = {name: bundle.checked(file) for name, file in entry.graphs.items()}
         caches = _scales(bundle, entry.scales) if entry.scales else []
         if entry.plugin == "python":
             from aapt_deploy.backends.trt.plugin import python as python_plugin
+            from aapt_deploy.ops.block_causal_attention import kernels
 
             python_plugin.register(kernels.launcher)
         plans = {name: api.open_plan(file) for name, file in files.items()}
@@ -81,6 +77,39 @@ def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> Tr
         compiled[name] = receipts.compiled_file(listed[file]["sha256"], here)
     options = RunOptions(entry.captured, caches, compiled=compiled)
     return TrtEngines(bundle.profile, plans, device, precision, options, flavour.backend)
+
+
+def runs_here(bundle: Bundle, precision: str, flavour: Flavour) -> str:
+    """Return what is known of an engine on this machine's GPU, without opening it.
+
+    Raises what `open_bundle` raises before it deserialises, and MachineError for a plan that
+    TensorRT-RTX finds invalid here.
+    """
+    entry, device = Entry.of(bundle, precision, flavour), with_driver()
+    try:
+        api = api_of(flavour)
+        here = _checked(bundle, entry, device, api.version())
+        found = f"its receipts fit {here.gpu} (SM {here.sm})"
+        for file in entry.graphs.values() if flavour.compiles_here else ():
+            answer, wrong = api.validity(bundle.checked(file))
+            if answer == "INVALID":
+                reason = ", ".join(wrong) or "it gives no reason"
+                raise MachineError(f"{flavour.title} finds plan {file} invalid: {reason}", AGAIN)
+            found += f"; {file.rpartition('/')[2]} {answer.lower()}"
+        return found
+    finally:
+        device.close()
+
+
+def _checked(bundle: Bundle, entry: Entry, device: Device, version: str) -> Gpu:
+    """Check every receipt; return this machine's GPU. Raises what `plan_file.check` raises."""
+    from aapt_deploy.ops.block_causal_attention import kernels
+
+    for name, receipt in entry.receipts.items():
+        here = device.gpu(version, kernels.source_hash() if receipt.kernels else "")
+        sha256 = plan_file.graph_sha256(bundle.manifest["files"], name)
+        plan_file.check(receipt, here, sha256, entry.graphs[name])
+    return here
 
 
 def _scales(bundle: Bundle, file: str) -> list[hopper_fp8.Scales]:

@@ -12,6 +12,7 @@ from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, Choice
 from aapt_deploy.backends.trt.flavour import Flavour
+from aapt_deploy.backends.trt.loading import api_of
 from aapt_deploy.backends.trt.remedies import SMALLER
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.files import free_memory_bytes
@@ -58,7 +59,7 @@ def take_order(
     Raises MachineError without TensorRT or room, and without a GPU if the flavour needs one. Raises
     UsageError for compute capabilities that cannot be built for.
     """
-    version, report = flavour.api().version(), options.report
+    version, report = api_of(flavour).version(), options.report
     device = _device(flavour, report)
     try:
         here = None

@@ -199,14 +199,9 @@ def refusal(what: str, nodes: Iterable[NodeError], kept: Iterable[str]) -> AaptE
     named = f"{node.operator} node {node.name!r}: " if node.operator else ""
     line = line.removeprefix(f"{node.name}: ") if named else line
     remedy = _remedy(line)
-    return remedy.kind(f"{what}: {named}{line}", remedy.hint)
+    kind: type[AaptError] = remedy.kind if remedy else BundleError
+    return kind(f"{what}: {named}{line}", remedy.hint if remedy else UNKNOWN)
 
 
-def _remedy(sentence: str) -> Remedy:
-    found = (remedy for remedy in REMEDIES if re.search(remedy.said, sentence))
-    return next(found, Remedy("", UNKNOWN))
-
-
-def hint(text: str) -> str:
-    """Return what can be done about a message of TensorRT."""
-    return _remedy(text).hint
+def _remedy(sentence: str) -> Remedy | None:
+    return next((remedy for remedy in REMEDIES if re.search(remedy.said, sentence)), None)

@@ -21,6 +21,7 @@ from aapt_deploy import profiles
 from aapt_deploy.backends.trt.doctor import cases
 from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, Choice
 from aapt_deploy.backends.trt.flavour import RTX
+from aapt_deploy.backends.trt.loading import api_of
 from aapt_deploy.backends.trt.lower import lower
 from aapt_deploy.backends.trt.lower_attention import lower_for_plugin
 from aapt_deploy.bundle.bundle import Bundle
@@ -49,7 +50,7 @@ CACHES = ("k_cache", "v_cache", "k_block", "v_block", "text_")
 
 @pytest.fixture(scope="module")
 def api() -> Any:
-    return RTX.api()
+    return api_of(RTX)
 
 
 def built(api: Any, path: Path, sms: tuple[int, ...] = (89,), **more: Any) -> Any:

@@ -2,7 +2,12 @@
 
 import pytest
 
-from aapt_deploy.backends.trt.remedies import REMEDIES, UNKNOWN, hint
+from aapt_deploy.backends.trt.remedies import REMEDIES, UNKNOWN, NodeError, refusal, sentences
+
+
+def hint(said: str) -> str:
+    return refusal("TensorRT cannot build x.onnx", [], [said]).hint
+
 
 SAID = (  # words as the documentation and public reports have them
     ("Networks with FP8 Q/DQ layers require hardware with FP8 support", "SM 89"),
@@ -55,3 +60,24 @@ def test_every_hint_is_one_line_and_every_row_is_reached() -> None:
         "\n" not in remedy.hint and remedy.hint == remedy.hint.strip() for remedy in REMEDIES
     )
     assert len({hint(said) for said, _ in SAID}) >= 13
+
+
+def test_the_cause_comes_first_with_its_node_and_nothing_twice() -> None:
+    """A driver's absence is told with every failure, and the parser repeats its errors."""
+    absent = "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (cudaError 35: old)"
+    node = NodeError(
+        "MatMul", "w", f"Invalid Node - w\nError Code 4: Shape Error (w: odd)\n{absent}"
+    )
+    kept = ["ModelImporter.cpp:140: While parsing node number 3:", absent, "something else"]
+    told = refusal("it cannot read x", [node], kept)
+    assert str(told) == "it cannot read x: MatMul node 'w': odd"
+    assert str(refusal("it cannot start", [], [absent])) == "it cannot start: cudaError 35: old"
+    assert str(refusal("it cannot start", [], [])) == "it cannot start: it gave no reason"
+
+
+def test_a_message_loses_its_places_in_the_source() -> None:
+    text = (
+        "IBuilder::build: Error Code 1: Myelin ([tactic.cpp:16: pick] no tactics; "
+        "[tactic.cpp:26: run] Error. In compileGraph at /_src/x/y.cpp:2012)\nsame\nsame"
+    )
+    assert sentences(text) == ["no tactics; Error", "same"]
