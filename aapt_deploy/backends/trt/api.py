@@ -1,7 +1,6 @@
 """The one module that calls TensorRT's API: ONNX file -> plan -> context.
 
-It is the API of TensorRT 10.16 to 11.x and of TensorRT-RTX; flavour.py says which, and api_rtx.py
-has the calls that only the latter has.
+flavour.py says which TensorRT. api_rtx.py has the calls that only TensorRT-RTX has.
 
     build(graph, settings, progress)   parse, check and build; returns a BuiltPlan
     open_plan(plan)                    deserialise; returns a Plan with its tensors and layers
@@ -58,8 +57,7 @@ class Messages:
     """TensorRT's last errors and warnings, to explain a failure."""
 
     def __init__(self, report: Callable[[str], None] | None = None) -> None:
-        self.report = report
-        self.kept: list[str] = []
+        self.report, self.kept = report, list[str]()
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
         kinds = trt.ILogger.Severity
@@ -131,7 +129,15 @@ def build(
     version()
     # RTX's parser would end the process at a plugin.
     assert FLAVOUR.plugins or not settings.plugin_layers, f"{FLAVOUR.title} has no plugins"
-    _LOG.to, earlier = messages or Messages(), len(failures)
+    _LOG.to, monitor = messages or Messages(), Monitor(progress)
+    work = lambda: _built(graph, settings, monitor, failures)
+    return interruptible(work, monitor.cancelled)
+
+
+def _built(
+    graph: Path, settings: Settings, monitor: Monitor, failures: Sequence[Exception]
+) -> BuiltPlan:
+    earlier = len(failures)
     builder = _made(lambda: trt.Builder(_LOG))
     network = builder.create_network(_network_flags())
     parser = trt.OnnxParser(network, _LOG)
@@ -142,10 +148,8 @@ def build(
     tensors = _check(network, graph, settings.plugin_layers)
     if settings.decomposable:
         _allow_decomposition(network)
-    monitor = Monitor(progress)
     config = _configure(builder, settings, monitor)
-    build = lambda: builder.build_serialized_network(network, config)
-    plan = interruptible(build, monitor.cancelled)
+    plan = builder.build_serialized_network(network, config)
     if monitor.failure:
         raise monitor.failure
     if plan is None:
@@ -355,6 +359,10 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
     """
     version()
     _LOG.to = messages or Messages()
+    return interruptible(lambda: _opened(file), threading.Event())
+
+
+def _opened(file: Path) -> Plan:
     runtime = _made(lambda: trt.Runtime(_LOG))
     runtime.engine_host_code_allowed = False
     try:

@@ -10,10 +10,11 @@ T = TypeVar("T")
 
 
 def interruptible(work: Callable[[], T], cancelled: threading.Event) -> T:
-    """Do `work` in a thread, and set `cancelled` at Ctrl-C.
+    """Do `work` in a thread, and set `cancelled` at Ctrl-C or SIGTERM.
 
-    Python's main thread alone is told of Ctrl-C. If it were inside the library, that would be after
-    the work. Waits for the thread, and raises what it raised.
+    Python's main thread alone is told of signals. Inside the library, that would be after the work,
+    or in a callback such as a log's, and TensorRT drops what a callback raises. Waits for the
+    thread, and raises what it raised.
     """
     answers: list[T] = []
     errors: list[BaseException] = []

@@ -6,8 +6,10 @@ never executed here.
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -355,10 +357,60 @@ def test_a_plan_that_is_opened_without_a_driver_names_the_driver(
     with pytest.raises(MachineError, match=r"cannot load plan .*CUDA driver") as caught:
         api.open_plan(file)
     assert "NVIDIA driver" in caught.value.hint
+    assert api.validity(file) == ("INVALID", [])  # it cannot know
     file.write_bytes(b"not a plan" * 100)
+    assert api.validity(file) == ("INVALID", ["MALFORMED_ENGINE"])
     with pytest.raises(BundleError, match="cannot load plan") as damaged:
         api.open_plan(file)
     assert "build the engine again" in damaged.value.hint
+    file.write_bytes(b"")
+    for name in (file, tmp_path / "missing.plan"):
+        with pytest.raises(BundleError, match="cannot be read"):
+            api.open_plan(name)
+
+
+# --- progress ---
+
+
+class Told:
+    """Progress of a build; `at_step` is called from TensorRT's thread."""
+
+    def __init__(self, at_step: Callable[[], None] = lambda: None) -> None:
+        self.phases: list[tuple[str, int]] = []
+        self.open: list[str] = []
+        self.steps, self.at_step = 0, at_step
+
+    def phase(self, name: str, parent: str | None, steps: int) -> None:
+        assert parent is None or parent in self.open
+        self.phases.append((name, steps))
+        self.open.append(name)
+
+    def step(self, name: str, step: int) -> None:
+        self.steps += 1
+        self.at_step()
+
+    def done(self, name: str) -> None:
+        self.open.remove(name)
+
+
+def test_progress_is_passed_on(api: Any, bundle: Path, tmp_path: Path) -> None:
+    lowered = lower(Bundle.open(bundle), "decoder", "fp32", NATIVE_FORM, None, tmp_path)
+    told = Told()
+    api.build(lowered.path, api.Settings(0, 2 * GB, sms=(89,)), told)
+    assert told.phases[0][0] == "Building engine" and told.steps > 10 and told.open == []
+
+
+def test_a_failing_progress_bar_ends_the_build_and_is_told(
+    api: Any, bundle: Path, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise OSError("the terminal is gone")
+
+    lowered = lower(Bundle.open(bundle), "decoder", "fp32", NATIVE_FORM, None, tmp_path)
+    told = Told(fail)
+    with pytest.raises(OSError, match="terminal"):
+        api.build(lowered.path, api.Settings(0, 2 * GB, sms=(89,)), told)
+    assert told.steps == 1
 
 
 # --- the command ---
@@ -403,3 +455,39 @@ def test_of_two_builds_in_one_bundle_one_builds(bare: Path, tmp_path: Path) -> N
     assert codes in ([0, 7], [0, 0]), told  # [0, 0] where the first was done before the second came
     assert "tensorrt-rtx-fp32" in Bundle.open(bare).engines and Bundle.open(bare).verify()
     assert all("Traceback" not in err for _, err in told)
+
+
+MOMENTS = (
+    "lowering generator", "building generator", "building generator: Building engine",
+    "building prompt", "building decoder: Building engine",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_build_that_is_stopped_leaves_the_bundle_as_it_was_and_resumes(
+    bare: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """At five moments of one build, each of which goes on where the last one stopped."""
+    before = {path: path.read_bytes() for path in bare.rglob("*") if path.is_file()}
+    seen = []
+    for words in MOMENTS:
+        process = started(bare, tmp_path / "cache")
+        assert process.stderr is not None
+        for line in process.stderr:
+            if words in line:
+                break
+        began = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        seen.append(round(time.monotonic() - began, 2))
+        assert process.returncode == 128 + number, (words, out, err)
+        assert "Traceback" not in err and "error:" not in err, err
+        left = {path for path in bare.rglob("*") if path.is_file()} - before.keys()
+        assert {path.name for path in left} <= {".lock"}, (words, left)
+        assert all(path.read_bytes() == content for path, content in before.items())
+    print(f"{number.name}: seconds to end {seen}")
+    process = started(bare, tmp_path / "cache")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "is built already" in err, err
+    assert Bundle.open(bare).verify() and not list((tmp_path / "cache").rglob("*.plan"))

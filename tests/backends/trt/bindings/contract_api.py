@@ -6,16 +6,13 @@ the like are fakes made from this release's stubs.
 
 import importlib
 import inspect
-import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
+from aapt_deploy.errors import BundleError, MachineError, ParityError
 from tests.support.bindings import GOLDEN, type_stubs
 from tests.support.bindings.recorder import Fake, Recorder, Stubs
 
@@ -185,44 +182,6 @@ def test_a_shape_that_is_not_fixed_is_refused(rig: Rig, plan_file: Path) -> None
         rig.api.open_plan(plan_file)
 
 
-def test_the_parser_s_reason_names_the_node(rig: Rig) -> None:
-    rig.script |= {
-        "OnnxParser.parse_from_file": False, "OnnxParser.num_errors": 1,
-        "ParserError.desc": "Plugin not found, are the names right?",
-        "ParserError.node_name": "layer.7.attention",
-        "ParserError.node_operator": "BlockCausalAttention",
-    }  # fmt: skip
-    with pytest.raises(
-        BundleError, match=r"BlockCausalAttention node 'layer\.7\.attention': Plugin not found"
-    ) as caught:
-        rig.build()
-    assert "one version of aapt_deploy" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("said", "hint"),
-    [
-        ("Networks with FP8 Q/DQ layers require hardware with FP8 support", "SM 89"),
-        ("CUDA error 2: out of memory", "smaller profile"),
-        ("Could not find any implementation for node {ForeignNode[a...b]}", "--attention native"),
-        ("something else", "aapt doctor"),
-    ],
-)  # fmt: skip
-def test_the_builder_s_last_words_are_told_with_a_hint(
-    rig: Rig, trt: ModuleType, said: str, hint: str
-) -> None:
-    messages = rig.api.Messages()
-
-    def fail(network: Fake, config: Fake) -> None:
-        messages.log(trt.ILogger.Severity.ERROR, said)
-        messages.log(trt.ILogger.Severity.INFO, "not this one")
-
-    rig.script["Builder.build_serialized_network"] = fail
-    with pytest.raises(AaptError) as caught:
-        rig.build(messages=messages)
-    assert said in str(caught.value) and hint in caught.value.hint
-
-
 def test_what_the_plugin_raised_in_this_build_is_the_reason(rig: Rig) -> None:
     failures: list[Exception] = [MachineError("of an earlier build")]
     reasons: list[Exception | None] = [MachineError("no kernel for SM 80"), KeyError(3), None]
@@ -258,16 +217,6 @@ def test_another_tensorrt_is_refused(
             rig.build()
 
 
-def test_a_plan_that_tensorrt_refuses_is_told(rig: Rig, plan_file: Path, tmp_path: Path) -> None:
-    rig.script["Runtime.deserialize_cuda_engine"] = None
-    with pytest.raises(BundleError, match="cannot load plan"):
-        rig.api.open_plan(plan_file)
-    (tmp_path / "empty").touch()
-    for name in ("empty", "missing"):
-        with pytest.raises(BundleError, match="cannot be read"):
-            rig.api.open_plan(tmp_path / name)
-
-
 def test_a_context_refuses_unknown_tensors_unbound_runs_and_the_default_stream(
     rig: Rig, plan_file: Path
 ) -> None:
@@ -291,88 +240,6 @@ def test_a_context_refuses_unknown_tensors_unbound_runs_and_the_default_stream(
     rig.script["ICudaEngine.create_execution_context"] = None
     with pytest.raises(MachineError, match="12345 bytes"):
         plan.context()
-
-
-# --- progress and Ctrl-C ---
-
-
-class Told:
-    def __init__(self, at_step: Callable[[], None] = lambda: None) -> None:
-        self.events: list[tuple[Any, ...]] = []
-        self.at_step = at_step
-
-    def phase(self, name: str, parent: str | None, steps: int) -> None:
-        self.events.append(("phase", name, parent, steps))
-
-    def step(self, name: str, step: int) -> None:
-        self.events.append(("step", name, step))
-        self.at_step()
-
-    def done(self, name: str) -> None:
-        self.events.append(("done", name))
-
-
-def building(
-    steps: list[bool], wait: threading.Event | None = None
-) -> Callable[[Fake, Fake], bytes | None]:
-    """A builder that reports to the monitor as TensorRT does, and stops when told so."""
-
-    def run(network: Fake, config: Fake) -> bytes | None:
-        monitor = config.progress_monitor
-        monitor.phase_start("Building", "", 3)
-        for index in range(3):
-            if wait and index == 1:
-                wait.wait(5)
-            steps.append(monitor.step_complete("Building", index))
-            if not steps[-1]:
-                return None
-        monitor.phase_finish("Building")
-        return PLAN
-
-    return run
-
-
-def test_progress_is_passed_on(rig: Rig) -> None:
-    told, steps = Told(), list[bool]()
-    rig.script["Builder.build_serialized_network"] = building(steps)
-    rig.build(progress=told)
-    assert told.events == [
-        ("phase", "Building", None, 3),
-        *(("step", "Building", index) for index in range(3)),
-        ("done", "Building"),
-    ]
-    assert steps == [True] * 3
-
-
-def test_ctrl_c_ends_the_build_at_the_next_step(rig: Rig) -> None:
-    steps, interrupted = list[bool](), threading.Event()
-
-    def interrupt() -> None:
-        if not interrupted.is_set():
-            interrupted.set()
-            signal.raise_signal(signal.SIGINT)
-
-    told = Told(interrupt)
-    released = threading.Event()
-    threading.Timer(0.6, released.set).start()  # longer than the main thread takes to notice
-    rig.script["Builder.build_serialized_network"] = building(steps, released)
-    with pytest.raises(KeyboardInterrupt):
-        rig.build(progress=told)
-    assert steps in (
-        [False],
-        [True, False],
-    )  # the main thread notices during the step that was interrupted, or before the next one
-
-
-def test_a_failing_progress_bar_ends_the_build_and_is_told(rig: Rig) -> None:
-    def fail() -> None:
-        raise OSError("the terminal is gone")
-
-    steps = list[bool]()
-    rig.script["Builder.build_serialized_network"] = building(steps)
-    with pytest.raises(OSError, match="terminal"):
-        rig.build(progress=Told(fail))
-    assert steps == [False]
 
 
 # --- mistakes planted into the module are caught by the fakes ---
