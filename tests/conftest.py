@@ -9,6 +9,7 @@ is not hidden by white or black.
 
 import dataclasses
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.scales import Scales
 from aapt_deploy.cli import commands
+from aapt_deploy.errors import AaptError
 from aapt_deploy.export import calibrate, export
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.signature import signatures
@@ -41,6 +43,28 @@ from tests.support.trt_plans import by_onnx, opened_over
 # that: those under test must hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def errors_in_words(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test in which the package raises an error without a message or a hint.
+
+    A `None` inside one of them is a value that was not there.
+    """
+    made, wordless = AaptError.__init__, list[tuple[str, object, object]]()
+
+    def checked(error: AaptError, message: str, hint: str = "") -> None:
+        made(error, message, hint)
+        place = sys._getframe(1)
+        if str(place.f_globals.get("__name__", "")).startswith("aapt_deploy"):
+            words = [isinstance(text, str) and text.strip() for text in (message, hint)]
+            if not all(words) or re.search(r"\bNone\b(?! in sys.modules)", f"{message} {hint}"):
+                where = f"{place.f_code.co_filename}:{place.f_lineno}"
+                wordless.append((where, message, hint))
+
+    monkeypatch.setattr(AaptError, "__init__", checked)
+    yield
+    assert not wordless
 
 
 @pytest.fixture(scope="session")
