@@ -22,9 +22,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on thi
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Launches of the kernels for D = 64 on this CPU."""
-    return launches(
-        build(kernels.source_file(), 64, tmp_path_factory.mktemp("cpu") / "kernels.so")
-    )
+    return launches(build(kernels.source_file(), 64, tmp_path_factory.mktemp("cpu") / "kernels.so"))
 
 
 def test_the_model_is_the_emulator_and_the_images_are_the_layouts() -> None:
