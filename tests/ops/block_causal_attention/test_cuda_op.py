@@ -150,7 +150,7 @@ def test_tensors_that_do_not_fit_are_refused_before_a_launch(
 
 @needs_compiler
 def test_a_tensor_with_gaps_has_no_address(case: Case, launched: list[str]) -> None:
-    q, k, v = own(case)
+    _, k, v = own(case)
     gaps = k.transpose(1, 2).contiguous().transpose(1, 2)
     s = case.scales
     with pytest.raises(AssertionError, match=r"\(13440, 64, 4480, 1\)"):
