@@ -37,7 +37,7 @@ from aapt_deploy.rollout.loop import Rollout, Steering, rollout
 from aapt_deploy.rollout.starts import start
 from tests.support.bundles import rewrite_manifest
 from tests.support.commands import Ran
-from tests.support.opening import open_engines
+from tests.support.opening import open_engines, silent
 from tests.support.tiny import frames_of, turning
 
 BLOCKS = 14  # the window holds 3, the ring wraps at 4 and 5
@@ -559,7 +559,7 @@ def test_another_graph_under_the_bundles_name_is_refused_by_the_build(
     with pytest.raises(
         BundleError, match=f"graph {bare}/{graph}.onnx is not the {graph} of its bundle: input "
     ) as caught:
-        build.build_engine(opened, "onnxruntime", precision, BuildOptions(lambda text: None))
+        build.build_engine(opened, "onnxruntime", precision, BuildOptions(silent))
     assert caught.value.hint.endswith(f"aapt export CKPT -o {bare} --force")
     assert Bundle.open(bare).engines == {} and not list(bare.glob(".stage-*"))
 

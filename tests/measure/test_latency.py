@@ -26,7 +26,7 @@ from aapt_deploy.models import cost
 from aapt_deploy.profiles import Profile, Target
 from aapt_deploy.rollout.starts import Start
 from tests.support.fake_engines import FakeEngines
-from tests.support.opening import unexpected
+from tests.support.opening import silent, unexpected
 
 SLEEP_S = 0.012
 
@@ -59,9 +59,7 @@ def slow(tiny: Profile) -> Latency:
 
 @pytest.fixture(scope="module")
 def real(bundle: Path) -> Latency:
-    return measure_bundle(
-        Bundle.open(bundle), "onnxruntime", None, 12, unexpected, lambda text: None
-    )
+    return measure_bundle(Bundle.open(bundle), "onnxruntime", None, 12, unexpected, silent)
 
 
 def test_every_stage_is_there_and_the_step_holds_them_all(real: Latency, tiny: Profile) -> None:
@@ -157,7 +155,7 @@ def test_progress_counts_every_block(bundle: Path) -> None:
 
 def test_a_bundle_without_that_engine_is_refused(bare: Path) -> None:
     with pytest.raises(BundleError, match="has no onnxruntime engine"):
-        measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, unexpected, lambda text: None)
+        measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, unexpected, silent)
 
 
 def test_floors_stand_beside_their_stages(

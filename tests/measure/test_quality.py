@@ -17,7 +17,7 @@ from aapt_deploy.profiles import Quality, loads
 from aapt_deploy.rollout.engine import Engine, Engines
 from tests.support.bundles import rewrite_manifest
 from tests.support.commands import Ran
-from tests.support.opening import open_engines, unexpected
+from tests.support.opening import open_engines, silent, unexpected
 from tests.support.tiny import Exported
 
 Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -73,7 +73,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> Callable[[str, Chang
             return Spoilt(engines, graph, change) if next(opened) else engines
 
         monkeypatch.setattr(quality, "_open", open_one)
-        return compare(Bundle.open(bundle), "a", "b", 1, unexpected, lambda text: None)
+        return compare(Bundle.open(bundle), "a", "b", 1, unexpected, silent)
 
     return run
 
@@ -126,8 +126,8 @@ def test_flat_and_still_blocks_are_counted(spoil: Callable[[str, Change], Loss])
 
 def test_real_engines_are_within_the_thresholds(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    eager = compare(opened, "onnxruntime-fp32", "torch-fp32", 2, unexpected, lambda text: None)
-    int8 = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 2, unexpected, lambda text: None)
+    eager = compare(opened, "onnxruntime-fp32", "torch-fp32", 2, unexpected, silent)
+    int8 = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 2, unexpected, silent)
     assert eager.failures == int8.failures == []
     assert max(eager.latent_error) < 1e-4 < max(int8.latent_error)
     assert eager.decoder_psnr_db > 50 > int8.decoder_psnr_db > 25, (
@@ -192,7 +192,7 @@ def test_a_video_of_less_than_a_block_a_second_is_judged_block_by_block(copied: 
     )
     opened = Bundle.open(copied)
     assert opened.profile.video.fps == 2
-    loss = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 3, unexpected, lambda text: None)
+    loss = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 3, unexpected, silent)
     assert len(loss.seconds) == len(loss.latent_error) == 3 and loss.blocks == 6, (
         "three from each of two start frames"
     )
@@ -202,9 +202,7 @@ def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(
     bundle: Path, copied: Path, exported: Exported
 ) -> None:
     opened, other = Bundle.open(bundle), Bundle.open(copied)
-    same = compare(
-        opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, other
-    )
+    same = compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, silent, other)
     assert same.failures == [] and max(same.latent_error) == 0
     with pytest.raises(UsageError, match="compared with itself"):
         compare(
@@ -213,7 +211,7 @@ def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(
             "onnxruntime-fp32",
             1,
             unexpected,
-            lambda text: None,
+            silent,
             Bundle.open(bundle),
         )
     with pytest.raises(UsageError, match="not of one checkpoint and profile"):
@@ -223,7 +221,7 @@ def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(
             "onnxruntime-fp32",
             1,
             unexpected,
-            lambda text: None,
+            silent,
             Bundle.open(exported.path),
         )
 
