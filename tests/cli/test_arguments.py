@@ -287,13 +287,14 @@ def test_profile_measures_a_preset_on_a_gpu_with_random_weights_and_its_floors(
     aapt: Aapt, patch: pytest.MonkeyPatch
 ) -> None:
     calls = recorded(patch, latency, "measure_random", measured())
+    shapes = recorded(patch, cost, "cost_of", SimpleNamespace(floors_ms={"step": 8.75}))
     words = ("--backend", "torch", "--device", "cuda", "--precision", "bf16", "--blocks", 17)
     ran = aapt("profile", PRESET, *words, "--json")
     assert ran.code == 0, ran.err
     *asked, progress = calls[0].values()
     assert asked == [load(PRESET), "bf16", 17] and isinstance(progress, console.Progress)
-    floors = cost.cost_of(load(PRESET)).floors_ms
-    assert floors and json.loads(ran.out)["floor_ms"] == floors
+    assert json.loads(ran.out)["floor_ms"] == {"step": 8.75}
+    assert shapes == [{"profile": load(PRESET)}]
     aapt("profile", PRESET, "--backend", "torch", "--device", "cuda")
     assert list(calls[1].values())[1:3] == [None, 120]
 
@@ -310,8 +311,9 @@ def test_a_folder_is_profiled_as_a_bundle_also_where_nothing_is_built(
 def test_plan_prints_the_cost_of_a_preset_or_a_bundle(
     aapt: Aapt, bundle: Path, patch: pytest.MonkeyPatch, fits: bool
 ) -> None:
-    true = cost.cost_of(load(PRESET))
-    answer = dataclasses.replace(true, limit_gb=80 if fits else 1)
+    true = cost.cost_of(load("tiny-cpu"))
+    answer = dataclasses.replace(true, limit_gb=0, memory_gb={"weights": 2.0})
+    answer = answer if fits else dataclasses.replace(answer, limit_gb=1)
     calls = recorded(patch, cost, "cost_of", answer)
     for asked, shape in ((PRESET, load(PRESET)), (bundle, Bundle.open(bundle).profile)):
         ran = aapt("plan", asked, "--json")
@@ -369,7 +371,8 @@ def test_an_fp8_bundle_is_compared_with_pytorch_in_bf16(
 
 
 def test_floors_are_for_a_gpu_with_pytorch(patch: pytest.MonkeyPatch) -> None:
-    assert measure._floors(load("tiny-cpu")) == {}
-    assert measure._floors(load(PRESET)) == cost.cost_of(load(PRESET)).floors_ms
+    calls = recorded(patch, cost, "cost_of", SimpleNamespace(floors_ms={"step": 8.75}))
+    assert measure._floors(load("tiny-cpu")) == {} and not calls
+    assert measure._floors(load(PRESET)) == {"step": 8.75}
     patch.setitem(sys.modules, "aapt_deploy.models.cost", None)
     assert measure._floors(load(PRESET)) == {}
