@@ -9,7 +9,6 @@ is not hidden by white or black.
 
 import dataclasses
 import logging
-import re
 import shutil
 import signal
 import sys
@@ -27,7 +26,6 @@ from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.scales import Scales
 from aapt_deploy.cli import commands
-from aapt_deploy.errors import AaptError
 from aapt_deploy.export import calibrate, export
 from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.signature import signatures
@@ -36,6 +34,7 @@ from aapt_deploy.profiles import Profile
 from tests.support import once
 from tests.support.commands import Ran
 from tests.support.cuda_emulator import Driver
+from tests.support.errors import errors_in_words as errors_in_words
 from tests.support.opening import silent
 from tests.support.tiny import FEW_BLOCKS, Exported, Made, frames_of, make_checkpoint, picture
 from tests.support.trt_plans import by_onnx, opened_over
@@ -44,25 +43,6 @@ from tests.support.trt_plans import by_onnx, opened_over
 # that: those under test must hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(autouse=True)
-def errors_in_words(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail a test in which an error has no message, or something else than text in its place.
-
-    A `None` inside the message or the hint is a value that was not there.
-    """
-    made, wordless = AaptError.__init__, list[tuple[object, object]]()
-
-    def checked(error: AaptError, message: str, hint: str = "") -> None:
-        made(error, message, hint)
-        words = isinstance(message, str) and message.strip() and isinstance(hint, str)
-        if not words or re.search(r"\bNone\b(?! in sys.modules)", f"{message} {hint}"):
-            wordless.append((message, hint))
-
-    monkeypatch.setattr(AaptError, "__init__", checked)
-    yield
-    assert not wordless
 
 
 @pytest.fixture(scope="session")
