@@ -34,6 +34,8 @@ from aapt_deploy.profiles import Profile
 from tests.support import once
 from tests.support.commands import Ran
 from tests.support.cuda_emulator import Driver
+from tests.support.errors import errors_in_words as errors_in_words
+from tests.support.opening import silent
 from tests.support.tiny import FEW_BLOCKS, Exported, Made, frames_of, make_checkpoint, picture
 from tests.support.trt_plans import by_onnx, opened_over
 
@@ -117,7 +119,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, tiny: Profile) -> Checkpoint
 
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory: pytest.TempPathFactory, three: Checkpoint) -> Scales:
-    make = lambda folder: calibrate.calibrate(checkpoint.load(three.path), lambda text: None)
+    make = lambda folder: calibrate.calibrate(checkpoint.load(three.path), silent)
     return once.made(tmp_path_factory, "calibrated", make)
 
 
@@ -127,7 +129,7 @@ def exported(
 ) -> Exported:
     def make(folder: Path) -> Exported:
         stored = checkpoint.stored(three.path)
-        rows = export.export_bundle(stored, folder / "bundle", False, lambda text: None, calibrated)
+        rows = export.export_bundle(stored, folder / "bundle", False, silent, calibrated)
         return Exported(folder / "bundle", rows)
 
     return once.made(tmp_path_factory, "exported", make)

@@ -16,7 +16,7 @@ from aapt_deploy.backends.ort import engine
 from aapt_deploy.backends.ort.engine import OrtEngine, OrtEngines, OrtGenerator, Threads
 from aapt_deploy.backends.table import precision_of
 from aapt_deploy.backends.torch_cuda.engine import GpuEngines
-from aapt_deploy.backends.torch_eager import EagerGenerator
+from aapt_deploy.backends.torch_eager import EagerEngines, EagerGenerator
 from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.backends.trt.engine import TrtEngines
 from aapt_deploy.bundle import bundle as bundles
@@ -37,7 +37,7 @@ from aapt_deploy.rollout.loop import Rollout, Steering, rollout
 from aapt_deploy.rollout.starts import start
 from tests.support.bundles import rewrite_manifest
 from tests.support.commands import Ran
-from tests.support.opening import open_engines
+from tests.support.opening import open_engines, silent
 from tests.support.tiny import frames_of, turning
 
 BLOCKS = 14  # the window holds 3, the ring wraps at 4 and 5
@@ -559,7 +559,7 @@ def test_another_graph_under_the_bundles_name_is_refused_by_the_build(
     with pytest.raises(
         BundleError, match=f"graph {bare}/{graph}.onnx is not the {graph} of its bundle: input "
     ) as caught:
-        build.build_engine(opened, "onnxruntime", precision, BuildOptions(lambda text: None))
+        build.build_engine(opened, "onnxruntime", precision, BuildOptions(silent))
     assert caught.value.hint.endswith(f"aapt export CKPT -o {bare} --force")
     assert Bundle.open(bare).engines == {} and not list(bare.glob(".stage-*"))
 
@@ -639,3 +639,10 @@ def test_a_backend_with_one_state_says_so(engines: type) -> None:
         with pytest.raises(MachineError, match=f"backend {one.backend} does not support") as caught:
             attempt()
         assert "--backend onnxruntime" in caught.value.hint
+
+
+def test_a_block_that_was_not_run_cannot_be_kept(loaded: Checkpoint) -> None:
+    generator = EagerEngines(loaded, 1, "fp32").generator
+    with pytest.raises(ValueError, match="shorter"):
+        generator.commit(0)
+    assert not any(cache.any() for cache in generator.caches.values())

@@ -318,6 +318,55 @@ def test_a_file_cut_short_lost_or_unlisted_is_named(path: Path) -> None:
     )
 
 
+def test_files_that_cannot_be_read_are_named_with_the_systems_reason(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = make(path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundles, "_describe", refuse)
+        assert refusal(lambda: opened.checked("encoder.onnx")) == (
+            f"bundle file {path}/encoder.onnx cannot be read: Permission denied"
+        )
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert refusal(lambda: Bundle.open(path)) == (
+        f"bundle manifest {path}/manifest.json cannot be read: Permission denied"
+    )
+
+
+def test_an_engine_is_not_written_through_a_link_that_leads_out(path: Path) -> None:
+    opened, elsewhere = make(path), path.with_name("elsewhere")
+    elsewhere.mkdir()
+    (path / "engines" / "torch-fp32").symlink_to(elsewhere)
+    with pytest.raises(BundleError) as caught, opened.add_engine("torch-fp32"):
+        pytest.fail("the engine is being made")
+    assert str(caught.value) == f"bundle folder {path}/engines/torch-fp32 leads out of the bundle"
+    assert caught.value.hint == bundles.STRANGER and list(elsewhere.iterdir()) == []
+
+
+def test_a_listed_file_has_its_size(path: Path) -> None:
+    opened = make(path)
+    assert opened.listed_bytes("encoder.onnx") == (path / "encoder.onnx").stat().st_size
+    assert opened.listed_bytes("nothing.onnx") == 0
+    assert opened.verify() == len(opened.manifest["files"])
+
+
+def test_a_stage_knows_the_size_of_all_its_files(path: Path) -> None:
+    with make(path).add_engine("torch-fp32") as stage:
+        assert stage.size == 0 and stage.relative == "engines/torch-fp32/1"
+        (stage.path / "deep").mkdir()
+        (stage.path / "a").write_bytes(b"x" * 5)
+        (stage.path / "deep" / "b").write_bytes(b"x" * 7)
+        assert stage.size == 12
+    opened = Bundle.open(path)
+    assert opened.listed_bytes("engines/torch-fp32/1/deep/b") == 7
+    with opened.add_engine("torch-fp32") as stage:
+        assert stage.relative == "engines/torch-fp32/2"
+
+
 def test_a_damaged_engine_is_built_again_and_a_damaged_graph_exported_again(path: Path) -> None:
     opened = make(path)
     with opened.add_engine("tensorrt-fp8") as stage:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aapt_deploy.bundle import files
 from aapt_deploy.bundle.files import LOCK, locked, refuse_irregular, whole, writing
 from aapt_deploy.errors import BusyError, OutputError
 
@@ -168,3 +169,23 @@ def test_behind_a_link_the_target_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (
         tmp_path / "other" / "target"
     ).read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("content", "free"),
+    [
+        ("MemTotal:  9 kB\nMemFree: 7 kB\nMemAvailable:   1234 kB\nCached: 5 kB\n", 1234 * 1024),
+        (None, 50 * 4096), ("MemFree: 7 kB\n", 50 * 4096), ("MemAvailable: much\n", 50 * 4096),
+    ],
+)  # fmt: skip
+def test_free_memory_is_what_the_system_calls_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, free: int
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(files, "Path", {"/proc/meminfo": meminfo}.__getitem__)
+    monkeypatch.setattr(
+        files.os, "sysconf", {"SC_AVPHYS_PAGES": 50, "SC_PAGE_SIZE": 4096}.__getitem__
+    )
+    if content is not None:
+        meminfo.write_text(content)
+    assert files.free_memory_bytes() == free

@@ -8,9 +8,11 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from aapt_deploy.cli import standard_streams
 from aapt_deploy.cli.standard_streams import Guarded, settle
 from aapt_deploy.errors import OutputError
 from tests.support.commands import COMMAND, ENVIRONMENT
@@ -186,3 +188,77 @@ def test_a_stream_that_is_missing_takes_everything() -> None:
     assert Guarded(closed).isatty() is False
     settle(None)
     settle(Broken())
+
+
+def test_a_terminal_is_told_by_the_stream_below() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert Guarded(Terminal()).isatty() is True
+    assert Guarded(io.StringIO()).isatty() is False
+
+
+# --- the end of a process
+
+
+class Stuck(Broken):
+    """Cannot be flushed. Its number is that of a real file, or cannot be had."""
+
+    def __init__(self, number: int | Exception) -> None:
+        super().__init__()
+        self.error, self.number = OSError(28, "No space left"), number
+
+    def fileno(self) -> int:
+        if isinstance(self.number, Exception):
+            raise self.number
+        return self.number
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError("closed")], ids=repr)
+def test_text_that_cannot_be_written_goes_nowhere(
+    tmp_path: Path, error: Exception, guarded: bool
+) -> None:
+    """The number of the stream leads to /dev/null from then on."""
+    with (tmp_path / "out").open("w") as file:
+        stream = Stuck(file.fileno())
+        stream.error = error
+        settle(Guarded(stream) if guarded else stream)  # type: ignore[arg-type]
+        os.write(file.fileno(), b"lost")
+        assert os.fstat(file.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+    assert (tmp_path / "out").read_text() == ""
+
+
+def test_a_stream_that_can_be_written_stays_where_it_is(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as file:
+        file.write("kept")
+        settle(file)
+        assert (tmp_path / "out").read_text() == "kept"
+        assert os.fstat(file.fileno()).st_size == 4
+
+
+@pytest.mark.parametrize("error", [OSError(9, "Bad file"), ValueError("closed")], ids=repr)
+def test_a_stream_without_a_number_is_left_alone(error: Exception) -> None:
+    settle(Stuck(error))
+    settle(Stuck(1 << 20))  # no file has it
+
+
+def test_closed_standard_streams_are_occupied_and_open_ones_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[tuple[str, int]] = []
+    closed = {0, 2}
+
+    def fstat(number: int) -> None:
+        asked.append(number)
+        if number in closed:
+            raise OSError(9, "Bad file descriptor")
+
+    asked: list[int] = []
+    system = SimpleNamespace(
+        fstat=fstat, open=lambda *given: opened.append(given), devnull=os.devnull, O_RDWR=os.O_RDWR
+    )
+    monkeypatch.setattr(standard_streams, "os", system)
+    standard_streams.occupy()
+    assert asked == [0, 1, 2] and opened == [(os.devnull, os.O_RDWR)] * 2

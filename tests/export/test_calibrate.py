@@ -1,5 +1,6 @@
 """FP8: scales that rollouts gave, graphs that round where they say, and engines that run them."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -31,12 +32,12 @@ from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.graphs import graph_modules
 from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.checkpoint import Checkpoint
+from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import Ring, hopper_fp8
-from aapt_deploy.profiles import Fp8, Profile, loads
+from aapt_deploy.profiles import Fp8, Profile, Text, loads
 from tests.support.commands import Ran
+from tests.support.opening import silent
 from tests.support.tiny import Exported, make_checkpoint
-
-silent = lambda text: None
 
 # Three blocks: only the middle one is quantised.
 KEPT = ("text_in", "time_*", "*.first.*", "*.last.*")
@@ -162,6 +163,33 @@ def test_the_same_seed_gives_the_same_scales(
     scales.save(calibrated, tmp_path / "a")
     scales.save(calibrate.calibrate(checkpoint.load(three.path), silent), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+@pytest.mark.parametrize("text", [Text("vocabulary", 4, 16), Text("embedding", 3, 16)], ids=str)
+def test_rollouts_begin_with_the_checkpoints_pictures_and_only_words_are_its_own(
+    loaded: Checkpoint, text: Text, pictures: int
+) -> None:
+    """There is no text encoder, so embeddings are drawn; so is a picture if there is none."""
+    frames = dict(list(loaded.start_frames.items())[:pictures])
+    profile = loaded.profile.replace(text=text)
+    checkpoint_ = dataclasses.replace(loaded, profile=profile, start_frames=frames)
+    starts, again, others = (calibrate._starts(checkpoint_, seed) for seed in (0, 0, 1))
+    assert len(starts) == max(1, pictures)
+    for start, frame in zip(starts, frames.values(), strict=False):
+        np.testing.assert_array_equal(start.image, frame.image.numpy())
+    shape = {"vocabulary": (1, 4), "embedding": (1, 3, 16)}[text.kind]
+    for one, two, other in zip(starts, again, others, strict=True):
+        assert one.image.shape == (profile.video.height, profile.video.width, 3)
+        assert one.text is not None and two.text is not None and other.text is not None
+        assert one.text.shape == shape and one.prompt == ""
+        assert np.array_equal(one.image, two.image) and np.array_equal(one.text, two.text)
+        own = pictures and text.kind == "vocabulary"
+        assert bool(own) == np.array_equal(one.text, other.text)
+        assert bool(pictures) == np.array_equal(one.image, other.image)
+    if pictures and text.kind == "vocabulary":
+        words = [family_of(profile).text_of(profile, frame.prompt) for frame in frames.values()]
+        assert all(np.array_equal(a.text, b) for a, b in zip(starts, words, strict=True))
 
 
 # --- arithmetic ---

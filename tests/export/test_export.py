@@ -29,10 +29,8 @@ from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, NEXT, VERSION
 from aapt_deploy.profiles import Profile
 from aapt_deploy.video.pictures import read_image
 from tests.support.commands import COMMAND, ENVIRONMENT
-from tests.support.opening import open_engines
+from tests.support.opening import open_engines, silent
 from tests.support.tiny import Made, frames_of
-
-silent = lambda text: None
 
 
 def graph(bundle: Path, name: str) -> onnx.ModelProto:

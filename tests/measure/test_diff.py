@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from aapt_deploy.backends.table import LONGEST_MS
 from aapt_deploy.errors import InputError
 from aapt_deploy.measure.diff import Change, difference
 
@@ -86,13 +87,73 @@ def test_layers_are_sorted_by_what_changed_and_new_and_gone_ones_are_told(
     )
 
 
+def test_older_records_without_layers_are_compared(tmp_path: Path) -> None:
+    older = record()
+    del older["layers"]
+    newer = record(layers={"decoder": [{"name": "conv", "ms": 1.5}]})
+    paths = [written(tmp_path, name, held) for name, held in (("a", older), ("b", newer))]
+    assert difference(paths[0], paths[0]).layers == {}
+    assert difference(*paths).layers == {"decoder": [Change("conv", None, 1.5)]}
+    assert difference(*reversed(paths)).layers == {"decoder": [Change("conv", 1.5, None)]}
+    assert difference(*paths).stages == {
+        "p50_ms": [Change("step", 20.0, 20.0), Change("decoder", 20.0, 20.0)],
+        "p95_ms": [Change("step", 22.0, 22.0), Change("decoder", 22.0, 22.0)],
+    }
+
+
+def test_a_header_that_differs_is_shown_for_both_records(tmp_path: Path) -> None:
+    other = {"profile": "q", "backend": "torch", "precision": "bf16", "blocks": 9}
+    a = written(tmp_path, "a", record(machine={"gpu": "H100", "driver": 580}))
+    b = written(tmp_path, "b", record(**other, passes_per_block=4, machine={"gpu": "H100"}))
+    assert difference(a, b).differs == {
+        "backend": ("tensorrt", "torch"), "blocks": ("10", "9"), "machine.driver": ("580", "-"),
+        "passes_per_block": ("1", "4"), "precision": ("fp8_e4m3", "bf16"), "profile": ("p", "q"),
+    }  # fmt: skip
+
+
+def test_a_change_is_rounded_and_has_no_ratio_without_both_times() -> None:
+    change = Change("step", 3.0, 1.0)
+    assert (change.delta_ms, change.ratio) == (-2.0, 0.3333)
+    assert Change("step", 1.0, 1.00006).delta_ms == 0.0001
+    assert (Change("new", None, 2.0).delta_ms, Change("new", None, 2.0).ratio) == (2.0, None)
+    assert (Change("gone", 2.0, None).delta_ms, Change("gone", 2.0, None).ratio) == (-2.0, None)
+    assert Change("free", 0.0, 1.0).ratio is None and Change("free", 2.0, 0.0).ratio == 0
+
+
+@pytest.mark.parametrize("value", [0, LONGEST_MS, 2.5])
+def test_times_from_nothing_to_the_longest_are_read(tmp_path: Path, value: float) -> None:
+    times = {"p50_ms": value, "p95_ms": value}
+    path = written(tmp_path, "a", record(steady={"step": times}))
+    assert difference(path, path).stages["p95_ms"] == [Change("step", value, value)]
+
+
+@pytest.mark.parametrize("value", [-0.001, 2 * LONGEST_MS, True, None, "1"])
+def test_what_is_no_time_is_refused(tmp_path: Path, value: object) -> None:
+    for name in ("p50_ms", "p95_ms"):
+        times = {"p50_ms": 1.0, "p95_ms": 1.0} | {name: value}
+        path = written(tmp_path, "a", record(steady={"step": times}))
+        with pytest.raises(InputError, match="stage step has no times"):
+            difference(path, path)
+    layers = {"generator": [{"name": "gemm", "ms": 1.0}, {"name": "norm", "ms": value}]}
+    path = written(tmp_path, "a", record(layers=layers))
+    with pytest.raises(InputError, match="layers of generator have no names or times"):
+        difference(path, path)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ("[]", "no object"), ("{", "not JSON"), ("{}", "lacks profile"),
         (json.dumps(record(steady={"step": {"p50_ms": "fast"}})), "stage step"),
         (json.dumps(record(steady={"step": {"p50_ms": 1, "p95_ms": float("nan")}})), "stage step"),
-        (json.dumps(record(machine=3)), "no object"),
+        (json.dumps(record(machine=3)), "machine, steady or layers is no object"),
+        (json.dumps(record(steady=[])), "machine, steady or layers is no object"),
+        (json.dumps(record(layers=[])), "machine, steady or layers is no object"),
+        (json.dumps(record(steady={"step": []})), "stage step has no times"),
+        (json.dumps(record(layers={"generator": {}})), "layers of generator"),
+        (json.dumps(record(layers={"generator": [[]]})), "layers of generator"),
+        (json.dumps({"profile": "p", "steady": {}, "blocks": 1}),
+         "lacks backend, precision, passes_per_block, machine$"),
         (json.dumps(record(layers={"generator": [{"name": 3, "ms": 1}]})), "layers of generator"),
         ("[" * 100_000, "not JSON"),
         (json.dumps(record(steady={"step": {"p50_ms": 10**400, "p95_ms": 1}})), "stage step"),

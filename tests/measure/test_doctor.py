@@ -5,11 +5,17 @@ Only what streaming needs makes the verdict bad.
 
 import hashlib
 import importlib
+import importlib.metadata
 import json
+import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from aapt_deploy import assets
@@ -99,7 +105,7 @@ def test_the_checkpoint_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not found("demo checkpoint").ok
     weights.write_bytes(b"x" * 100)
     digest.write_text(hashlib.sha256(b"x" * 100).hexdigest() + "\n")
-    assert found("demo checkpoint").ok
+    assert found("demo checkpoint") == Check("demo checkpoint", True, False, "0.0 MB, hash fits")
     weights.write_bytes(b"y" * 100)
     check = found("demo checkpoint")
     assert not check.ok
@@ -119,6 +125,83 @@ def test_no_ffmpeg_is_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     check = found("ffmpeg")
     assert (check.ok, check.needed, check.fix) == (False, False, "install ffmpeg")
+
+
+def test_the_runtime_answers_with_what_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = found("onnxruntime runs")
+    providers = ", ".join(onnxruntime.get_available_providers())
+    assert check.found == f"opset 24 runs, providers {providers}" and check.fix == ""
+
+    class Session:
+        def __init__(self, graph: bytes, providers: list[str]) -> None:
+            assert graph == doctor._ADD_GRAPH and providers == ["CPUExecutionProvider"]
+
+        def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            assert outputs is None and inputs["x"].dtype == np.float32
+            return [2.5 * inputs["x"]]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    check = found("onnxruntime runs")
+    assert (check.ok, check.found) == (False, "1.5 + 1.5 gave [3.75]")
+    assert check.fix == "pip install --force-reinstall onnxruntime"
+
+
+def test_the_smallest_graph_is_one_addition() -> None:
+    model = onnx.load_from_string(doctor._ADD_GRAPH)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(node.op_type, *node.input, *node.output) for node in model.graph.node] == [
+        ("Add", "x", "x", "y")
+    ]
+    assert model.ir_version == 10 and [x.version for x in model.opset_import] == [24]
+
+
+@pytest.mark.parametrize(
+    ("version", "ok"), [((3, 10, 9), False), ((3, 11, 0), True), ((3, 13, 1), True)]
+)
+def test_python_is_new_enough_from_3_11_on(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], ok: bool
+) -> None:
+    monkeypatch.setattr(sys, "version_info", version)
+    check = doctor._python()
+    assert (check.ok, check.needed, check.found) == (ok, True, platform.python_version())
+    assert check.fix == ("" if ok else "install Python 3.11 or newer")
+
+
+@pytest.mark.parametrize(("count", "ok"), [(1, False), (2, True), (3, True)])
+def test_the_demo_wants_two_cores(monkeypatch: pytest.MonkeyPatch, count: int, ok: bool) -> None:
+    monkeypatch.setattr(doctor, "cores", lambda: count)
+    check = doctor._cores()
+    assert (check.ok, check.needed, check.found, bool(check.fix)) == (ok, False, str(count), not ok)
+
+
+@pytest.mark.parametrize(
+    ("package", "purpose"), [(row[0], row[2]) for row in doctor.PACKAGES if row[0] != "tensorrt"]
+)
+def test_a_package_is_found_with_its_version_and_what_it_is_for(package: str, purpose: str) -> None:
+    check = found(package)
+    assert check.found == f"{importlib.metadata.version(package)}, for {purpose}"
+    assert check.fix == ""
+
+
+def test_a_gpus_driver_is_named_by_its_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = tmp_path / "version"
+    monkeypatch.setattr(doctor, "Path", {"/proc/driver/nvidia/version": version}.__getitem__)
+    check = doctor._gpu()
+    assert (check.name, check.ok, check.needed) == ("nvidia driver", False, False)
+    assert "the CPU engine needs none" in check.found and "H100" in check.fix
+    version.write_text("NVRM version: 580.65.06\nGCC version: 13\n")
+    check = doctor._gpu()
+    assert (check.ok, check.needed, check.fix) == (True, False, "")
+    assert check.found == "NVRM version: 580.65.06; TensorRT itself: aapt doctor --tensorrt"
+
+
+def test_ffmpeg_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ffmpeg").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._ffmpeg() == Check("ffmpeg", True, False, str(tmp_path / "ffmpeg"), "")
+    assert doctor._attempt("x", True, lambda: "well", "mend it") == Check("x", True, True, "well")
 
 
 def test_the_report_and_its_verdict(aapt: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aapt_deploy.backends.torch_cuda import engine
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.cli import reports
 from aapt_deploy.cli.measure import _floors
@@ -24,9 +26,11 @@ from aapt_deploy.measure.latency import (
 )
 from aapt_deploy.models import cost
 from aapt_deploy.profiles import Profile, Target
-from aapt_deploy.rollout.starts import Start
+from aapt_deploy.rollout.engine import LayerTime
+from aapt_deploy.rollout.starts import Start, all_starts, coarse_start
+from tests.support.commands import recorded
 from tests.support.fake_engines import FakeEngines
-from tests.support.opening import unexpected
+from tests.support.opening import silent, unexpected
 
 SLEEP_S = 0.012
 
@@ -59,9 +63,7 @@ def slow(tiny: Profile) -> Latency:
 
 @pytest.fixture(scope="module")
 def real(bundle: Path) -> Latency:
-    return measure_bundle(
-        Bundle.open(bundle), "onnxruntime", None, 12, unexpected, lambda text: None
-    )
+    return measure_bundle(Bundle.open(bundle), "onnxruntime", None, 12, unexpected, silent)
 
 
 def test_every_stage_is_there_and_the_step_holds_them_all(real: Latency, tiny: Profile) -> None:
@@ -157,7 +159,7 @@ def test_progress_counts_every_block(bundle: Path) -> None:
 
 def test_a_bundle_without_that_engine_is_refused(bare: Path) -> None:
     with pytest.raises(BundleError, match="has no onnxruntime engine"):
-        measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, unexpected, lambda text: None)
+        measure_bundle(Bundle.open(bare), "onnxruntime", None, 10, unexpected, silent)
 
 
 def test_floors_stand_beside_their_stages(
@@ -214,3 +216,150 @@ def test_the_command_says_the_verdict_and_exits_by_it(
     assert "verdict: OVER BUDGET" in bad.err
     assert json.loads(bad.out)["within_budget"] is False
     assert json.loads(bad.out)["deadline_misses"] == 10
+
+
+# --- clocks and figures by hand ---
+
+
+class Clock:
+    """In the place of the module's clock: moved by the test alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
+
+    def takes(self, seconds: float) -> Callable[..., str]:
+        def call(**arguments: object) -> str:
+            self.now += seconds
+            return f"answer to {sorted(arguments)}"
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_the_stopwatch_adds_up_each_stage_of_each_block(clock: Clock) -> None:
+    watch = latency.Stopwatch()
+    assert watch("prompt", "run", clock.takes(0.5), {"text": 1}) == "answer to ['text']"
+    watch("generator", "reset", clock.takes(0.25), {"text_k.00": 1})
+    watch("generator", "reset", clock.takes(4), {})
+    for seconds in (1, 2):
+        watch("generator", "run", clock.takes(seconds), {})
+    watch("generator", "commit", clock.takes(0.125), {"block": 0})
+    # The next block is begun before this one is decoded.
+    watch("generator", "run", clock.takes(16), {})
+    watch("generator", "commit", clock.takes(32), {"block": 1})
+    watch("decoder", "run", clock.takes(8), {})
+    assert watch.next_block() == {
+        "prompt": 0.75, "reset": 4, "generator": 3, "commit": 0.125, "decoder": 8,
+    }  # fmt: skip
+    watch("decoder", "run", clock.takes(64), {})
+    watch("decoder", "run", clock.takes(64), {})
+    assert watch.next_block() == {"generator": 16, "commit": 32, "decoder": 128}
+    assert not watch.making and not watch.decoding and not watch.made
+
+
+@pytest.mark.parametrize(
+    ("step", "beside", "left"),
+    [(10.0, False, 3.0), (10.0, True, 5.0), (4.0, True, 0.0), (4.0, False, -3.0)],
+)
+def test_the_hand_off_is_what_no_stage_accounts_for(step: float, beside: bool, left: float) -> None:
+    spent = {"generator": 4.0, "commit": 1.0, "decoder": 2.0}
+    assert latency._hand_off(step, spent, beside) == left
+    assert latency._hand_off(9.0, {"decoder": 8.0, "generator": 1.0}, True) == 1.0
+    assert latency._hand_off(9.0, {"generator": 1.0}, False) == 8.0
+
+
+def test_a_summary_by_hand(tiny: Profile) -> None:
+    budget_s = tiny.step_budget_ms / 1000
+    steps = [budget_s, budget_s * 1.0001, 0.0123456, 0.0234567]
+    stages = {"step": steps, "generator": [0.0012344], "decoder": []}
+    layers = {"decoder": [LayerTime("conv", "", "", 1.0, 0.5)]}
+    found = latency._summary(
+        tiny, FakeEngines(tiny), stages, [0.0123456, 0.5], (0.98765, 0.12345), layers
+    )
+    assert (found.profile, found.backend, found.precision) == ("tiny-cpu", "fake", "fp32")
+    assert (found.blocks, found.passes_per_block) == (4, len(tiny.sampler.timesteps))
+    assert found.budget_ms == round(tiny.step_budget_ms, 1) == 166.7
+    assert list(found.steady) == ["step", "generator"], "what was not measured is not shown"
+    assert found.steady["generator"] == StageTimes(1, 1.234, 1.234, 1.234, 1.234)
+    assert found.cold_step_ms == [12.35, 500.0]
+    assert (found.first_frame_ms, found.open_ms) == (987.6, 123.5)
+    assert found.sustained_fps == round(4 * 4 / sum(steps), 1)
+    assert found.deadline_misses == 1, "a step that takes the budget is in time"
+    assert found.samples_ms == [round(1000 * s, 3) for s in steps] and found.samples_ms[2] == 12.346
+    assert found.layers is layers and found.floor_ms == {} and found.machine["cores"]
+
+
+class Beside(FakeEngines):
+    """Engines whose decoder works beside the generator, and which time their layers."""
+
+    overlapped = True
+
+    def layer_times(self, runs: int) -> dict[str, list[LayerTime]]:
+        self.calls.append(("", "layer_times", {"runs": runs}))
+        return {"generator": [LayerTime("qkv", "gemm", "t", 1.0, 1.0)]}
+
+
+def test_beside_the_decoder_frames_are_encoded_when_all_is_measured(
+    tiny: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are kept; layers are timed before the engines are closed."""
+    engines, done, written = Beside(tiny), list[int](), list[tuple[int, int]]()
+
+    class Sink:
+        def __enter__(self) -> "Sink":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def write(self, frames: np.ndarray) -> None:
+            written.append((len(frames), len(done)))
+
+    opened: list[tuple[object, ...]] = []
+    monkeypatch.setattr(latency, "open_sink", lambda *given: opened.append(given) or Sink())  # type: ignore[func-returns-value]
+    monkeypatch.setattr(latency, "ENCODED_BLOCKS", 5)
+    found = measure(lambda: engines, tiny, begin(tiny), 10, done.append)
+    ((file, format_, *size),) = opened
+    assert str(file).endswith(".mp4") and format_ is None and size == [64, 32, 24]
+    assert done == list(range(1, 10 + COLD_BLOCKS + 1))
+    assert written == [(4, done[-1])] * 5 and found.steady["encode"].count == 5
+    assert found.layers == {"generator": [LayerTime("qkv", "gemm", "t", 1.0, 1.0)]}
+    ends = [call for call in engines.calls if call[0] == ""]
+    assert ends == [("", "layer_times", {"runs": latency.LAYER_RUNS}), ("", "close", {})]
+
+
+def test_a_bundle_is_measured_from_its_first_start_frame(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(bundle)
+    engines = recorded(monkeypatch, latency, "open_engines", "engines")
+    measures = recorded(monkeypatch, latency, "measure", "measured")
+    said: list[str] = []
+    assert measure_bundle(opened, "torch", "fp32", 11, unexpected, said.append) == "measured"
+    (call,) = measures
+    assert call.pop("open_all")() == "engines" and list(engines[0].values()) == [
+        opened, "torch", "fp32", unexpected,
+    ]  # fmt: skip
+    call.pop("progress")(3)
+    assert said == [f"3 of {COLD_BLOCKS + 11} blocks"]
+    first = all_starts(opened)[0]
+    begun = call.pop("begin")
+    assert np.array_equal(begun.image, first.image) and begun.prompt == first.prompt
+    assert call == {"profile": opened.profile, "blocks": 11}
+
+
+def test_random_weights_are_measured_from_a_coarse_picture(
+    tiny: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens = recorded(monkeypatch, engine, "open_random", "engines")
+    measures = recorded(monkeypatch, latency, "measure", "measured")
+    assert latency.measure_random(tiny, "bf16", 11, silent) == "measured"
+    (call,) = measures
+    assert call["open_all"]() == "engines" and list(opens[0].values()) == [tiny, "bf16"]
+    assert np.array_equal(call["begin"].image, coarse_start(tiny).image)
+    assert (call["profile"], call["blocks"]) == (tiny, 11)

@@ -12,12 +12,13 @@ import pytest
 from aapt_deploy.bundle.bundle import Bundle, _describe
 from aapt_deploy.errors import MachineError, OutputError, ProfileError, UsageError, VerdictError
 from aapt_deploy.measure import quality
+from aapt_deploy.measure.machine import machine
 from aapt_deploy.measure.quality import Loss, compare, gradient, luma, ssim
 from aapt_deploy.profiles import Quality, loads
 from aapt_deploy.rollout.engine import Engine, Engines
 from tests.support.bundles import rewrite_manifest
 from tests.support.commands import Ran
-from tests.support.opening import open_engines, unexpected
+from tests.support.opening import open_engines, silent, unexpected
 from tests.support.tiny import Exported
 
 Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -73,7 +74,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> Callable[[str, Chang
             return Spoilt(engines, graph, change) if next(opened) else engines
 
         monkeypatch.setattr(quality, "_open", open_one)
-        return compare(Bundle.open(bundle), "a", "b", 1, unexpected, lambda text: None)
+        return compare(Bundle.open(bundle), "a", "b", 1, unexpected, silent)
 
     return run
 
@@ -126,8 +127,8 @@ def test_flat_and_still_blocks_are_counted(spoil: Callable[[str, Change], Loss])
 
 def test_real_engines_are_within_the_thresholds(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    eager = compare(opened, "onnxruntime-fp32", "torch-fp32", 2, unexpected, lambda text: None)
-    int8 = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 2, unexpected, lambda text: None)
+    eager = compare(opened, "onnxruntime-fp32", "torch-fp32", 2, unexpected, silent)
+    int8 = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 2, unexpected, silent)
     assert eager.failures == int8.failures == []
     assert max(eager.latent_error) < 1e-4 < max(int8.latent_error)
     assert eager.decoder_psnr_db > 50 > int8.decoder_psnr_db > 25, (
@@ -192,7 +193,7 @@ def test_a_video_of_less_than_a_block_a_second_is_judged_block_by_block(copied: 
     )
     opened = Bundle.open(copied)
     assert opened.profile.video.fps == 2
-    loss = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 3, unexpected, lambda text: None)
+    loss = compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 3, unexpected, silent)
     assert len(loss.seconds) == len(loss.latent_error) == 3 and loss.blocks == 6, (
         "three from each of two start frames"
     )
@@ -202,9 +203,7 @@ def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(
     bundle: Path, copied: Path, exported: Exported
 ) -> None:
     opened, other = Bundle.open(bundle), Bundle.open(copied)
-    same = compare(
-        opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, lambda text: None, other
-    )
+    same = compare(opened, "onnxruntime-fp32", "onnxruntime-fp32", 1, unexpected, silent, other)
     assert same.failures == [] and max(same.latent_error) == 0
     with pytest.raises(UsageError, match="compared with itself"):
         compare(
@@ -213,7 +212,7 @@ def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(
             "onnxruntime-fp32",
             1,
             unexpected,
-            lambda text: None,
+            silent,
             Bundle.open(bundle),
         )
     with pytest.raises(UsageError, match="not of one checkpoint and profile"):
@@ -223,7 +222,7 @@ def test_the_reference_may_be_another_bundle_s_of_the_same_checkpoint(
             "onnxruntime-fp32",
             1,
             unexpected,
-            lambda text: None,
+            silent,
             Bundle.open(exported.path),
         )
 
@@ -500,3 +499,133 @@ def test_decibels_of_a_square_error() -> None:
 def test_luma_is_bt601() -> None:
     frames = np.array([[[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]]], np.uint8)
     assert luma(frames)[0, 0] == pytest.approx([76.245, 149.685, 29.07, 255])
+
+
+# --- the plot ---
+
+
+def test_a_plot_has_every_curve_under_its_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four in a row, 1200 x 320 pixels, their titles small enough to stand side by side."""
+    from matplotlib.figure import Figure
+
+    drawn: list[tuple[Figure, str]] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _, format: drawn.append((figure, format)))
+    seconds = [quality.Second(40.0, 0.95, 1.1, 0.9), quality.Second(30.0, 0.9, 1.2, 0.8)]
+    loss = Loss(
+        "p", "a", "b", seconds, [0.01, 0.02, 0.03], 50.0, 0.01, 0.001, 0, 0, 2, THRESHOLDS, {},
+        [41.0, 42.0, 43.0, 44.0], [0.91, 0.92, 0.93, 0.94, 0.95],
+    )  # fmt: skip
+    assert quality.plot(loss, "svg") == b""
+    ((figure, kind),) = drawn
+    assert kind == "svg" and tuple(figure.get_size_inches()) == (12, 3.2)
+    named = lambda line: str(line.get_label()).removeprefix("_child0")  # matplotlib's "no name"
+    curves = {
+        axes.get_title(): {named(line): list(line.get_ydata()) for line in axes.lines}
+        for axes in figure.axes
+    }
+    assert curves == {
+        "latent error, teacher-forced, by block": {"": [0.01, 0.02, 0.03]},
+        "PSNR in dB, free-running, by frame": {"": [41.0, 42.0, 43.0, 44.0]},
+        "SSIM, free-running, by frame": {"": [0.91, 0.92, 0.93, 0.94, 0.95]},
+        "shares by second": {"sharpness": [1.1, 1.2], "brightness": [0.9, 0.8]},
+    }
+    assert {axes.title.get_fontsize() for axes in figure.axes} == {9}
+    assert {line.get_marker() for axes in figure.axes for line in axes.lines} == {"."}
+    assert [axes.get_legend() is not None for axes in figure.axes] == [False] * 3 + [True]
+    columns = [axes.get_subplotspec().colspan.start for axes in figure.axes]
+    assert columns == [0, 1, 2, 3] and figure.get_layout_engine() is not None
+
+
+def test_what_is_wrong_with_the_engines_to_compare_is_told_with_what_there_is(
+    bundle: Path, bare: Path
+) -> None:
+    opened = Bundle.open(bundle)
+    built = ", ".join(sorted(opened.engines))
+    with pytest.raises(UsageError, match="onnxruntime-fp32 is compared with itself") as caught:
+        run(opened, "onnxruntime-fp32", "onnxruntime-fp32")
+    assert caught.value.hint == f"engines of {bundle}: {built}"
+    with pytest.raises(UsageError, match=f"{bundle} has no engine 'tensorrt-bf16'") as caught:
+        run(opened, "tensorrt-bf16", "onnxruntime-fp32")
+    assert caught.value.hint.startswith(f"built: {built}; ")
+    with pytest.raises(UsageError, match="has no engine 'onnxruntime-int8'") as caught:
+        run(Bundle.open(bare), "onnxruntime-int8", "onnxruntime-fp32")
+    assert caught.value.hint.startswith("built: none; build it with: aapt build-engine")
+    with pytest.raises(UsageError, match="'fp32' names no engine"):
+        run(opened, "fp32", "onnxruntime-fp32")
+
+
+def run(opened: Bundle, reference: str, candidate: str) -> Loss:
+    return compare(opened, reference, candidate, 1, unexpected, silent)
+
+
+def test_engines_are_closed_also_if_the_second_cannot_be_opened(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    opened = Bundle.open(bundle)
+
+    class Opened:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    def open_one(holder: Bundle, name: str, warn: object) -> Opened:
+        assert holder is opened and warn is unexpected
+        if name == "missing":
+            raise UsageError("missing", "none")
+        return Opened(name)
+
+    monkeypatch.setattr(quality, "_open", open_one)
+    with pytest.raises(UsageError, match="missing"):
+        run(opened, "a", "missing")
+    assert closed == ["a"]
+    monkeypatch.setattr(quality, "_compare", lambda *given: [e.name for e in given[2]])
+    assert run(opened, "a", "b") == ["a", "b"] and closed == ["a", "b", "a"]  # type: ignore[comparison-overlap]
+
+
+def test_the_frames_of_a_block_are_paired_with_the_frame_before() -> None:
+    """Unequal streams end with the shorter; each block carries the last frame of the one before."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(0, 256, (n, 8, 9, 3), dtype=np.uint8)
+    a, b = [draw(n) for n in (1, 4, 3, 2)], [draw(n) for n in (1, 4, 3, 2)]
+    found = list(quality._pairs(iter(a), iter(b), 2))
+    assert len(found) == 2 and len(list(quality._pairs(iter(a), iter(b[:2]), 2))) == 1
+    for block, (left, right, errors) in enumerate(found, start=1):
+        for mine, stream in ((left, a), (right, b)):
+            wanted = luma(np.concatenate([stream[block - 1][-1:], stream[block]]))
+            np.testing.assert_array_equal(mine, wanted)
+        difference = a[block].astype(float) - b[block]
+        np.testing.assert_allclose(errors, np.square(difference).mean((1, 2, 3)))
+
+
+def test_the_record_holds_what_was_compared(spoil: Callable[[str, Change], Loss]) -> None:
+    loss = spoil("generator", lambda out: out)
+    record = json.loads(loss.json())
+    assert (record["profile"], record["reference"], record["candidate"]) == ("tiny-cpu", "a", "b")
+    assert record["thresholds"] == THRESHOLDS and record["machine"] == machine()
+    assert record["failures"] == [] and record["blocks"] == 12
+    assert len(record["frame_psnr_db"]) == len(record["frame_ssim"]) == 24
+    assert record["frame_ssim"] == [1.0] * 24 and loss.drift_per_s == 0
+
+
+def test_figures_are_rounded_for_the_record(spoil: Callable[[str, Change], Loss]) -> None:
+    rng = np.random.default_rng(0)
+    loss = spoil(
+        "decoder", lambda out: out | {"frames": out["frames"] ^ rng.integers(0, 64, dtype=np.uint8)}
+    )
+    for values, digits in (
+        (loss.latent_error, 6), (loss.frame_psnr_db, 2), (loss.frame_ssim, 4),
+        ([loss.decoder_psnr_db, loss.seconds[0].psnr_db], 2),
+        ([loss.drift, loss.drift_per_s, *vars(loss.seconds[0]).values()], 4),
+    ):  # fmt: skip
+        assert [round(value, digits) for value in values] == values
+    assert loss.frame_ssim != [round(value, 3) for value in loss.frame_ssim]
+
+
+def test_progress_names_the_start_and_the_length(bundle: Path) -> None:
+    said: list[str] = []
+    opened = Bundle.open(bundle)
+    compare(opened, "onnxruntime-fp32", "onnxruntime-int8", 1, unexpected, said.append)
+    assert said == ["1 of 2 starts, 1 s each", "2 of 2 starts, 1 s each"]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aapt_deploy.errors import CheckpointError, InputError, OutputError, ProfileError
-from aapt_deploy.models.checkpoint import FORMAT, LISTED, StartFrame, build, load, save
+from aapt_deploy.models.checkpoint import FORMAT, LISTED, StartFrame, build, load, save, stored
 from aapt_deploy.profiles import load as load_profile
 
 TINY = load_profile("tiny-cpu")
@@ -364,3 +364,20 @@ def test_no_start_frames_at_all(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save(path, TINY, *build(TINY), {}, {})
     assert load(path).start_frames == {}
+
+
+def test_a_weight_of_a_file_that_is_gone_or_lacks_it_cannot_be_read(
+    good: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "copy.safetensors"
+    path.write_bytes(good.read_bytes())
+    held = stored(path)
+    name = "generator.text_in.weight"
+    weight = held.tensor(name)
+    assert weight.dtype == torch.float32 and torch.equal(weight, parts(good)[0][name].float())
+    with pytest.raises(CheckpointError, match=f"^checkpoint {path} cannot be read any more: "):
+        held.tensor("generator.nothing")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be read any more: .*No such file") as caught:
+        held.tensor(name)
+    assert caught.value.hint == "leave the file alone while it is in use"

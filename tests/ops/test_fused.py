@@ -6,6 +6,7 @@ And Triton's compiles for Hopper.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from aapt_deploy.models.aapt.layers import EPS, rms_norm, rotate
-from aapt_deploy.ops import fused
+from aapt_deploy.ops import fused, fused_triton
 from aapt_deploy.profiles import load
 from tests.support import ROOT
 
@@ -102,6 +103,92 @@ def test_pytorchs_fp8_product_takes_what_the_step_gives_it(
             assert narrow.x_scale.numel() == (profile.frame_tokens if by_row else 1)
 
 
+@pytest.mark.parametrize("bias", [None, torch.zeros(4)])
+def test_the_product_on_a_gpu_gives_pytorch_everything(
+    monkeypatch: pytest.MonkeyPatch, bias: torch.Tensor | None
+) -> None:
+    """The weight transposed, both scales, the bias, the type, the fast accumulator."""
+    seen: list[tuple[tuple[torch.Tensor, ...], dict[str, object]]] = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *x, **named: seen.append((x, named)) or "y")  # type: ignore[func-returns-value]
+    x, weight, of_x, of_weight = draw(3, 5), draw(4, 5), draw(3, 1), draw(1, 4)
+    assert fused_triton.product(x, weight, of_x, of_weight, bias, torch.bfloat16) == "y"
+    (((a, b), named),) = seen
+    assert a is x and b.shape == (5, 4) and b.data_ptr() == weight.data_ptr()
+    assert named.pop("scale_a") is of_x and named.pop("scale_b") is of_weight
+    assert named.pop("bias") is bias
+    assert named == {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+
+
+Launch = tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]
+
+
+class Launched:
+    """In the place of a kernel: keeps its grid and what it is given."""
+
+    def __init__(self, launches: list[Launch]) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *given, **named: self.launches.append((grid, given, named))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    made: list[Launch] = []
+    for name in ("_modulate", "_heads", "_pointwise"):
+        monkeypatch.setattr(fused_triton, name, Launched(made))
+    return made
+
+
+def test_one_program_takes_a_row_or_a_run_of_elements(launches: list[Launch]) -> None:
+    """In 8 warps for a row, whose length is rounded up; the interpreter knows neither."""
+    x, row, norm, step = draw(5, 3000), draw(3000), draw(24), torch.ones(1)
+    fused_triton.modulated(x, row, row, EPS, None)
+    fused_triton.gated(x, x, row, row, row, EPS, step)
+    fused_triton.heads(draw(5, 3 * 6 * 24), norm, norm, draw(2, 5, 12), EPS)
+    fused_triton.activated(x, step)
+    assert [grid for grid, *_ in launches] == [(5,), (5,), (5,), (8,)]
+    assert [named for *_, named in launches] == [
+        {"RESIDUAL": False, "QUANTISED": False, "BLOCK": 4096, "num_warps": 8},
+        {"RESIDUAL": True, "QUANTISED": True, "BLOCK": 4096, "num_warps": 8},
+        {"H": 6, "P": 12, "HEADS": 8, "PAIRS": 16, "num_warps": 8},
+        {"GELU_C": fused_triton.GELU_2C, "GELU": True, "QUANTISED": True,
+         "BLOCK": fused_triton.ELEMENTS},
+    ]  # fmt: skip
+    x = draw(3, 2048)
+    fused_triton.quantised(x, step)
+    grid, (given, scale, out, count), named = launches[-1]
+    assert grid == (3,) and given is x and scale is step and count == 3 * 2048
+    assert isinstance(out, torch.Tensor) and (out.shape, out.dtype) == (x.shape, fused.FP8)
+    assert not named["GELU"] and named["QUANTISED"]
+
+
+def test_rows_with_gaps_or_of_another_type_are_refused(launches: list[Launch]) -> None:
+    x, row, norm = draw(5, 64), draw(64), draw(16)
+    gaps, wide = draw(5, 128)[:, ::2], draw(128)[::2]
+    qkv, rope = draw(5, 3 * 2 * 16), draw(2, 5, 8)
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: fused_triton.quantised(gaps, row), r"x\.stride\(\)=\(128, 2\)"),
+        (lambda: fused_triton.modulated(gaps, row, row, EPS, None), r"x\.stride"),
+        (lambda: fused_triton.gated(x, gaps, row, row, row, EPS, None), r"x\.stride"),
+        (lambda: fused_triton.gated(gaps, x, row, row, row, EPS, None), r"x\.stride"),
+        (lambda: fused_triton.heads(draw(5, 192)[:, ::2], norm, norm, rope, EPS), "qkv.stride"),
+        (lambda: fused_triton.heads(qkv, norm, norm, draw(2, 5, 16)[..., ::2], EPS), "rope.stride"),
+        (lambda: fused_triton.heads(qkv, norm, norm, draw(2, 4, 8), EPS), "rope.shape"),
+        (lambda: fused_triton.heads(qkv, norm, norm, draw(2, 5, 16), EPS), "rope.shape"),
+    ]
+    for place in range(3):
+        for bad in (wide, row.half()):
+            rows = [row] * 3
+            rows[place] = bad
+            call = lambda rows=rows: fused_triton.gated(x, x, *rows, EPS, None)
+            refused.append((call, r"row\.stride\(\)=\((1|2),\) row\.dtype=torch\.float"))
+    for call, words in refused:
+        with pytest.raises(AssertionError, match=words):
+            call()
+    assert launches == []
+
+
 INTERPRETED = """
 import torch
 from aapt_deploy.ops import fused
@@ -144,6 +231,7 @@ COMPILED = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from aapt_deploy.ops import fused_triton as f
+from tests.support.triton_code import check_accesses
 names = ("gate", "shift", "scale", "step", "norm_q", "norm_k", "rope")
 floats = dict.fromkeys(names, "*fp32") | {"eps": "fp32"}
 numbers = dict.fromkeys(("dim", "N", "count"), "i32")
@@ -155,16 +243,22 @@ for quantised in (True, False):
     for flag in (True, False):
         modulate = {"RESIDUAL": flag, "QUANTISED": quantised, "BLOCK": 4096}
         pointwise = {"GELU_C": f.GELU_2C, "GELU": flag, "QUANTISED": quantised, "BLOCK": f.ELEMENTS}
-        cases += [(f._modulate, wide, modulate, 8), (f._pointwise, wide, pointwise, 4)]
+        cases += [
+            (f._modulate, wide, modulate, 8, (3 + 2 * flag + quantised, 1 + flag)),
+            (f._pointwise, wide, pointwise, 4, (1 + quantised, 1)),
+        ]
 for heads, half in ((24, 64), (4, 32)):
     numbers_of = {"H": heads, "P": half, "HEADS": 32 if heads == 24 else 4, "PAIRS": half}
-    cases.append((f._heads, dict.fromkeys(("qkv", "q", "k", "v"), "*bf16"), numbers_of, 8))
-for kernel, own, constants, warps in cases:
+    own = dict.fromkeys(("qkv", "q", "k", "v"), "*bf16")
+    # cos and sin; two halves and two norms of q and of k; two halves of v
+    cases.append((f._heads, own, numbers_of, 8, (2 + 2 * 4 + 2, 3 * 2)))
+for kernel, own, constants, warps, accesses in cases:
     kinds = floats | numbers | own | constant(constants)
     signature = {name: kinds[name] for name in kernel.arg_names}
     hopper, options = GPUTarget("cuda", 90, 32), {"num_warps": warps}
     made = compile(ASTSource(kernel, signature, constants), target=hopper, options=options)
     assert "sm_90" in made.asm["ptx"] and made.asm["cubin"]
+    check_accesses(made.asm["ttir"], *accesses)
     if constants.get("QUANTISED"):
         assert "cvt.rn.satfinite.e4m3x2" in made.asm["ptx"]
 print("done")

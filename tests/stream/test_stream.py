@@ -28,7 +28,7 @@ from aapt_deploy.video.sinks import ReaderGone, Sink
 from tests.support.bundles import rewrite_manifest
 from tests.support.commands import COMMAND, ENVIRONMENT
 from tests.support.ffmpeg import FFMPEG, probed
-from tests.support.opening import open_engines
+from tests.support.opening import open_engines, silent
 from tests.support.tiny import PROMPTS, picture
 
 BARE_PIXELS = [
@@ -41,10 +41,6 @@ BARE_PIXELS = [
     "-framerate",
     "24",
 ]
-
-
-def silent(text: str) -> None:
-    """Nobody listens."""
 
 
 def run(

@@ -1,8 +1,11 @@
 """The command line as a process of its own, and how a command in this process ended."""
 
+import inspect
 import os
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pytest
 
 from tests.support import ROOT
 
@@ -31,3 +34,22 @@ class Ran(NamedTuple):
 
 COMMAND = [sys.executable, "-W", "error", "-m", "aapt_deploy"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def recorded(
+    patch: pytest.MonkeyPatch, owner: object, name: str, answer: object
+) -> list[dict[str, Any]]:
+    """Put a function that returns `answer` in the place of `owner.name`.
+
+    Return its calls, with every argument by the name of its parameter.
+    """
+    signature, calls = inspect.signature(getattr(owner, name)), list[dict[str, Any]]()
+
+    def call(*given: Any, **named: Any) -> object:
+        bound = signature.bind(*given, **named)
+        bound.apply_defaults()
+        calls.append(dict(bound.arguments))
+        return answer
+
+    patch.setattr(owner, name, call)
+    return calls

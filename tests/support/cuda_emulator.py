@@ -170,7 +170,7 @@ class Driver:
         return Results.CUDA_SUCCESS, self.free, self.free
 
     def _cuMemHostRegister(self, address: int, size: int, flags: int) -> None:
-        assert address % PAGE == 0 and size > 0
+        assert address % PAGE == 0 and size > 0 and flags == 0
         self.pinned[address] = size
         self.hosts.append(address)
 
@@ -189,6 +189,7 @@ class Driver:
         assert not self.streams.pop(int(stream))
 
     def _cuEventCreate(self, flags: int) -> Any:
+        assert flags == real.CUevent_flags.CU_EVENT_DISABLE_TIMING.value
         return real.CUevent(self._handle())
 
     def _cuEventDestroy(self, event: Any) -> None:
@@ -242,6 +243,7 @@ class Driver:
         return graph
 
     def _cuGraphInstantiate(self, graph: Any, flags: int) -> Any:
+        assert flags == 0
         ready = real.CUgraphExec(self._handle())
         self.graphs[int(ready)] = [*self.graphs[int(graph)]]
         return ready

@@ -3,9 +3,13 @@
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from aapt_deploy.ops.block_causal_attention import kernels
+from tests.support.attention_checks import Run
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 DEFAULT = kernels.Variant()
@@ -34,3 +38,32 @@ def build(source: Path, dim: int, out: Path, variant: kernels.Variant = DEFAULT)
     for function in (loaded.run_pack, loaded.run_attend, loaded.run_commit):
         function.restype = ctypes.c_char_p
     return loaded
+
+
+def launches(library: ctypes.CDLL) -> Run:
+    """Return launches of the kernels in `library` with tensors of this CPU."""
+
+    def launch(
+        kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]
+    ) -> None:
+        assert all(x.is_contiguous() for x in (*inputs, *outputs))
+        addresses = [[x.data_ptr() for x in tensors] for tensors in (inputs, outputs)]
+        launch_at(library, kernel, addresses[0], numbers, addresses[1])
+
+    return launch
+
+
+def launch_at(
+    library: ctypes.CDLL,
+    kernel: str,
+    inputs: Sequence[int],
+    numbers: Sequence[int],
+    outputs: Sequence[int],
+) -> None:
+    """Launch a kernel in `library` with addresses, as `kernels.Kernels` does on a GPU."""
+    shape = kernels.launch_shape(kernel, numbers[0], numbers[1])
+    pointers = [[ctypes.c_void_p(at) for at in addresses] for addresses in (inputs, outputs)]
+    problem = getattr(library, kernel.replace("aapt_", "run_"))(
+        shape.x, shape.y, shape.threads, LATE, *pointers[0], *numbers, *pointers[1]
+    )
+    assert problem is None, problem.decode()

@@ -14,6 +14,11 @@ def unexpected(text: str) -> None:
     raise AssertionError(f"an unexpected warning: {text}")
 
 
+def silent(text: str) -> None:
+    """Take a report that no test reads; words it has to be."""
+    assert isinstance(text, str) and text.strip(), repr(text)
+
+
 def open_engines(
     bundle: Bundle,
     backend: str,

@@ -38,10 +38,8 @@ from aapt_deploy.rollout.engine import TappedEngine
 from aapt_deploy.rollout.starts import all_starts
 from tests.support.bundles import rewrite_manifest, tree
 from tests.support.commands import COMMAND, ENVIRONMENT
-from tests.support.opening import open_engines
+from tests.support.opening import open_engines, silent
 from tests.support.tiny import Made
-
-silent = lambda text: None
 
 
 def graph(opened: Bundle, key: str, name: str) -> onnx.ModelProto:

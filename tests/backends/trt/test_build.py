@@ -6,6 +6,7 @@ and then a stream from it. TensorRT's own API is for bindings/contract_build.py.
 """
 
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -28,6 +29,7 @@ from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.cli import console
 from aapt_deploy.errors import BundleError, MachineError, ParityError, UsageError
+from aapt_deploy.profiles import Target
 from tests.support.fake_tensorrt import VERSION, TensorRT, receipt
 from tests.support.fake_tensorrt import here as here
 from tests.support.opening import open_engines
@@ -371,6 +373,70 @@ def test_without_room_on_the_gpu_nothing_is_begun(
     ) as caught:
         made(bare)
     assert "aapt plan" in caught.value.hint and not here.built
+
+
+def test_another_gpu_and_little_memory_are_warnings(
+    bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the first graph; the build goes on."""
+    opened, said = Bundle.open(bare), list[str]()
+    target = Target("cuda", "L40S", sm=89)
+    profile = opened.profile.replace(target=target)
+    needed = dataclasses.replace(
+        build.cost_of(opened.profile), memory_gb={"weights": 2.0, "runtime": 0.5}
+    )
+    monkeypatch.setattr(build, "cost_of", lambda profile: needed)
+    monkeypatch.setattr(build, "free_memory_bytes", lambda: 5_900_000_000)
+    device = cuda.Device(here.driver)
+    build._check_machine(profile, "bf16", device, said.append)
+    assert said == [
+        "profile tiny-cpu was made for L40S (SM 89); this is Emulated H100 (SM 90)",
+        "warning: 5.9 GB of host memory are free; TensorRT may take 6.0 GB while it builds",
+    ]
+    said.clear()
+    monkeypatch.setattr(build, "free_memory_bytes", lambda: 6_000_000_000)
+    same = opened.profile.replace(target=dataclasses.replace(target, sm=90))
+    for fitting in (same, opened.profile):
+        build._check_machine(fitting, "bf16", device, said.append)
+    here.driver.free = 2_500_000_000
+    build._check_machine(same, "bf16", device, said.append)
+    assert said == []
+    here.driver.free -= 10_000_000
+    with pytest.raises(
+        MachineError,
+        match=r"needs 2\.50 GB \(weights 2\.00, runtime 0\.50\); 2\.49 GB are free on Emulated",
+    ):
+        build._check_machine(same, "bf16", device, said.append)
+    device.close()
+
+
+def test_plans_on_another_file_system_are_copied(
+    bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(build.os, "link", refuse)
+    made(bare).verify()
+
+
+def test_a_plan_that_cannot_be_opened_leaves_no_device_open(
+    bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture looks whether anything was left behind."""
+    module = sys.modules["aapt_deploy.backends.trt.api"]
+    true, opened = module.open_plan, list[Path]()
+
+    def refuse(file: Path) -> Any:
+        opened.append(file)
+        if file.name == "decoder.plan":  # once all are built
+            raise BundleError("TensorRT cannot load it", "build again")
+        return true(file)
+
+    monkeypatch.setattr(module, "open_plan", refuse)
+    with pytest.raises(BundleError, match="TensorRT cannot load it"):
+        made(bare)
+    assert "tensorrt-fp32" not in Bundle.open(bare).engines and opened
 
 
 def test_without_tensorrt_two_lines_and_exit_5(

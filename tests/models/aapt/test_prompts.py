@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,6 +142,21 @@ def test_a_file_without_such_vectors_is_refused(
     with pytest.raises(UsageError, match=r"prompt\.npy") as caught:
         text_of(embedded, str(file))
     assert "[4, 16]" in caught.value.hint
+
+
+def test_a_large_file_of_another_shape_is_refused_by_its_header(
+    embedded: Profile, tmp_path: Path
+) -> None:
+    """Its 64 MB are not read."""
+    file = tmp_path / "prompt.npy"
+    np.lib.format.open_memmap(file, "w+", np.float32, (1 << 20, 16))  # sparse
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=r"it holds float32 \[1048576, 16\]"):
+            text_of(embedded, str(file))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_pickle_is_not_read(embedded: Profile, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 The layout and the emulator check it, and the kernels run thread by thread.
 """
 
-import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from aapt_deploy.ops.block_causal_attention import Ring, emulator, kernels
 from aapt_deploy.ops.block_causal_attention import hopper_fp8 as layout
 from tests.support import attention_checks as checks
 from tests.support.attention_checks import RINGS, Case, Run, Stream
-from tests.support.kernels_on_cpu import COMPILER, LATE, build
+from tests.support.kernels_on_cpu import COMPILER, build, launches
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
 
@@ -23,22 +22,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on thi
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Launches of the kernels for D = 64 on this CPU."""
-    library = build(kernels.source_file(), 64, tmp_path_factory.mktemp("cpu") / "kernels.so")
-
-    def launch(
-        kernel: str, inputs: Sequence[Tensor], numbers: Sequence[int], outputs: Sequence[Tensor]
-    ) -> None:
-        shape = kernels.launch_shape(kernel, numbers[0], numbers[1])
-        assert all(x.is_contiguous() for x in (*inputs, *outputs))
-        pointers = [
-            [ctypes.c_void_p(x.data_ptr()) for x in tensors] for tensors in (inputs, outputs)
-        ]
-        problem = getattr(library, kernel.replace("aapt_", "run_"))(
-            shape.x, shape.y, shape.threads, LATE, *pointers[0], *numbers, *pointers[1]
-        )
-        assert problem is None, problem.decode()
-
-    return launch
+    return launches(build(kernels.source_file(), 64, tmp_path_factory.mktemp("cpu") / "kernels.so"))
 
 
 def test_the_model_is_the_emulator_and_the_images_are_the_layouts() -> None:

@@ -7,6 +7,7 @@ the flat ABI.
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import triton
@@ -422,3 +423,74 @@ def test_a_launch_passes_addresses_and_numbers_in_the_order_of_the_abi() -> None
     refused = kernels.Kernels(Driver("CUDA_ERROR_INVALID_VALUE"), None, {"aapt_attend": "F"})
     with pytest.raises(MachineError, match="cuLaunchKernel answers CUDA_ERROR_INVALID_VALUE"):
         refused("aapt_attend", addresses, (1196, 24, 600), [0], 77)
+
+
+def test_unloading_and_a_refusal_name_the_drivers_function() -> None:
+    class Unloading(Driver):
+        def cuLibraryUnload(self, library: str) -> tuple[object]:
+            self.seen.append(library)
+            return (self.status,)
+
+    driver = Unloading()
+    kernels.Kernels(driver, "library", {}).close()
+    assert driver.seen == ["library"]
+    refused = kernels.Kernels(Unloading("CUDA_ERROR_INVALID_VALUE"), "library", {})
+    with pytest.raises(MachineError, match="CUDA: cuLibraryUnload answers CUDA_ERROR") as caught:
+        refused.close()
+    assert caught.value.hint == "aapt doctor tells what this machine lacks"
+
+
+def test_without_a_driver_the_fix_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(flags: int) -> None:
+        assert flags == 0
+        raise RuntimeError("Failed to dlopen libcuda.so.1\nmore of it")
+
+    monkeypatch.setattr("cuda.bindings.driver", SimpleNamespace(cuInit=missing))
+    told = r"^no NVIDIA driver: Failed to dlopen libcuda\.so\.1$"
+    with pytest.raises(MachineError, match=told) as caught:
+        kernels.load.__wrapped__(128)
+    assert caught.value.hint == "install the driver; aapt doctor tells what else is missing"
+
+
+def test_another_source_is_compiled_for_the_same_gpu_without_the_cache() -> None:
+    made = kernels.compile_source(
+        b'extern "C" __global__ void f(int* x) { *x = NUMBER; }', ("NUMBER=42",)
+    )
+    ptx = made.ptx.decode()
+    assert f"\n.version {kernels.PTX_VERSION}\n" in ptx and ".target sm_90a" in ptx
+    assert ".entry f(" in ptx and "42" in ptx and made.cubin and made.nvrtc >= kernels.OLDEST_NVRTC
+    with pytest.raises(MachineError, match=r"cannot compile .*NUMBER"):
+        kernels.compile_source(b"__global__ void f(int* x) { *x = NUMBER; }")
+
+
+def test_what_nvrtc_answers_is_told_with_its_version() -> None:
+    """A stand-in: the real one fails in ways that nobody can ask for."""
+    nvrtc = SimpleNamespace(nvrtcResult=SimpleNamespace(NVRTC_SUCCESS="good"))
+
+    def refuse(*_: object) -> tuple[object]:
+        return (SimpleNamespace(name="NVRTC_ERROR_OUT_OF_MEMORY"),)
+
+    refuse.__name__ = "nvrtcCreateProgram"
+    nvrtc.nvrtcCreateProgram = refuse
+    words = r"^NVRTC 12\.9: nvrtcCreateProgram answers NVRTC_ERROR_OUT_OF_MEMORY$"
+    with pytest.raises(MachineError, match=words) as caught:
+        kernels._compile(nvrtc, b"", 128, (), (12, 9))
+    assert caught.value.hint == kernels.UPGRADE
+
+
+def test_a_compiled_set_comes_back_from_its_bytes(code: Compiled) -> None:
+    data = code.to_bytes()
+    assert Compiled.of(data) == code and data.startswith(kernels.MAGIC)
+    small = Compiled(b"p", b"", "r\u00e9port", (13, 1))
+    assert Compiled.of(small.to_bytes()) == small
+    for damaged in (data[1:], data[:-1], data + b"x", b"", kernels.MAGIC):
+        assert Compiled.of(damaged) is None
+
+
+def test_the_oldest_software_that_will_do_is_not_refused() -> None:
+    kernels.check_device(90, "H100", kernels.OLDEST_DRIVER)
+    with pytest.raises(MachineError, match=r"supports CUDA 12\.6; the kernels need 12\.7") as c:
+        kernels.check_device(90, "H100", kernels.OLDEST_DRIVER - 10)
+    assert "565" in c.value.hint
+    oldest = SimpleNamespace(nvrtcVersion=lambda: (0, *kernels.OLDEST_NVRTC))
+    assert kernels._version(oldest) == kernels.OLDEST_NVRTC

@@ -3,14 +3,20 @@
 Triton's interpreter runs its arithmetic, and it compiles for Hopper and for Ampere.
 """
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from aapt_deploy.ops.block_causal_attention import triton_op
 from tests.support import ROOT
+
+Launch = tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]
 
 INTERPRETED = """
 import numpy as np, torch
@@ -46,14 +52,23 @@ from triton.compiler import ASTSource, compile
 from aapt_deploy.ops.block_causal_attention.triton_op import KEYS
 from aapt_deploy.ops.block_causal_attention.triton_op import ROWS
 from aapt_deploy.ops.block_causal_attention.triton_op import _attend
+from tests.support.triton_code import check_accesses, check_products
+def made_for(sm, dim, kind, tile=(ROWS, KEYS)):
+    pointers = {name: kind for name in ("q", "k", "v", "k_cache", "v_cache", "out")}
+    signature = pointers | {"cache_len": "*i32", "T": "i32", "scale": "fp32"}
+    signature |= dict.fromkeys(("H", "D", "ROWS", "KEYS"), "constexpr")
+    ordered = {name: signature[name] for name in _attend.arg_names}
+    sizes = {"H": 24, "D": dim, "ROWS": tile[0], "KEYS": tile[1]}
+    source = ASTSource(_attend, ordered, sizes)
+    made = compile(source, target=GPUTarget("cuda", sm, 32))
+    # queries, length; keys and values of the block and of the cache
+    check_accesses(made.asm["ttir"], 1 + 1 + 2 * 2, 1)
+    check_products(made.asm["ttir"], 2 * 2)
+    return made
+made_for(80, 16, "*fp32", (16, 16))
 for sm in (90, 80):
     for dim in (128, 64):
-        pointers = {name: "*bf16" for name in ("q", "k", "v", "k_cache", "v_cache", "out")}
-        signature = pointers | {"cache_len": "*i32", "T": "i32", "scale": "fp32"}
-        signature |= dict.fromkeys(("H", "D", "ROWS", "KEYS"), "constexpr")
-        ordered = {name: signature[name] for name in _attend.arg_names}
-        source = ASTSource(_attend, ordered, {"H": 24, "D": dim, "ROWS": ROWS, "KEYS": KEYS})
-        made = compile(source, target=GPUTarget("cuda", sm, 32))
+        made = made_for(sm, dim, "*bf16")
         assert made.metadata.shared <= 100 * 1024, made.metadata.shared
         assert ("wgmma" if sm == 90 else "mma.sync") in made.asm["ptx"]
 print("done")
@@ -79,3 +94,61 @@ def test_in_a_process_of_its_own(code: str, variables: dict[str, str], tmp_path:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+class Launched:
+    """In the place of the kernel: keeps its grid and what it is given."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *given, **named: self.launches.append((grid, given, named))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    made = Launched()
+    monkeypatch.setattr(triton_op, "_attend", made)
+    return made
+
+
+@pytest.mark.parametrize(("tokens", "tiles"), [(1, 1), (64, 1), (65, 2)])
+def test_one_program_takes_a_tile_of_rows_of_one_head(
+    launched: Launched, tokens: int, tiles: int
+) -> None:
+    strided = draw(1, 3, tokens, 16).transpose(1, 2)
+    k, v, k_cache, v_cache = (draw(1, n, 3, 16) for n in (tokens, tokens, 90, 90))
+    length = torch.tensor([7], dtype=torch.int32)
+    out = triton_op.attended(strided, k, v, k_cache, v_cache, length)
+    ((grid, given, named),) = launched.launches
+    assert grid == (tiles, 3) and named == {"H": 3, "D": 16, "ROWS": 64, "KEYS": 64}
+    q, *others, count, scale = given
+    assert isinstance(q, torch.Tensor) and q.is_contiguous() and torch.equal(q, strided)
+    wanted = (k, v, k_cache, v_cache, length, out)
+    assert all(found is tensor for found, tensor in zip(others, wanted, strict=True))
+    assert out.is_contiguous() and (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert count == tokens and scale == pytest.approx(0.25 * math.log2(math.e))
+
+
+def test_tensors_that_do_not_fit_are_refused_before_a_launch(launched: Launched) -> None:
+    x, length = draw(1, 5, 3, 16), torch.tensor([2], dtype=torch.int32)
+    gaps = draw(1, 3, 9, 16).transpose(1, 2)
+    cache, odd = draw(1, 9, 3, 16), draw(1, 5, 3, 12)
+    two = draw(2, 5, 3, 16)
+    for given, words in (
+        ((two, two, two, cache, cache), r"q\.shape=torch\.Size\(\[2, 5, 3, 16\]\)"),
+        ((x, x, x, cache.half(), cache), r"k_cache\.dtype=torch\.float16"),
+        ((x, x, x, cache, cache.half()), r"q\.dtype=torch\.float32"),
+        ((x.half(), x, x, cache, cache), r"q\.dtype=torch\.float16"),
+        ((odd, odd, odd, odd, odd), "dim=12"),
+        ((x, x, x, gaps, cache), None),
+        ((x, x, x, cache, gaps), None),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            triton_op.attended(*given, length)
+    assert launched.launches == []

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.bindings import load, wheels
+from tests.support.errors import errors_in_words as errors_in_words
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor import ask, receipts
-from aapt_deploy.errors import MachineError, OutputError
+from aapt_deploy.errors import BundleError, MachineError, OutputError
+from tests.support.opening import silent
 
 HERE = {
     "tensorrt": "11.4.0.106",
@@ -44,6 +45,10 @@ elif name == "list":
     print("[1]")
 elif name == "word":
     print(json.dumps({{"ok": "yes", "found": "a word for a truth"}}))
+elif name == "broken":
+    print(json.dumps({{"error": "no package 'onnx'", "hint": "install it"}}))
+elif name == "wordless":
+    print(json.dumps({{"ok": False}}))
 elif name == "no":
     print(json.dumps({{"ok": False, "found": "differs by 0.5"}}))
 else:
@@ -63,7 +68,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_whatever_happens_in_a_question_is_its_answer(stand_in: Path) -> None:
-    names = ("crash", "hang", "silence", "nonsense", "list", "word", "no", "yes")
+    names = (
+        "crash", "hang", "silence", "nonsense", "list", "word", "broken", "wordless", "no", "yes",
+    )  # fmt: skip
     said: list[str] = []
     findings = ask.examine(said.append, names, patience_s=2.0)
     assert [(proof.name, proof.ok, proof.found) for proof in findings.proofs] == [
@@ -73,10 +80,15 @@ def test_whatever_happens_in_a_question_is_its_answer(stand_in: Path) -> None:
         ("nonsense", False, "ended with code 1: ValueError: of the test"),
         ("list", False, "ended with code 0: it said nothing"),
         ("word", False, "a word for a truth"),
+        ("broken", False, "no package 'onnx'"),
+        ("wordless", False, ""),
         ("no", False, "differs by 0.5"),
         ("yes", True, "yes works"),
     ]
-    assert len(said) == len(names) and findings.proofs[1].seconds >= 2
+    assert said == [f"{name} on Stand-in H100, TensorRT 11.4.0.106" for name in names]
+    assert 2 <= findings.proofs[1].seconds < 30
+    assert all(round(proof.seconds, 1) == proof.seconds for proof in findings.proofs)
+    assert findings.receipt == receipts.receipt_file(findings.here)
     assert findings.here == Gpu(**HERE) and receipts.load(findings.here) == {
         proof.name: proof for proof in findings.proofs
     }  # type: ignore[arg-type]
@@ -120,11 +132,18 @@ def test_a_machine_that_cannot_be_looked_at_is_told(
 ) -> None:
     stand_in.write_text('print(\'{"error": "no NVIDIA driver", "hint": "install the driver"}\')')
     with pytest.raises(MachineError, match="no NVIDIA driver") as caught:
-        ask.examine(print)
+        ask.examine(silent)
     assert caught.value.hint == "install the driver"
     stand_in.write_text("import os; os.abort()")
-    with pytest.raises(MachineError, match="crashed with SIGABRT"):
-        ask.examine(print)
+    with pytest.raises(
+        MachineError, match="TensorRT cannot be looked at: crashed with SIGABRT"
+    ) as c:
+        ask.examine(silent)
+    assert c.value.hint == "aapt doctor"
+    stand_in.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(ask, "LOOK_S", 0.6)
+    with pytest.raises(MachineError, match="no answer within 1 s"):
+        ask.examine(silent)
 
 
 def test_a_receipt_that_cannot_be_written_is_told(
@@ -132,5 +151,43 @@ def test_a_receipt_that_cannot_be_written_is_told(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="cannot be written"):
-        ask.examine(lambda text: None, ("yes",))
+    where = receipts.receipt_file(Gpu(**HERE))  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match=f"^{where} cannot be written: Not a directory") as caught:
+        ask.examine(silent, ("yes",))
+    assert "XDG_CACHE_HOME" in caught.value.hint
+
+
+# --- the answering process ---
+
+
+class Probes:
+    """In the place of probes.py: cannot answer."""
+
+    def __init__(self, problem: Exception) -> None:
+        self.problem = problem
+
+    def main(self, name: str) -> None:
+        raise self.problem
+
+
+@pytest.mark.parametrize(
+    ("problem", "told", "code"),
+    [
+        (BundleError("no graph", "make one"), {"error": "no graph", "hint": "make one"}, 4),
+        (ModuleNotFoundError("No module named 'onnx'", name="onnx"),
+         {"error": "package 'onnx' is not installed", "hint": "pip install 'aapt_deploy[export]'"},
+         5),
+    ],
+)  # fmt: skip
+def test_a_question_that_cannot_be_asked_is_answered_with_the_error(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Exception,
+    told: dict[str, str],
+    code: int,
+) -> None:
+    name = "aapt_deploy.backends.trt.doctor.probes"
+    monkeypatch.setitem(sys.modules, name, Probes(problem))  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as ended:
+        ask._answer("anything")
+    assert ended.value.code == code and json.loads(capsys.readouterr().out) == told

@@ -8,7 +8,14 @@ import pytest
 
 from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor import receipts
-from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, NATIVE_FP8, PYTHON, Proof
+from aapt_deploy.backends.trt.doctor.receipts import (
+    AOT,
+    NATIVE,
+    NATIVE_FP8,
+    PYTHON,
+    Choice,
+    Proof,
+)
 
 HERE = Gpu("11.4.0.106", 90, "13.0", "580.65.06", "NVIDIA H100", "a" * 64)
 
@@ -104,3 +111,55 @@ def test_the_best_proved_form_comes_first_and_native_last(
 def test_what_could_not_be_captured_is_not() -> None:
     choices = receipts.choose(proved(receipts.PLUGIN_FP8, receipts.CAPTURED), fp8=True)
     assert [choice.captured for choice in choices] == [False, True]
+
+
+def test_files_are_in_this_users_caches_under_the_machines_name(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cache / "aapt_deploy" / "tensorrt"
+    assert receipts.cache_folder() == folder
+    assert receipts.receipt_file(HERE) == folder / f"proofs-{HERE.key}.json"
+    assert receipts.timing_cache_file(HERE) == folder / "timing-sm90-11.4.0.106.bin"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert receipts.cache_folder() == Path.home() / ".cache" / "aapt_deploy" / "tensorrt"
+
+
+def test_a_receipt_is_text_that_people_read() -> None:
+    path = receipts.save(HERE, [Proof(receipts.SLOT, True, "same bytes", 2.5)])
+    assert path == receipts.receipt_file(HERE) and path.read_text().count("\n") > 5
+    assert json.loads(path.read_text()) == {
+        "format": receipts.FORMAT, "verified_on": dataclasses.asdict(HERE),
+        "proofs": [{"name": receipts.SLOT, "ok": True, "found": "same bytes", "seconds": 2.5}],
+    }  # fmt: skip
+
+
+NOT_RUN = "aapt doctor --tensorrt has not been run on this machine with these versions"
+NO_SCALES = "our kernels need the FP8 scales of an fp8 bundle"
+NOTHING = "nothing better is proved here"
+
+
+@pytest.mark.parametrize(
+    ("names", "fp8", "choices"),
+    [
+        (None, True, [Choice(NATIVE, False, True, NOT_RUN)]),
+        (None, False, [Choice(NATIVE, False, True, NO_SCALES)]),
+        ((), True, [Choice(NATIVE, False, False, NOTHING)]),
+        ((receipts.CAPTURED,), False, [Choice(NATIVE, False, True, NO_SCALES)]),
+        ((receipts.AOT_WORKS,), True, [Choice(NATIVE, False, False, NOTHING)]),
+        ((receipts.AOT_OP,), True, [Choice(NATIVE, False, False, NOTHING)]),
+        ((receipts.AOT_WORKS, receipts.AOT_OP), True,
+         [Choice(AOT, False, False, "proved here; the plan holds our kernels"),
+          Choice(NATIVE, False, False, NOTHING)]),
+        ((receipts.PLUGIN_FP8, receipts.PLUGIN_PACKED, receipts.CAPTURED), True,
+         [Choice(PYTHON, False, False, "proved here"), Choice(NATIVE, False, True, NOTHING)]),
+        ((receipts.PLUGIN_PACKED, receipts.PLUGIN_CAPTURED), True,
+         [Choice(PYTHON, True, True, "proved here"), Choice(NATIVE, False, False, NOTHING)]),
+    ],
+)  # fmt: skip
+def test_each_choice_says_how_and_why(
+    names: tuple[str, ...] | None, fp8: bool, choices: list[Choice]
+) -> None:
+    assert receipts.choose(None if names is None else proved(*names), fp8) == choices
+    if names:  # a check that was not made proves nothing either
+        seen = {name: proof for name, proof in proved(*names).items() if proof.ok}
+        assert receipts.choose(seen, fp8) == choices
