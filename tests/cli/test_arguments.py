@@ -137,12 +137,22 @@ def test_build_engine_passes_on_every_option(
     aapt: Aapt, bundle: Path, patch: pytest.MonkeyPatch
 ) -> None:
     calls = recorded(patch, build, "build_engine", [BUILT])
-    words = ("--backend", "tensorrt", "--precision", "bf16", "--attention", "native", "--json")
+    words = (
+        "--backend",
+        "tensorrt",
+        "--precision",
+        "bf16",
+        "--attention",
+        "native",
+        "--sm",
+        "8.9,120",
+        "--json",
+    )
     ran = aapt("build-engine", bundle, *words)
     assert ran.code == 0, ran.err
     opened, *rest, options = calls[0].values()
     assert opened.path == bundle and rest == ["tensorrt", "bf16"]
-    assert options == BuildOptions(options.report, "native", options.progress)
+    assert options == BuildOptions(options.report, "native", (89, 120), options.progress)
     assert isinstance(options.progress, console.Phases) and options.report is options.progress
     assert json.loads(ran.out) == {"bundle": str(bundle), "engines": [dataclasses.asdict(BUILT)]}
     assert f"building tensorrt engines in {bundle}" in ran.err and "onnxruntime-fp32" in ran.err
@@ -233,7 +243,7 @@ def test_the_demo_is_the_four_steps_on_one_bundle(
     ]  # fmt: skip
     assert builds == [
         {"bundle": out / "bundle", "backend": "onnxruntime", "precision": None,
-         "attention": "auto", "progress": None}
+         "attention": "auto", "progress": None, "sms": ()}
     ]  # fmt: skip
     assert isinstance(measures[0].pop("progress"), console.Progress)
     assert measures == [

@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 
 from aapt_deploy import assets
+from aapt_deploy.errors import MachineError
 from aapt_deploy.measure import doctor
 from aapt_deploy.measure.doctor import Check, examine
 
@@ -175,26 +176,28 @@ def test_the_demo_wants_two_cores(monkeypatch: pytest.MonkeyPatch, count: int, o
 
 
 @pytest.mark.parametrize(
-    ("package", "purpose"), [(row[0], row[2]) for row in doctor.PACKAGES if row[0] != "tensorrt"]
+    "row", [row for row in doctor.PACKAGES if not row[0].startswith("tensorrt")], ids=lambda r: r[0]
 )
-def test_a_package_is_found_with_its_version_and_what_it_is_for(package: str, purpose: str) -> None:
+def test_a_package_is_found_with_its_version_and_what_it_is_for(row: tuple[Any, ...]) -> None:
+    package, distribution, purpose, *_ = row
     check = found(package)
-    assert check.found == f"{importlib.metadata.version(package)}, for {purpose}"
+    assert check.found == f"{importlib.metadata.version(distribution)}, for {purpose}"
     assert check.fix == ""
 
 
-def test_a_gpus_driver_is_named_by_its_first_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_gpu_the_reason_and_both_ways_out_are_told(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    version = tmp_path / "version"
-    monkeypatch.setattr(doctor, "Path", {"/proc/driver/nvidia/version": version}.__getitem__)
+    """With one: tests/backends/trt/test_rtx.py."""
+
+    def none() -> None:
+        raise MachineError("no NVIDIA driver: it is not there", "")
+
+    monkeypatch.setattr(doctor.cuda, "with_driver", none)
     check = doctor._gpu()
-    assert (check.name, check.ok, check.needed) == ("nvidia driver", False, False)
-    assert "the CPU engine needs none" in check.found and "H100" in check.fix
-    version.write_text("NVRM version: 580.65.06\nGCC version: 13\n")
-    check = doctor._gpu()
-    assert (check.ok, check.needed, check.fix) == (True, False, "")
-    assert check.found == "NVRM version: 580.65.06; TensorRT itself: aapt doctor --tensorrt"
+    assert (check.name, check.ok, check.needed) == ("nvidia gpu", False, False)
+    assert check.found == "no NVIDIA driver: it is not there"
+    assert "the CPU engine needs none" in check.fix and "--backend tensorrt-rtx" in check.fix
 
 
 def test_ffmpeg_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ and then a stream from it. TensorRT's own API is for bindings/contract_build.py.
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -379,34 +380,36 @@ def test_another_gpu_and_little_memory_are_warnings(
     bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said before the first graph; the build goes on."""
-    opened, said = Bundle.open(bare), list[str]()
-    target = Target("cuda", "L40S", sm=89)
-    profile = opened.profile.replace(target=target)
+    opened, said, target = Bundle.open(bare), list[str](), Target("cuda", "L40S", sm=89)
+    opened = dataclasses.replace(opened, profile=opened.profile.replace(target=target))
     needed = dataclasses.replace(
-        build.cost_of(opened.profile), memory_gb={"weights": 2.0, "runtime": 0.5}
+        order_module.cost_of(opened.profile), memory_gb={"weights": 2.0, "runtime": 0.5}
     )
-    monkeypatch.setattr(build, "cost_of", lambda profile: needed)
-    monkeypatch.setattr(build, "free_memory_bytes", lambda: 5_900_000_000)
-    device = cuda.Device(here.driver)
-    build._check_machine(profile, "bf16", device, said.append)
+    monkeypatch.setattr(order_module, "free_memory_bytes", lambda: 5_900_000_000)
+    order_module._check_target(opened, (90,), said.append)
+    order_module._check_host(needed, said.append)
     assert said == [
-        "profile tiny-cpu was made for L40S (SM 89); this is Emulated H100 (SM 90)",
+        "profile tiny-cpu was made for L40S (SM 89); the plans are for SM 90",
         "warning: 5.9 GB of host memory are free; TensorRT may take 6.0 GB while it builds",
     ]
     said.clear()
-    monkeypatch.setattr(build, "free_memory_bytes", lambda: 6_000_000_000)
-    same = opened.profile.replace(target=dataclasses.replace(target, sm=90))
-    for fitting in (same, opened.profile):
-        build._check_machine(fitting, "bf16", device, said.append)
+    monkeypatch.setattr(order_module, "free_memory_bytes", lambda: 6_000_000_000)
+    order_module._check_host(needed, said.append)
+    for sms in ((89,), (86, 89)):
+        order_module._check_target(opened, sms, said.append)
+    anywhere = opened.profile.replace(target=dataclasses.replace(target, sm=0))
+    anyone_s = dataclasses.replace(opened, profile=anywhere)
+    order_module._check_target(anyone_s, (90,), said.append)
+    device = cuda.Device(here.driver)
     here.driver.free = 2_500_000_000
-    build._check_machine(same, "bf16", device, said.append)
+    order_module._check_memory(needed, device)
     assert said == []
     here.driver.free -= 10_000_000
     with pytest.raises(
         MachineError,
         match=r"needs 2\.50 GB \(weights 2\.00, runtime 0\.50\); 2\.49 GB are free on Emulated",
     ):
-        build._check_machine(same, "bf16", device, said.append)
+        order_module._check_memory(needed, device)
     device.close()
 
 
@@ -416,7 +419,7 @@ def test_plans_on_another_file_system_are_copied(
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(build.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     made(bare).verify()
 
 

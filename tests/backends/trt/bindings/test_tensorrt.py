@@ -10,7 +10,6 @@ The first run downloads the bindings (wheels.py); later ones need no network.
 """
 
 import ctypes
-import importlib
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from aapt_deploy.backends.trt import flavour, loading
 from aapt_deploy.errors import MachineError
 from tests.support import ROOT
 from tests.support.bindings import link_stubs, type_stubs, wheels
@@ -62,7 +62,7 @@ def test_without_tensorrt_its_module_says_how_to_get_it(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.delitem(sys.modules, "aapt_deploy.backends.trt.api", raising=False)
     with pytest.raises(MachineError) as caught:
-        importlib.import_module("aapt_deploy.backends.trt.api")
+        loading.api_of(flavour.PROPER)
     assert caught.value.hint == "pip install 'aapt_deploy[tensorrt]'"
 
 
