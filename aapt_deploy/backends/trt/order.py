@@ -21,6 +21,7 @@ from aapt_deploy.bundle.scales import load as load_scales
 from aapt_deploy.errors import MachineError, UsageError
 from aapt_deploy.models.cost import Cost, cost_of
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
+from aapt_deploy.profiles import Profile
 
 LEAST_HOST_SHARE = 3  # host memory / weights reported by others; below it we only warn
 
@@ -70,7 +71,7 @@ def take_order(
         if precision == "fp8":
             scales = load_scales(bundle.checked(SCALES), bundle.profile).attention
         cost = cost_of(bundle.profile)
-        _check_target(bundle, sms, report)
+        _check_target(bundle.profile, sms, report)
         if device is not None and device.sm in sms:
             _check_memory(cost, device)
         _check_host(cost, report)
@@ -99,8 +100,8 @@ def _device(flavour: Flavour, report: Report) -> cuda.Device | None:
         return None
 
 
-def _check_target(bundle: Bundle, sms: Sequence[int], report: Report) -> None:
-    target, name = bundle.profile.target, bundle.profile.name
+def _check_target(profile: Profile, sms: Sequence[int], report: Report) -> None:
+    target, name = profile.target, profile.name
     if target.sm and target.sm not in sms:
         made_for = f"was made for {target.name} (SM {target.sm})"
         report(f"profile {name} {made_for}; the plans are for SM {', '.join(map(str, sms))}")

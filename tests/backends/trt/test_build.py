@@ -381,12 +381,12 @@ def test_another_gpu_and_little_memory_are_warnings(
 ) -> None:
     """Said before the first graph; the build goes on."""
     opened, said, target = Bundle.open(bare), list[str](), Target("cuda", "L40S", sm=89)
-    opened = dataclasses.replace(opened, profile=opened.profile.replace(target=target))
+    profile = opened.profile.replace(target=target)
     needed = dataclasses.replace(
-        order_module.cost_of(opened.profile), memory_gb={"weights": 2.0, "runtime": 0.5}
+        order_module.cost_of(profile), memory_gb={"weights": 2.0, "runtime": 0.5}
     )
     monkeypatch.setattr(order_module, "free_memory_bytes", lambda: 5_900_000_000)
-    order_module._check_target(opened, (90,), said.append)
+    order_module._check_target(profile, (90,), said.append)
     order_module._check_host(needed, said.append)
     assert said == [
         "profile tiny-cpu was made for L40S (SM 89); the plans are for SM 90",
@@ -396,10 +396,9 @@ def test_another_gpu_and_little_memory_are_warnings(
     monkeypatch.setattr(order_module, "free_memory_bytes", lambda: 6_000_000_000)
     order_module._check_host(needed, said.append)
     for sms in ((89,), (86, 89)):
-        order_module._check_target(opened, sms, said.append)
-    anywhere = opened.profile.replace(target=dataclasses.replace(target, sm=0))
-    anyone_s = dataclasses.replace(opened, profile=anywhere)
-    order_module._check_target(anyone_s, (90,), said.append)
+        order_module._check_target(profile, sms, said.append)
+    anywhere = profile.replace(target=dataclasses.replace(target, sm=0))
+    order_module._check_target(anywhere, (90,), said.append)
     device = cuda.Device(here.driver)
     here.driver.free = 2_500_000_000
     order_module._check_memory(needed, device)
