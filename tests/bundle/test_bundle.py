@@ -88,6 +88,13 @@ def test_a_bundle_gives_back_what_was_put_in(path: Path) -> None:
     }
 
 
+def test_a_bundle_is_made_in_folders_that_do_not_exist_yet(tmp_path: Path) -> None:
+    path = tmp_path / "one" / "two" / "bundle"
+    make(path).verify()
+    assert os.listdir(path.parent) == ["bundle"]
+    make(path, overwrite=True).verify()
+
+
 def test_a_bundle_may_be_moved(path: Path) -> None:
     make(path)
     moved = path.rename(path.with_name("elsewhere"))
