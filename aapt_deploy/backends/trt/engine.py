@@ -272,6 +272,8 @@ class TrtEngines(OneState):
         return generator
 
     def __getitem__(self, graph: str) -> TrtEngine | TrtGenerator:
+        if self.device.closed:  # a rollout's thread may still ask
+            raise RuntimeError("these engines are closed")
         return self.engines[graph]
 
     def close(self) -> None:

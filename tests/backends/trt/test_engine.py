@@ -231,6 +231,8 @@ def test_closing_waits_for_the_block_under_way_and_ends_it(
     with pytest.raises(RuntimeError, match="closed"):
         generator.commit(0)
     with pytest.raises(RuntimeError, match="closed"):
+        engines["decoder"]
+    with pytest.raises(RuntimeError, match="closed"):
         list(itertools.islice(frames, 3))
 
 
