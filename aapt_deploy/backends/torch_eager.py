@@ -48,7 +48,7 @@ def round_products(module: nn.Module) -> None:
 
 def _run(module: nn.Module, signature: GraphSignature, values: dict[str, Tensor]) -> list[Tensor]:
     with torch.inference_mode():
-        out = module(*(values[spec.name] for spec in (*signature.inputs, *signature.state)))
+        out = module(*(values[spec.name] for spec in signature.read))
     return list(out) if isinstance(out, tuple) else [out]
 
 
@@ -75,28 +75,32 @@ class EagerGenerator:
     def __init__(self, module: nn.Module, signature: GraphSignature, profile: Profile) -> None:
         self.module, self.signature, self.profile = module, signature, profile
         self.ring = Ring.of(profile)
-        self.caches = {spec.name: torch.zeros(spec.shape) for spec in signature.state}
-        self.state = self.caches
+        specs = (*signature.state, *signature.conditioning)  # caches first
+        self.state = {spec.name: torch.zeros(spec.shape) for spec in specs}
         self.last: list[Tensor] = []
+
+    @property
+    def caches(self) -> dict[str, Tensor]:
+        return {spec.name: self.state[spec.name] for spec in self.signature.state}
 
     def reset(self, **state: np.ndarray) -> None:
         if not state:
-            for cache in self.caches.values():
-                cache.zero_()
+            for tensor in self.state.values():
+                tensor.zero_()
         for name, text in text_pairs(self.profile, state):
-            self.caches[name][:, : self.profile.text.tokens] = torch.from_numpy(text)
+            self.state[name][:, : self.profile.text.tokens] = torch.from_numpy(text)
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         place = self.ring.place(int(inputs.pop("block")))
         values = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
         values["cache_len"] = torch.tensor([place.cache_len], dtype=torch.int32)
-        clean, *self.last = _run(self.module, self.signature, values | self.caches)
+        clean, *self.last = _run(self.module, self.signature, values | self.state)
         return {"clean": clean.numpy()}
 
     def commit(self, block: int) -> None:
         slot = self.ring.place(block).slot
-        for cache, kept in zip(self.caches.values(), self.last, strict=True):
-            cache[:, slot : slot + self.profile.block_tokens] = kept
+        for spec, kept in zip(self.signature.state, self.last, strict=True):
+            self.state[spec.name][:, slot : slot + self.profile.block_tokens] = kept
 
 
 class EagerEngines:

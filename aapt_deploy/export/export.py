@@ -166,7 +166,7 @@ def to_onnx(module: nn.Module, signature: GraphSignature, profile: Profile) -> o
 
     Inputs are the signature's inputs, then its state; outputs likewise.
     """
-    specs = [*signature.inputs, *signature.state]
+    specs = signature.read
     shapes = [(s.name, s.shape, s.dtype) for s in specs]
     example = random_inputs(shapes, seed=0, cache_len=profile.cache_tokens)
     recurrent = [s.name + NEXT for s in signature.state] if signature.name == "decoder" else []

@@ -44,7 +44,7 @@ def parity_cases(signature: GraphSignature, profile: Profile) -> list[tuple[str,
     if signature.name != "generator":
         return [("random", 0)]
     return [
-        ("empty cache", profile.text.tokens),
+        ("empty cache", profile.cached_text_tokens),
         ("half-full cache", profile.cache_tokens // 2),
         ("full cache", profile.cache_tokens),
     ]
@@ -55,7 +55,7 @@ def check_parity(
 ) -> list[Parity]:
     """Run one exported graph in ONNX Runtime and in PyTorch on the same random inputs."""
     session = _session(path)
-    specs = [*signature.inputs, *signature.state]
+    specs = signature.read
     rows = []
     for seed, (case, cache_len) in enumerate(parity_cases(signature, profile), start=1):
         inputs = random_inputs([(s.name, s.shape, s.dtype) for s in specs], seed, cache_len)
@@ -115,7 +115,7 @@ def check_products(
     watched = sorted({name for pair in products.values() for name in pair} - known)
     new = [onnx.helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, None) for x in watched]
     model.graph.output.extend(new)
-    specs = [*signature.inputs, *signature.state]
+    specs = signature.read
     inputs = random_inputs([(s.name, s.shape, s.dtype) for s in specs], 0, profile.cache_tokens)
     fed = {s.name: x.numpy() for s, x in zip(specs, inputs, strict=True)}
     # beside the graph, whose external data it shares

@@ -129,6 +129,11 @@ class Stopwatch:
             self.making = {}
         return answer
 
+    def clear(self) -> None:
+        """Forget what was timed so far. No block may be in progress."""
+        self.making, self.decoding = {}, {}
+        self.made.clear()
+
     def next_block(self) -> dict[str, float]:
         """Return what the oldest block took that was not returned yet."""
         spent, self.decoding = self.made.popleft() | self.decoding, {}
@@ -185,7 +190,7 @@ def measure(
         tapped, video = Tapped(engines, watch), profile.video
         frames = rollout(tapped, profile, begin.image, lambda block: steering, seed=0)
         next(frames)
-        watch.decoding.clear()
+        watch.clear()
         size = video.width, video.height, video.fps
         with TemporaryDirectory() as folder, open_sink(f"{folder}/encode.mp4", None, *size) as sink:
             first = 0.0
@@ -228,7 +233,7 @@ def _summary(
         backend=engines.backend,
         precision=engines.precision,
         blocks=len(steps),
-        passes_per_block=len(profile.sampler.timesteps),
+        passes_per_block=profile.passes,
         budget_ms=round(profile.step_budget_ms, 1),
         steady={name: StageTimes.of(times) for name, times in stages.items() if times},
         cold_step_ms=[round(1000 * s, 2) for s in cold],

@@ -2,6 +2,9 @@
 
 checkpoint.py       read and write checkpoints
 family.py           the interface of a family of checkpoints, and the table of families
+sampler.py          from noise to a clean latent, pass by pass
+rotary.py           rotate queries and keys by RoPE's angles
+vectors.py          prompts that a text encoder has turned into vectors
 inputs.py           random inputs of realistic scale, for tracing and parity
 fp8.py              linear layers in FP8, as they are exported
 cost.py             memory and the least time of each stage, by arithmetic

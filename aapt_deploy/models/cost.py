@@ -129,7 +129,7 @@ def cost_of(profile: Profile) -> Cost:
     stages = [_stage(profile, graphs[name], modules[name], gpu) for name in graphs]
     by_name = {stage.name: stage for stage in stages}
     cache = _cache_bytes(profile) / 1e9
-    passes, working = len(profile.sampler.timesteps), ("generator", "decoder")
+    passes, working = profile.passes, ("generator", "decoder")
     memory = sum(math.prod(spec.shape) for spec in graphs["decoder"].state)
     resident = {
         "weights": sum(s.weights_gb for s in stages),
@@ -160,7 +160,7 @@ def _cache_bytes(profile: Profile) -> int:
 def _stage(
     profile: Profile, signature: GraphSignature, module: nn.Module, gpu: Rates | None
 ) -> StageCost:
-    specs = (*signature.inputs, *signature.state)
+    specs = signature.read
     with torch.device("meta"):
         inputs = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs]
     ours = {torch.ops.aapt.block_causal_attention: _attention_flops}

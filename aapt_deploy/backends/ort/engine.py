@@ -134,7 +134,9 @@ def in_place(profile: Profile) -> GraphSignature:
     inputs = [spec for spec in portable.inputs if spec.name != "cache_len"]
     inputs += [TensorSpec(name, (1,), "int64") for name in (SLOT, VALID)]
     outputs = (portable.spec("clean"),)
-    return GraphSignature(portable.name, tuple(inputs), outputs, portable.state)
+    return GraphSignature(
+        portable.name, tuple(inputs), outputs, portable.state, portable.conditioning
+    )
 
 
 class OrtGenerator:
@@ -144,10 +146,10 @@ class OrtGenerator:
         self.session, self.profile = session, profile
         self.ring, signature = Ring.of(profile, in_place=True), in_place(profile)
         self.inputs, self.outputs = _zeros(signature.inputs), _zeros(signature.outputs)
-        self.caches = _zeros(signature.state)
-        self.memory = self.caches  # the state that the next run reads, by name
+        self.caches, text = _zeros(signature.state), _zeros(signature.conditioning)
+        self.memory = self.caches | text  # the state that the next run reads, by name
         self.binding = session.io_binding()
-        for name, array in self.inputs.items():
+        for name, array in (self.inputs | text).items():
             self.binding.bind_ortvalue_input(name, _value(array))
         self.binding.bind_ortvalue_output("clean", _value(self.outputs["clean"]))
         for name, array in self.caches.items():
@@ -157,10 +159,10 @@ class OrtGenerator:
 
     def reset(self, **state: np.ndarray) -> None:
         if not state:
-            for array in self.caches.values():
+            for array in self.memory.values():
                 array.fill(0)
-        for cache, text in text_pairs(self.profile, state):
-            self.caches[cache][:, : self.profile.text.tokens] = text
+        for name, text in text_pairs(self.profile, state):
+            self.memory[name][:, : self.profile.text.tokens] = text
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         place = self.ring.place(int(inputs.pop("block")))
