@@ -389,6 +389,6 @@ def test_keys_that_came_later_are_written_only_if_they_are_used() -> None:
 def test_what_a_family_does_not_know_is_refused() -> None:
     with pytest.raises(ProfileError, match="family 'other' does not exist") as caught:
         family_of(dataclasses.replace(TINY, family="other"))
-    assert caught.value.hint == "families: aapt"
+    assert caught.value.hint == "families: aapt, wan"
     with pytest.raises(ProfileError, match="block_frames = 3"):
         family_of(TINY).signatures(blocks_of(3, Window(18, sink_frames=3)))

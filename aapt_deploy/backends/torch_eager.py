@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aapt_deploy.backends.cpu import cores
+from aapt_deploy.backends.sink import Sink
 from aapt_deploy.backends.trial import BuildOptions, Built, Report, mean_psnr_db, median_step_ms
 from aapt_deploy.bundle.bundle import Bundle, export_again
 from aapt_deploy.bundle.signature import GraphSignature, text_pairs
@@ -78,6 +79,9 @@ class EagerGenerator:
         specs = (*signature.state, *signature.conditioning)  # caches first
         self.state = {spec.name: torch.zeros(spec.shape) for spec in specs}
         self.last: list[Tensor] = []
+        caches = {name: tensor.numpy() for name, tensor in self.caches.items()}
+        self.sink = Sink(profile, caches)
+        self.state |= {name: torch.from_numpy(array) for name, array in self.sink.keys.items()}
 
     @property
     def caches(self) -> dict[str, Tensor]:
@@ -101,6 +105,10 @@ class EagerGenerator:
         slot = self.ring.place(block).slot
         for spec, kept in zip(self.signature.state, self.last, strict=True):
             self.state[spec.name][:, slot : slot + self.profile.block_tokens] = kept
+        self.sink.keep(block)
+
+    def turn(self, rope: np.ndarray) -> None:
+        self.sink.turn(rope)
 
 
 class EagerEngines:
@@ -144,9 +152,10 @@ class EagerEngines:
         }
 
     def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        for graph, arrays in state.items():
-            for name, array in arrays.items():
-                self.engines[graph].state[name] = torch.from_numpy(array.copy())
+        with torch.inference_mode():  # a decoder's memory was made in it
+            for graph, arrays in state.items():
+                for name, array in arrays.items():
+                    self.engines[graph].state[name].copy_(torch.from_numpy(array))
 
     @property
     def generator(self) -> EagerGenerator:

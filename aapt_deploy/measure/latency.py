@@ -5,7 +5,7 @@ The rollout has no clocks. It gets engines wrapped in a stopwatch, so what is ti
 
     prompt      text -> its keys and values        once per prompt
     generator   all passes of one block
-    commit      keeping the block in the cache
+    commit      keeping the block in the cache; turning a sink that follows
     decoder     one latent frame -> four frames
     hand-off    everything else in the loop: noise, camera rays, sampler arithmetic, copying the
                 frames out
@@ -120,9 +120,8 @@ class Stopwatch:
         start = time.perf_counter()
         answer = call(**arguments)
         spent = self.decoding if graph == "decoder" else self.making
-        stage = {"run": graph, "commit": "commit", "reset": "prompt" if arguments else "reset"}[
-            method
-        ]
+        reset = "prompt" if arguments else "reset"
+        stage = {"run": graph, "commit": "commit", "turn": "commit", "reset": reset}[method]
         spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
         if method == "commit":
             self.made.append(self.making)

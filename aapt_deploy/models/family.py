@@ -17,7 +17,10 @@ from aapt_deploy.profiles import Profile
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FAMILIES = {"aapt": "aapt_deploy.models.aapt.family"}  # name -> module that has a FAMILY
+FAMILIES = {  # name -> module that has a FAMILY
+    "aapt": "aapt_deploy.models.aapt.family",
+    "wan": "aapt_deploy.models.wan.family",
+}
 
 
 class Feed(Protocol):
@@ -86,6 +89,10 @@ class Family(Protocol):
 
     def times(self, t: float) -> dict[str, np.ndarray]:
         """Return the inputs of a pass at time t, the share of noise."""
+        ...
+
+    def temporal_turn(self, profile: Profile, frames: int) -> np.ndarray:
+        """Return cosine and sine [2, P_time] that move keys on by `frames` latent frames."""
         ...
 
     def left_and_right(self, block: int) -> Any:

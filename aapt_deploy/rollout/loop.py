@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aapt_deploy.errors import MachineError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.models.sampler import WRITE_TIME, sample
 from aapt_deploy.profiles import Profile
-from aapt_deploy.rollout.engine import Engines
+from aapt_deploy.rollout.engine import Engines, Turning
 
 
 class Steering(NamedTuple):
@@ -70,6 +71,7 @@ class Rollout:
         generator, block, sampler = self.engines.generator, self.block, self.profile.sampler
         self._read(steering.text)
         fixed = self.feed.inputs(block, steering.controls)
+        self._turn_sink(block)
 
         def clean(noisy: np.ndarray, t: float) -> np.ndarray:
             return generator.run(noisy=noisy, block=block, **self.family.times(t), **fixed)["clean"]
@@ -100,6 +102,18 @@ class Rollout:
             self.decoded += 1
         return frames[0] if len(frames) == 1 else np.concatenate(frames)
 
+    def _turn_sink(self, block: int) -> None:
+        """Move the sink along by the latent frames that have left the window before `block`."""
+        window, n = self.profile.window, self.profile.video.block_frames
+        moved = block * n - window.frames - window.sink_frames
+        if not window.sink_follows or moved <= 0:
+            return
+        generator = self.engines.generator
+        if not isinstance(generator, Turning):
+            wrong = f"backend {self.engines.backend} does not support window.sink_follows"
+            raise MachineError(wrong, "set it to false in the profile, or use onnxruntime")
+        generator.turn(self.family.temporal_turn(self.profile, moved))
+
     def _read(self, text: np.ndarray | None) -> None:
         """Replace the text in the cache if it has changed, and keep the past blocks."""
         if text is not None and (self.text is None or not np.array_equal(text, self.text)):
@@ -113,7 +127,7 @@ class Rollout:
         """
         text = None if self.text is None else self.text.copy()
         feed = {name: array.copy() for name, array in self.feed.state().items()}
-        state = {"block": self.block, "decoded": self.decoded, "text": text}
+        state: dict[str, Any] = {"block": self.block, "decoded": self.decoded, "text": text}
         state |= {"noise": self.noise.state(), "first": self.first}
         return state | {"feed": feed, "engines": self.engines.state()}
 

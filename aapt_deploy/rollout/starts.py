@@ -1,7 +1,7 @@
 """Choose a rollout's picture and prompt, from the user or from the bundle's start frames."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from aapt_deploy.profiles import Profile
 class Start(NamedTuple):
     """A picture and a prompt to start from."""
 
-    image: np.ndarray | None  # uint8 [H, W, 3]; None: start from noise
+    image: Any  # uint8 [H, W, 3]; None: start from noise
     prompt: str
     text: np.ndarray | None  # ids or vectors from `text_of`; None if the generator takes no text
 

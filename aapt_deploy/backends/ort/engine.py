@@ -1,7 +1,7 @@
 """Run a bundle with ONNX Runtime on a CPU. Imports neither torch nor onnx.
 
 Each cache of the generator is one buffer, bound as input and output of the same run. The graph
-writes its block in place, so `commit` does nothing. The ring has one slot more than the window. A
+writes its block in place, so `commit` copies nothing. The ring has one slot more than the window. A
 pass writes only its own block's slot, and a second pass over a block overwrites the first. Decoder
 memory alternates between two sets of buffers.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from aapt_deploy.backends.sink import Sink
 from aapt_deploy.bundle.bundle import Bundle, build_again
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, text_pairs
 from aapt_deploy.errors import BundleError
@@ -147,7 +148,8 @@ class OrtGenerator:
         self.ring, signature = Ring.of(profile, in_place=True), in_place(profile)
         self.inputs, self.outputs = _zeros(signature.inputs), _zeros(signature.outputs)
         self.caches, text = _zeros(signature.state), _zeros(signature.conditioning)
-        self.memory = self.caches | text  # the state that the next run reads, by name
+        self.sink = Sink(profile, self.caches)
+        self.memory = self.caches | text | self.sink.keys  # a stream's state, by name
         self.binding = session.io_binding()
         for name, array in (self.inputs | text).items():
             self.binding.bind_ortvalue_input(name, _value(array))
@@ -172,7 +174,11 @@ class OrtGenerator:
         return self.outputs
 
     def commit(self, block: int) -> None:
-        """Do nothing: the last pass wrote `block` into its slot."""
+        """Keep what the last pass wrote into the slot of `block`."""
+        self.sink.keep(block)
+
+    def turn(self, rope: np.ndarray) -> None:
+        self.sink.turn(rope)
 
 
 class OrtEngines:

@@ -76,6 +76,9 @@ class Aapt:
     def times(self, t: float) -> dict[str, np.ndarray]:
         return {"time": np.array([t], np.float32)}
 
+    def temporal_turn(self, profile: Profile, frames: int) -> np.ndarray:
+        return temporal_rope(profile, frames)
+
     def left_and_right(self, block: int) -> Velocity:
         return Velocity(CRUISE.forward, yaw=0.2 * (1 - 2 * (block // 4 % 2)))
 
