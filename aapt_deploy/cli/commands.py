@@ -18,6 +18,7 @@ from aapt_deploy import __version__
 from aapt_deploy.backends.table import named
 from aapt_deploy.cli import measure
 from aapt_deploy.cli import options as opt
+from aapt_deploy.cli.checkpoints import import_
 from aapt_deploy.cli.doctor import doctor
 from aapt_deploy.cli.measure import measured_latency
 from aapt_deploy.cli.train import train_app
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(train_app, name="train")
 for command in (doctor, measure.profile, measure.plan, measure.diff, measure.quality):
     app.command()(command)
+app.command("import")(import_)
 
 # The parser's UsageError, which has no public name.
 _BadUsage: type[typer.BadParameter] = typer.BadParameter.__bases__[0]

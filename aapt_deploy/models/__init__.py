@@ -6,6 +6,8 @@ sampler.py          from noise to a clean latent, pass by pass
 rotary.py           rotate queries and keys by RoPE's angles
 vectors.py          prompts that a text encoder has turned into vectors
 signature.py        parts of a graph's signature that families share
+sources.py          how a tensor of ours is made from those of a published file
+published.py        published files, their presets, and what is refused
 inputs.py           random inputs of realistic scale, for tracing and parity
 fp8.py              linear layers in FP8, as they are exported
 cost.py             memory and the least time of each stage, by arithmetic

@@ -17,6 +17,8 @@ from aapt_deploy.profiles import Profile
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from aapt_deploy.models.sources import Part
+
 FAMILIES = {  # name -> module that has a FAMILY
     "aapt": "aapt_deploy.models.aapt.family",
     "wan": "aapt_deploy.models.wan.family",
@@ -61,6 +63,10 @@ class Networks(Protocol):
 
     def graph_modules(self, profile: Profile, generator: Any, vae: Any) -> "dict[str, nn.Module]":
         """Return the graphs that `Family.signatures` lists, as modules."""
+        ...
+
+    def parts(self, profile: Profile) -> "list[Part]":
+        """Return what `aapt import` takes from published files: generator, VAE; [] if nothing."""
         ...
 
     def parameters(self, graph: str, module: Any) -> "list[nn.Parameter]":

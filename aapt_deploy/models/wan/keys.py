@@ -8,24 +8,13 @@ one product.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aapt_deploy.models.sources import Part, Shape, Source
 from aapt_deploy.profiles import Profile
 from aapt_deploy.sections import TIME_DOUBLINGS
-
-Shape = tuple[int, ...]
-
-
-class Source(NamedTuple):
-    """Where one of our tensors comes from."""
-
-    theirs: tuple[str, ...]  # names in the published file
-    make: Callable[..., Tensor]  # from those tensors to ours
-    shape: Callable[[Shape], Shape]  # from our shape to that of each of theirs
-
 
 Sources = dict[str, Source]
 BOTH = ("weight", "bias")
@@ -206,3 +195,14 @@ def _memory(ours: str, theirs: str) -> Sources:
 def vae_sources(profile: Profile) -> Sources:
     """Return the sources of the VAE's tensors by the profile's vae.kind."""
     return {"wan": wan_vae_sources, "taehv": taehv_sources}[profile.vae.kind](profile)
+
+
+def parts(profile: Profile) -> list[Part]:
+    """Return the generator's and the VAE's sources, each of a file of its own.
+
+    A VAE's file has an encoder, of which Wan2.1's has layers that a single picture does not need.
+    """
+    small = profile.vae.kind == "taehv"
+    option, file = ("--taehv", "taew2_1.pth") if small else ("--vae", "Wan2.1_VAE.pth")
+    vae = Part("vae.", vae_sources(profile), ("encoder.", "conv1."), option, file)
+    return [Part("generator.", generator_sources(profile)), vae]

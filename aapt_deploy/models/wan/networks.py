@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from aapt_deploy.models.wan.generator import Generator, spatial_rope
 from aapt_deploy.models.wan.graphs import Vae
 from aapt_deploy.models.wan.graphs import graph_modules as graph_modules
+from aapt_deploy.models.wan.keys import parts as parts
 from aapt_deploy.models.wan.taehv import Taehv
 from aapt_deploy.models.wan.vae import WanVae
 from aapt_deploy.profiles import Profile

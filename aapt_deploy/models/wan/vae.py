@@ -13,6 +13,7 @@ its last slice alone, and the encoder is two-dimensional.
 Letters: C channels, T frames at the layer's own rate, h x w pixels at the layer's own size.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -37,7 +38,7 @@ MEMORY_FRAMES = 2  # of a causal convolution over three frames
 
 def unit_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Scale each position of x [B, C, ...] to length sqrt(C) over its channels, times weight."""
-    length = float(x.shape[1]) ** 0.5
+    length = math.sqrt(x.shape[1])
     return F.normalize(x, dim=1) * length * weight.reshape(-1, *[1] * (x.dim() - 2))
 
 
