@@ -26,6 +26,7 @@ from aapt_deploy.profiles import Profile
 FP32_TOLERANCE = 2e-4
 # Root mean square, relative to the output's; the demo's is 0.03 apart, and 0.05 from float32.
 FP8_TOLERANCE = 0.1
+RESET = "after a reset"  # a case: the state is zero
 PIXEL_TOLERANCE = 1  # of 255: a value on the edge of two may round either way
 
 
@@ -41,6 +42,8 @@ class Parity(NamedTuple):
 
 def parity_cases(signature: GraphSignature, profile: Profile) -> list[tuple[str, int]]:
     """Return (name, valid cache tokens) of the inputs that a graph is checked on."""
+    if signature.name == "decoder":
+        return [("random", 0), (RESET, 0)]
     if signature.name != "generator":
         return [("random", 0)]
     return [
@@ -59,6 +62,10 @@ def check_parity(
     rows = []
     for seed, (case, cache_len) in enumerate(parity_cases(signature, profile), start=1):
         inputs = random_inputs([(s.name, s.shape, s.dtype) for s in specs], seed, cache_len)
+        if case == RESET:
+            state = {spec.name for spec in signature.state}
+            pairs = zip(specs, inputs, strict=True)
+            inputs = [x * 0 if spec.name in state else x for spec, x in pairs]
         with torch.no_grad():
             wanted = module(*inputs)
         got = session.run(None, {s.name: x.numpy() for s, x in zip(specs, inputs, strict=True)})

@@ -10,18 +10,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from aapt_deploy import profiles
+from aapt_deploy.backends.ort.engine import OrtGenerator, Threads, open_session
+from aapt_deploy.backends.ort.lower import lower_in_place
 from aapt_deploy.backends.torch_eager import EagerEngines
-from aapt_deploy.models.checkpoint import Checkpoint
+from aapt_deploy.bundle.graph_file import load_model, save_model
+from aapt_deploy.export import export
+from aapt_deploy.export.import_ import Request, import_checkpoint
+from aapt_deploy.models.checkpoint import Checkpoint, Stored, stored
 from aapt_deploy.models.family import family_of
 from aapt_deploy.models.wan import keys
 from aapt_deploy.models.wan.generator import Generator
+from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile, Sampler, Video, Window
-from aapt_deploy.rollout.engine import Engines, Tapped
+from aapt_deploy.rollout.engine import Engine, Engines, Tapped
 from aapt_deploy.rollout.loop import Rollout, Steering
 from tests.support import ROOT
 
@@ -156,3 +163,40 @@ def eager(case: Case, folder: Path = FOLDER) -> EagerEngines:
     _, vae = family_of(case.profile).networks().build(case.profile)
     made = generator(case, folder)
     return EagerEngines(Checkpoint(case.profile, "", Path(), {}, made, vae), 1, "fp32")
+
+
+def imported(profile: Profile | str, out: Path, folder: Path = FOLDER) -> Stored:
+    """Import the fixtures' generator and VAE as published files."""
+    profile = profiles.load(profile) if isinstance(profile, str) else profile
+    option, name = ("--vae", "vae") if profile.vae.kind == "wan" else ("--taehv", "taehv")
+    file = lambda of: folder / f"weights-{of}.safetensors"
+    files = {"": file("tiny"), option: file(f"{name}-tiny")}
+    import_checkpoint(Request(files), profile, out, False, lambda text: None)
+    return stored(out)
+
+
+def exported(stored: Stored, graph: str, folder: Path) -> onnx.ModelProto:
+    """Export one graph with its weights."""
+    profile = stored.profile
+    module = export.hollow_graphs(profile, None)[graph]
+    model = export.to_onnx(module, family_of(profile).signatures(profile)[graph], profile)
+    path = folder / f"{graph}-exported.onnx"
+    export._write(model, path, module, export.Weights(stored, None))
+    return load_model(path)
+
+
+class InPlace:
+    """Engines whose generator is ONNX Runtime's, in place; the others are PyTorch's."""
+
+    backend, precision, overlapped = "onnxruntime", "fp32", False
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        stored = imported(case.profile, folder / "case.safetensors")
+        ring = Ring.of(case.profile, in_place=True)
+        lowered = lower_in_place(exported(stored, "generator", folder), ring)
+        save_model(lowered, folder / "generator.onnx")
+        session = open_session(folder / "generator.onnx", Threads(1, False))
+        self.generator, self.others = OrtGenerator(session, case.profile), eager(case)
+
+    def __getitem__(self, graph: str) -> Engine:
+        return self.generator if graph == "generator" else self.others[graph]

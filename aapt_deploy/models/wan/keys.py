@@ -20,8 +20,16 @@ Sources = dict[str, Source]
 BOTH = ("weight", "bias")
 
 
+def _itself(shape: Shape) -> Shape:
+    return shape
+
+
 def _same(name: str) -> Source:
-    return Source((name,), lambda x: x, lambda s: s)
+    return Source((name,), lambda x: x, _itself)
+
+
+def _rows(name: str, order: Tensor) -> Source:
+    return Source((name,), lambda x: x[order], _itself)
 
 
 def _slice(name: str, frames: int, index: int) -> Source:
@@ -55,7 +63,6 @@ def generator_sources(profile: Profile) -> Sources:
     """Return the sources of the generator's tensors."""
     order = half_split(profile)
     thirds: Callable[[Shape], Shape] = lambda s: (s[0] // 3, *s[1:])
-    turned = lambda name: Source((name,), lambda x: x[order], lambda s: s)
     found: Sources = {
         "visual_in.weight": _slice("patch_embedding.weight", 1, 0),
         "visual_in.bias": _same("patch_embedding.bias"),
@@ -73,7 +80,7 @@ def generator_sources(profile: Profile) -> Sources:
             names = tuple(f"{b}.self_attn.{x}.{part}" for x in "qkv")
             found[f"{b}.qkv.{part}"] = Source(names, partial(_fused, order), thirds)
         for x in "qk":
-            found[f"{b}.norm_{x}"] = turned(f"{b}.self_attn.norm_{x}.weight")
+            found[f"{b}.norm_{x}"] = _rows(f"{b}.self_attn.norm_{x}.weight", order)
             found[f"{b}.norm_text_{x}"] = _same(f"{b}.cross_attn.norm_{x}.weight")
         found[f"{b}.norm_text"] = _same(f"{b}.norm3.weight")
         found[f"{b}.bias_text"] = _same(f"{b}.norm3.bias")
