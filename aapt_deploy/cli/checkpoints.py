@@ -1,4 +1,4 @@
-"""`aapt import`: published weights into a checkpoint."""
+"""`aapt import` and `aapt prompt`: published weights and words, into what the others take."""
 
 import json
 from dataclasses import asdict
@@ -23,6 +23,15 @@ Taehv = Annotated[
 Lora = Annotated[Path | None, typer.Option(help="LoRA to merge into the generator.")]
 LoraAlpha = Annotated[
     float | None, typer.Option(help="The LoRA's alpha. Default: that of a published file.")
+]
+Prompts = Annotated[list[str], typer.Argument(help="What the video shows.", metavar="PROMPT...")]
+EncoderFolder = Annotated[
+    Path, typer.Option("--encoder", help="Folder of the text encoder and its tokenizer.")
+]
+PromptOut = Annotated[Path, typer.Option("--out", "-o", help="File, or folder, to write.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Length of the vectors: the profile's.")]
+TextPrecision = Annotated[
+    str, typer.Option("--precision", help="bf16, or fp32 for twice the memory.")
 ]
 ImportOut = Annotated[Path, typer.Option("--out", "-o", help="Checkpoint to write.")]
 
@@ -62,3 +71,29 @@ def import_(
     )
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(out), **asdict(done)}))
+
+
+def prompt(
+    prompts: Prompts,
+    encoder: EncoderFolder,
+    out: PromptOut = Path("prompt.npy"),
+    tokens: Tokens = 512,
+    precision: TextPrecision = "bf16",
+    as_json: opt.Json = False,
+) -> None:
+    """Turn prompts into vectors of a text encoder, for `aapt stream --prompt`.
+
+    One prompt becomes the file --out. Several become 00.npy, 01.npy, ... in the folder --out.
+    """
+    from aapt_deploy.cli import console
+
+    with needs_extra("text"), console.steps("encoding prompts") as step:
+        from aapt_deploy.export import text_encoder
+
+        made = text_encoder.encode(prompts, encoder, tokens, precision, step)
+        names = [out / f"{i:02d}.npy" for i in range(len(made))] if len(made) > 1 else [out]
+        text_encoder.copy(made, names)
+    for text, name in zip(prompts, names, strict=True):
+        console.say(f"{name}: {text}")
+    if as_json:
+        typer.echo(json.dumps({str(name): t for t, name in zip(prompts, names, strict=True)}))

@@ -124,6 +124,9 @@ Prompt = Annotated[
     str | None,
     Option(help='Look of the world ("desert at dusk, clear"), or a text encoder\'s .npy file.'),
 ]
+Encoder = Annotated[
+    Path | None, Option(help="Folder of a text encoder: --prompt is words, as in `aapt prompt`.")
+]
 ControlLines = Annotated[
     str | None, Option(help="File with JSON lines of camera velocities, or - for stdin.")
 ]

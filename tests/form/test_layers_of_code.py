@@ -65,6 +65,7 @@ IN_FUNCTIONS = {
     "backends/trt/cuda": ("cuda",),
     "backends/trt/parity": ("onnxruntime",),
     "export/calibrate": ("modelopt",),
+    "export/text_encoder": ("transformers", "tokenizers"),
     "measure/doctor": ("onnxruntime",),
     "measure/quality": ("matplotlib",),
     "ops/*/kernels": ("cuda",),
@@ -80,6 +81,8 @@ HEAVY = (
     "cuda",
     "modelopt",
     "matplotlib",
+    "transformers",
+    "tokenizers",
 )
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
 NUMPY_ONLY = (
