@@ -31,7 +31,8 @@ from aapt_deploy.sections import Window as Window
 # Keys whose default is not written: files without them are older.
 LATER = {
     "family": "aapt", "model.ffn": 0, "text.attention": "joint", "video.block_frames": 1,
-    "window.sink_follows": False, "sampler.kind": "bent", "sampler.first_block": (),
+    "window.sink_follows": False,
+    "window.trained_frames": 0, "sampler.kind": "bent", "sampler.first_block": (),
     "sampler.write": False, "vae.kind": "aapt",
 }  # fmt: skip
 CHOICES = {
@@ -177,6 +178,12 @@ class Profile:
     def step_budget_ms(self) -> float:
         """Return the time for which one block of frames is shown: 4 / 24 s = 166.7 ms."""
         return 1000 * self.block_seconds
+
+    @property
+    def trained_seconds(self) -> float:
+        """Return the length of a training video; infinity if streams may be endless."""
+        latents, video = self.window.trained_frames, self.video
+        return (1 + (latents - 1) * video.temporal_stride) / video.fps if latents else math.inf
 
     @property
     def cached_text_tokens(self) -> int:

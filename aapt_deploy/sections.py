@@ -53,6 +53,7 @@ class Window:
     frames: int  # past latent frames in the ring (the paper's N), whole blocks of them
     sink_frames: int = 1  # first latent frames that are never overwritten, whole blocks of them
     sink_follows: bool = False  # the sink's temporal positions move along with the window
+    trained_frames: int = 0  # latent frames of a training video; 0: streams may be endless
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ LARGEST = {  # far above any real profile; with all of them, counts of bytes sti
     "ffn": 1 << 20, "halo": 1 << 6, "tokens": 1 << 16, "width": 1 << 14, "height": 1 << 14,
     "fps": 1000,
     "latent_channels": 1 << 10, "spatial_stride": 1 << 8, "temporal_stride": 1 << 8,
-    "frames": 10_000, "sink_frames": 10_000, "block_frames": 100, "encoder_channels": 1 << 14,
-    "decoder_channels": 1 << 14, "blocks": 1 << 6, "temporal_kernel": 1 << 6,
-    "sm": 10_000, "memory_gb": 1 << 20,
+    "frames": 10_000, "trained_frames": 1 << 20, "sink_frames": 10_000, "block_frames": 100,
+    "encoder_channels": 1 << 14, "decoder_channels": 1 << 14, "blocks": 1 << 6,
+    "temporal_kernel": 1 << 6, "sm": 10_000, "memory_gb": 1 << 20,
 }  # fmt: skip
-MAY_BE_ZERO = ("ffn", "halo", "tokens", "sink_frames", "sm", "memory_gb")
+MAY_BE_ZERO = ("ffn", "halo", "tokens", "sink_frames", "trained_frames", "sm", "memory_gb")

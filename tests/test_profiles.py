@@ -156,7 +156,7 @@ def test_unknown_missing_and_mistyped_keys_are_listed_together() -> None:
 
 def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
     message = refusal(edited(window__frames="frame = 3"))
-    assert "unknown key 'window.frame' (known: frames, sink_frames, sink_follows)" in message
+    assert "unknown key 'window.frame' (known: frames, sink_frames, sink_follows" in message
     assert "missing key 'window.frames'" in message
 
 

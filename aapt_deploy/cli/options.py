@@ -91,6 +91,7 @@ BundleOrPreset = Annotated[
 ]
 Blocks = Annotated[int, Option(min=10, help="Blocks to measure after the cold ones.")]
 Preset = Annotated[str, Argument(help="Preset, TOML file or bundle directory.", metavar="PROFILE")]
+Gpu = Annotated[str | None, Option(help="Another GPU than the profile's, as `RTX 4090`.")]
 RecordA = Annotated[Path, Argument(help="Record of `aapt profile --json`.", metavar="A")]
 RecordB = Annotated[Path, Argument(help="The record to compare with it.", metavar="B")]
 Reference = Annotated[

@@ -161,7 +161,8 @@ def _from_folder(weights: Path, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"encoder {weights.parent} cannot be loaded: {first}", HINT) from None
-    return found.eval()
+    found.eval()
+    return found
 
 
 def _from_wan(path: Path, dtype: torch.dtype) -> Any:
@@ -193,4 +194,5 @@ def _from_wan(path: Path, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     model.load_state_dict(weights, assign=True)
-    return model.eval()
+    model.eval()
+    return model

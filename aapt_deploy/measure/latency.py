@@ -128,10 +128,11 @@ class Stopwatch:
             self.making = {}
         return answer
 
-    def clear(self) -> None:
-        """Forget what was timed so far. No block may be in progress."""
+    def clear(self) -> dict[str, float]:
+        """Return and forget what the start took. No block may be in progress."""
+        spent = self.made.popleft() if self.made else {}
         self.making, self.decoding = {}, {}
-        self.made.clear()
+        return spent
 
     def next_block(self) -> dict[str, float]:
         """Return what the oldest block took that was not returned yet."""
@@ -189,7 +190,8 @@ def measure(
         tapped, video = Tapped(engines, watch), profile.video
         frames = rollout(tapped, profile, begin.image, lambda block: steering, seed=0)
         next(frames)
-        watch.clear()
+        if read := watch.clear().get("prompt"):  # by families whose start is a block
+            stages["prompt"].append(read)
         size = video.width, video.height, video.fps
         with TemporaryDirectory() as folder, open_sink(f"{folder}/encode.mp4", None, *size) as sink:
             first = 0.0
