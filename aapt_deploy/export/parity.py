@@ -130,7 +130,7 @@ def check_products(
         file.write(model.SerializeToString())
         file.flush()
         outputs = _session(Path(file.name)).run(watched, fed)
-    found = dict(zip(watched, outputs, strict=True))
+    found = fed | dict(zip(watched, outputs, strict=True))
     wanted, got = [], []
     for name, (x, y) in products.items():
         layer = layers[name]

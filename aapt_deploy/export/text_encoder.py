@@ -155,7 +155,7 @@ def _from_folder(weights: Path, dtype: torch.dtype) -> Any:
     from transformers import UMT5EncoderModel
 
     try:
-        found = UMT5EncoderModel.from_pretrained(
+        found: Any = UMT5EncoderModel.from_pretrained(
             weights.parent, dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -192,7 +192,7 @@ def _from_wan(path: Path, dtype: torch.dtype) -> Any:
     weights = {ours: there[theirs].read().to(dtype) for theirs, ours in names.items()}
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     with torch.device("meta"):
-        model = UMT5EncoderModel(config)
+        model: Any = UMT5EncoderModel(config)
     model.load_state_dict(weights, assign=True)
     model.eval()
     return model

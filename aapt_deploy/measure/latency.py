@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from aapt_deploy.backends.table import open_engines
+from aapt_deploy.backends.table import open_engines, refuse_unsupported
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.measure.machine import machine
 from aapt_deploy.models.family import family_of
@@ -159,6 +159,7 @@ def measure_random(
     """
     from aapt_deploy.backends.torch_cuda import engine
 
+    refuse_unsupported(profile, engine.BACKEND)
     open_all = lambda: engine.open_random(profile, precision)
     return measure(open_all, profile, coarse_start(profile), blocks, _counting(progress, blocks))
 

@@ -176,9 +176,17 @@ def _cache_bytes(profile: Profile) -> int:
     return profile.kv_cache_bytes // profile.cache_tokens * whole
 
 
-def _stage(
-    profile: Profile, signature: GraphSignature, module: nn.Module, gpu: Rates | None
-) -> StageCost:
+def live_bytes(profile: Profile, graph: str) -> int:
+    """Return the most bytes alive at once in one eager run of a graph in float32."""
+    networks = family_of(profile).networks()
+    with torch.device("meta"):
+        module = networks.graph_modules(profile, *networks.build(profile))[graph]
+    signature = family_of(profile).signatures(profile)[graph]
+    return _counted(signature, module)[0]
+
+
+def _counted(signature: GraphSignature, module: nn.Module) -> tuple[int, dict[Any, int]]:
+    """Run a graph on shapes alone; return the most bytes alive, and operations by operator."""
     specs = signature.read
     with torch.device("meta"):
         inputs = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs]
@@ -187,7 +195,13 @@ def _stage(
     bytes_ = LiveBytes([*inputs, *module.state_dict().values(), *module.buffers()])
     with torch.no_grad(), counter, bytes_:
         module(*inputs)
-    by_op = counter.get_flop_counts()["Global"]
+    return bytes_.most, counter.get_flop_counts()["Global"]
+
+
+def _stage(
+    profile: Profile, signature: GraphSignature, module: nn.Module, gpu: Rates | None
+) -> StageCost:
+    live_bytes, by_op = _counted(signature, module)
     attention = sum(count for op, count in by_op.items() if "attention" in str(op))
     products = sum(by_op.values()) - attention
     p = profile.precision
@@ -207,7 +221,7 @@ def _stage(
         bound = "compute" if compute >= memory else "memory"
     return StageCost(
         signature.name, round(products / 1e9, 2), round(attention / 1e9, 2),
-        round(weights / 1e9, 3), round(bytes_.most / 1e9, 3), floor, bound,
+        round(weights / 1e9, 3), round(live_bytes / 1e9, 3), floor, bound,
     )  # fmt: skip
 
 

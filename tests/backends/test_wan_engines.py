@@ -9,16 +9,22 @@ import pytest
 import torch
 
 from aapt_deploy import profiles
+from aapt_deploy.backends import table
+from aapt_deploy.backends.build import build_engine
 from aapt_deploy.backends.ort.engine import OrtEngine, Threads, open_session
 from aapt_deploy.backends.table import open_engines
-from aapt_deploy.backends.trial import mean_psnr_db
+from aapt_deploy.backends.torch_eager import EagerEngines
+from aapt_deploy.backends.trial import BuildOptions, left_and_right, mean_psnr_db
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.graph_file import save_model
-from aapt_deploy.models import checkpoint
+from aapt_deploy.errors import MachineError
+from aapt_deploy.export.calibrate import calibrate
+from aapt_deploy.measure.quality import Twins
+from aapt_deploy.models import checkpoint, fp8
 from aapt_deploy.models.family import family_of
-from aapt_deploy.rollout.engine import Engines
+from aapt_deploy.rollout.engine import Engines, Tapped
 from aapt_deploy.rollout.loop import Rollout, Steering, rollout
-from aapt_deploy.rollout.starts import all_starts
+from aapt_deploy.rollout.starts import all_starts, coarse_start
 from tests.support import wan
 from tests.support.tiny import picture
 
@@ -113,3 +119,34 @@ def test_int8_is_near_fp32(wan_bundle: Path) -> None:
     pair = [open_engines(bundle, "onnxruntime", name, print) for name in ("fp32", "int8")]
     psnr = mean_psnr_db(pair[0], pair[1], bundle.profile, all_starts(bundle))
     assert psnr > 20 and psnr == pytest.approx(bundle.engines["onnxruntime-int8"]["psnr_db"], abs=1)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "torch-cuda"])
+def test_backends_without_cross_attention_refuse_the_family(backend: str, wan_bundle: Path) -> None:
+    bundle = Bundle.open(wan_bundle)
+    with pytest.raises(MachineError, match=f"backend {backend} does not run") as caught:
+        table.refuse_unsupported(bundle.profile, backend)
+    assert caught.value.hint.endswith("runs on: onnxruntime, torch")
+    if backend == "tensorrt":
+        with pytest.raises(MachineError, match="cross-attention"):
+            build_engine(bundle, backend, None, BuildOptions(print))
+    else:
+        with pytest.raises(MachineError, match="cross-attention"):
+            open_engines(bundle, backend, "bf16", print)
+
+
+def test_fp8_products_are_exported_and_near_fp32(tmp_path: Path) -> None:
+    """The middle one of three blocks; its four linear layers and two of cross-attention."""
+    stored = wan.imported("wan-tiny-cpu", tmp_path / "x.safetensors")
+    scales = calibrate(checkpoint.load(stored.path), lambda text: None)
+    assert sorted(scales.linear) == [
+        f"blocks.1.{name}" for name in ("out", "qkv", "text_out", "text_q", "w1", "w2")
+    ]
+    loaded, plain = (checkpoint.load(stored.path) for _ in range(2))
+    fp8.apply(loaded.generator, scales)
+    twins = Twins(EagerEngines(loaded, 1, "fp32"))
+    engines = Tapped(EagerEngines(plain, 1, "fp32"), twins)
+    begin = coarse_start(stored.profile)
+    for _ in itertools.islice(left_and_right(engines, stored.profile, begin), 7):
+        pass
+    assert 1e-4 < np.mean(twins.errors) < 0.03
