@@ -63,7 +63,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(INSTALL) -e '.[export,fp8,train,cuda,dev]'
+	$(INSTALL) -e '.[export,fp8,train,cuda,text,dev]'
 	@touch $@
 
 $(VENV)/mutants.stamp: $(VENV)/dev.stamp

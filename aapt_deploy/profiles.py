@@ -15,124 +15,33 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from aapt_deploy.errors import ProfileError
+from aapt_deploy.sections import CONDITION_CHANNELS as CONDITION_CHANNELS
+from aapt_deploy.sections import LARGEST as LARGEST
+from aapt_deploy.sections import MAY_BE_ZERO, PRECISIONS, TIME_DOUBLINGS, Fp8, Quality
+from aapt_deploy.sections import PIXEL_CHANNELS as PIXEL_CHANNELS
+from aapt_deploy.sections import Model as Model
+from aapt_deploy.sections import Precision as Precision
+from aapt_deploy.sections import Sampler as Sampler
+from aapt_deploy.sections import Target as Target
+from aapt_deploy.sections import Text as Text
+from aapt_deploy.sections import Vae as Vae
+from aapt_deploy.sections import Video as Video
+from aapt_deploy.sections import Window as Window
 
-CONDITION_CHANNELS = 6  # camera ray origin (3) and direction (3), AAPT App. G
-PIXEL_CHANNELS = 3
-TIME_DOUBLINGS = 2  # of the VAE's scales next to the latent: 4 frames per latent frame
-
-
-@dataclass(frozen=True)
-class Model:
-    """The generator: a text + visual MMDiT (AAPT App. A)."""
-
-    dim: int  # width of both streams
-    depth: int  # transformer blocks
-    heads: int  # attention heads; head_dim = dim / heads
-    patch: int  # latent pixels per token side
-    mlp_ratio: int = 4  # hidden width of the MLP / dim
-    halo: int = 0  # latent pixels that a token sees around its patch; the paper has none
-
-
-@dataclass(frozen=True)
-class Text:
-    """The prompt as the generator reads it."""
-
-    kind: str  # "vocabulary": an id per attribute word; "embedding": an external encoder's vectors
-    tokens: int  # prompt tokens in the cache; 0 for a generator without text
-    dim: int  # width of one text token before it enters the generator
-
-
-@dataclass(frozen=True)
-class Video:
-    """Pixels, and the latent that they are encoded to (causal VAE, MAGViT-2 style)."""
-
-    width: int  # pixels
-    height: int  # pixels
-    fps: int  # frames shown per second
-    latent_channels: int
-    spatial_stride: int = 8  # pixels per latent pixel side
-    temporal_stride: int = 4  # frames per latent frame
-    block_frames: int = 1  # latent frames that are generated together
-
-
-@dataclass(frozen=True)
-class Window:
-    """The latent frames that a block attends to."""
-
-    frames: int  # past latent frames in the ring (the paper's N), whole blocks of them
-    sink_frames: int = 1  # first latent frames that are never overwritten: one block or none
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Generator passes per block, from noise down; `[1.0]` is AAPT's one-step generator."""
-
-    timesteps: tuple[float, ...]
-    temperature: float = 1.0  # deviation of a block's first noise; less is calmer and softer
-
-
-@dataclass(frozen=True)
-class Vae:
-    """The causal VAE's convolutions; channels have one entry per scale."""
-
-    encoder_channels: tuple[int, ...]  # to the latent; empty: a linear patch path, for PCA to start
-    decoder_channels: tuple[int, ...]  # from the latent to pixels
-    blocks: int  # residual blocks per scale
-    temporal_kernel: int  # frames seen by a causal convolution
-    look_back: str = "first"  # decoder convolutions with a past: a block's "first", or "all"
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Number formats of the engine that the target runs."""
-
-    compute: str  # activations outside the quantised products
-    weights: str  # weights of linear and convolution layers
-    kv_cache: str  # keys and values in the caches
-
-
-@dataclass(frozen=True)
-class Target:
-    """The machine this profile is tuned for."""
-
-    device: str  # "cpu" or "cuda"
-    name: str  # "2 CPU cores", "H100"
-    sm: int = 0  # CUDA compute capability x 10; 0 on a CPU
-    memory_gb: int = 0  # device memory the plan may use; 0: not checked
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The most that a precision may cost, for `aapt quality`; the section is optional."""
-
-    latent_error: float = 0.10  # most, of a teacher-forced pass, relative to the latent's size
-    psnr_db: float = 30.0  # least, free-running, over the first second
-    ssim: float = 0.90  # least, over the same
-    drift_per_s: float = 0.05  # largest slope of the drift, per second
-    drift: float = 0.15  # most, of sharpness or brightness over the rollout, as a share
-
-
-@dataclass(frozen=True)
-class Fp8:
-    """Linear layers that stay out of FP8, and its calibration; the section is optional."""
-
-    # Paths in the generator: * for anything, `first` and `last` for those blocks. By default
-    # embeddings and modulation. Convolutions, the head's too, always stay.
-    keep: tuple[str, ...] = ("text_in", "time_*", "*.first.*", "*.last.*")
-    margin: float = 1.1  # largest magnitude of a scale, relative to the largest one seen
-
-
-PRECISIONS = ("fp32", "bf16", "fp8_e4m3", "int8")
-LARGEST = {  # far above any real profile; with all of them, counts of bytes still fit 64 bits
-    "dim": 1 << 16, "depth": 1 << 10, "heads": 1 << 10, "patch": 1 << 6, "mlp_ratio": 1 << 6,
-    "halo": 1 << 6, "tokens": 1 << 16, "width": 1 << 14, "height": 1 << 14, "fps": 1000,
-    "latent_channels": 1 << 10, "spatial_stride": 1 << 8, "temporal_stride": 1 << 8,
-    "frames": 10_000, "sink_frames": 10_000, "block_frames": 100, "encoder_channels": 1 << 14,
-    "decoder_channels": 1 << 14, "blocks": 1 << 6, "temporal_kernel": 1 << 6,
-    "sm": 10_000, "memory_gb": 1 << 20,
+# Keys whose default is not written: files without them are older.
+LATER = {
+    "family": "aapt", "model.ffn": 0, "text.attention": "joint", "video.block_frames": 1,
+    "window.sink_follows": False,
+    "window.trained_frames": 0, "sampler.kind": "bent", "sampler.first_block": (),
+    "sampler.write": False, "vae.kind": "aapt",
 }  # fmt: skip
-LATER = {"family": "aapt", "video.block_frames": 1}  # files without them are older than these keys
-MAY_BE_ZERO = ("halo", "tokens", "sink_frames", "sm", "memory_gb")
+CHOICES = {
+    "text.kind": ("vocabulary", "embedding"), "text.attention": ("joint", "cross"),
+    "sampler.kind": ("bent", "renoise"), "vae.kind": ("aapt", "wan", "taehv"),
+    "vae.look_back": ("first", "all"), "target.device": ("cpu", "cuda"),
+    "precision.compute": PRECISIONS, "precision.weights": PRECISIONS,
+    "precision.kv_cache": PRECISIONS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,8 +57,8 @@ class Profile:
     vae: Vae
     precision: Precision
     target: Target
-    quality: Quality = Quality()
-    fp8: Fp8 = Fp8()
+    quality: Quality = dataclasses.field(default_factory=Quality)
+    fp8: Fp8 = dataclasses.field(default_factory=Fp8)
     family: str = "aapt"  # the kind of checkpoint: a row of models/family.py
 
     def __post_init__(self) -> None:
@@ -163,7 +72,7 @@ class Profile:
             for field, value in dataclasses.asdict(getattr(self, name)).items():
                 least = 0 if field in MAY_BE_ZERO else 1
                 values = value if isinstance(value, tuple) else (value,)
-                counts = [v for v in values if isinstance(v, int)]
+                counts = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
                 key, most = f"{name}.{field}", LARGEST[field] if counts else 0
                 problems += [f"{key} = {v} is below {least}" for v in counts if v < least]
                 problems += [f"{key} = {v} is above {most}" for v in counts if v > most]
@@ -175,21 +84,24 @@ class Profile:
         head_dim, rest = divmod(m.dim, m.heads)
         if rest:
             yield f"model.dim = {m.dim} is not a multiple of model.heads = {m.heads}"
-        elif head_dim % 8:
-            why = "is not a multiple of 8, which 3-D RoPE needs"
+        elif head_dim % 4 or head_dim < 8:
+            why = "is not 8 or a larger multiple of 4, which 3-D RoPE needs"
             yield f"head_dim = model.dim / model.heads = {head_dim} {why}"
         if v.width % (unit := v.spatial_stride * m.patch) or v.height % unit:
             yield f"video {v.width}x{v.height} is not a multiple of spatial_stride x patch = {unit}"
         if w.frames % (block := v.block_frames):
             yield f"window.frames = {w.frames} is not a multiple of video.block_frames = {block}"
-        if (sink := w.sink_frames) not in (0, block):
-            yield f"window.sink_frames = {sink}: the sink is the first block, so 0 or {block}"
-        if self.text.kind not in ("vocabulary", "embedding"):
-            yield f"text.kind = {self.text.kind!r} is neither 'vocabulary' nor 'embedding'"
-        steps = list(self.sampler.timesteps)
-        falling = all(b < a for a, b in pairwise(steps))  # a nan fails, here and below
-        if not (steps and steps[0] == 1.0 and falling and steps[-1] > 0):
-            yield f"sampler.timesteps = {steps} must start at 1.0 and fall, staying above 0"
+        if w.sink_frames % block:
+            sink = f"window.sink_frames = {w.sink_frames}"
+            yield f"{sink} is not a multiple of video.block_frames = {block}"
+        if w.sink_follows and not w.sink_frames:
+            yield "window.sink_follows is set, and window.sink_frames = 0"
+        for key in ("timesteps", "first_block"):
+            steps = list(getattr(self.sampler, key))
+            falling = all(b < a for a, b in pairwise(steps))  # a nan fails, here and below
+            sound = steps and steps[0] == 1.0 and falling and steps[-1] > 0
+            if not sound and (steps or key == "timesteps"):
+                yield f"sampler.{key} = {steps} must start at 1.0 and fall, staying above 0"
         if not 0 <= self.sampler.temperature <= 1:
             yield f"sampler.temperature = {self.sampler.temperature} is not between 0 and 1"
         scales = int(math.log2(v.spatial_stride))
@@ -207,18 +119,15 @@ class Profile:
 
     def _bad_values(self) -> Iterator[str]:
         """Yield every value that is not one of a list, or not in the range of its key."""
-        if self.vae.look_back not in ("first", "all"):
-            yield f"vae.look_back = {self.vae.look_back!r} is neither 'first' nor 'all'"
-        for field, value in dataclasses.asdict(self.precision).items():
-            if value not in PRECISIONS:
-                yield f"precision.{field} = {value!r} is not one of {', '.join(PRECISIONS)}"
+        for key, choices in CHOICES.items():
+            section, _, field = key.partition(".")
+            if (value := getattr(getattr(self, section), field)) not in choices:
+                yield f"{key} = {value!r} is not one of {', '.join(choices)}"
         for field, value in dataclasses.asdict(self.quality).items():
             if not 0 < value < math.inf:  # a nan fails, here and below
                 yield f"quality.{field} = {value} is not a positive number"
         if not 1 <= (margin := self.fp8.margin) < math.inf:
             yield f"fp8.margin = {margin} is below 1: values that were seen would saturate"
-        if (device := self.target.device) not in ("cpu", "cuda"):
-            yield f"target.device = {device!r} is neither 'cpu' nor 'cuda'"
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
@@ -228,6 +137,16 @@ class Profile:
     @property
     def head_dim(self) -> int:
         return self.model.dim // self.model.heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Return the hidden width of the MLP."""
+        return self.model.ffn or self.model.mlp_ratio * self.model.dim
+
+    @property
+    def passes(self) -> int:
+        """Count the generator's passes of a block, the cache-write pass included."""
+        return len(self.sampler.timesteps) + self.sampler.write
 
     @property
     def latent_height(self) -> int:
@@ -261,9 +180,21 @@ class Profile:
         return 1000 * self.block_seconds
 
     @property
+    def trained_seconds(self) -> float:
+        """Return the length of a training video; infinity if streams may be endless."""
+        latents, video = self.window.trained_frames, self.video
+        return (1 + (latents - 1) * video.temporal_stride) / video.fps if latents else math.inf
+
+    @property
+    def cached_text_tokens(self) -> int:
+        """Count the text tokens at the front of a cache; 0 with cross-attention."""
+        return self.text.tokens if self.text.attention == "joint" else 0
+
+    @property
     def cache_tokens(self) -> int:
         """Count the tokens of one layer's cache: text, sink, ring."""
-        return self.text.tokens + (self.window.sink_frames + self.window.frames) * self.frame_tokens
+        seen = self.window.sink_frames + self.window.frames
+        return self.cached_text_tokens + seen * self.frame_tokens
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -291,6 +222,8 @@ class Profile:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
@@ -308,7 +241,8 @@ def loads(text: str, source: str) -> Profile:
         problem = f"profile {source}: not valid TOML: {error}"
         raise ProfileError(problem, "see profiles/demo-cpu.toml for a complete example") from None
     sections, hints = dict[str, Any](), get_type_hints(Profile)
-    optional = {f.name for f in dataclasses.fields(Profile) if f.default is not MISSING}
+    fields = dataclasses.fields(Profile)
+    optional = {f.name for f in fields if (f.default, f.default_factory) != (MISSING, MISSING)}
     problems = [f"unknown key {key!r}" for key in raw if key not in hints]
     for name, kind in hints.items():
         if name not in raw:
@@ -323,7 +257,7 @@ def loads(text: str, source: str) -> Profile:
         else:
             sections[name] = _section(name, kind, raw[name], problems)
     if problems:
-        hint = f"sections are {', '.join(hints)}; aapt_deploy/profiles.py describes each field"
+        hint = f"sections are {', '.join(hints)}; aapt_deploy/sections.py describes each field"
         raise ProfileError(f"profile {source}: {'; '.join(problems)}", hint)
     return Profile(**sections)
 
@@ -353,7 +287,7 @@ def _section(name: str, kind: type, raw: dict[str, Any], problems: list[str]) ->
 
 def _is(value: Any, wanted: type) -> bool:
     kinds = (int, float) if wanted is float else wanted
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, kinds) and (wanted is bool) == isinstance(value, bool)
 
 
 def preset_folder() -> Path:

@@ -31,7 +31,7 @@ from aapt_deploy.models import checkpoint
 from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.checkpoint import Checkpoint
 from aapt_deploy.profiles import Profile
-from tests.support import once
+from tests.support import once, wan
 from tests.support.commands import Ran
 from tests.support.cuda_emulator import Driver
 from tests.support.errors import errors_in_words as errors_in_words
@@ -100,6 +100,28 @@ def copied(bundle: Path, tmp_path: Path) -> Path:
 def bare(made: Made, tmp_path: Path) -> Path:
     """The bundle as `export` leaves it, without engines; the test's own."""
     return Path(shutil.copytree(made.path.with_name("bare"), tmp_path / "bare"))
+
+
+@pytest.fixture(scope="session")
+def wan_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Wan family's tiny preset with the fixtures' weights, imported, exported and built.
+
+    Do not change it.
+    """
+
+    def make(folder: Path) -> Path:
+        path = folder / "bundle"
+        stored = wan.imported("wan-tiny-cpu", folder / "tiny.safetensors")
+        export.export_bundle(stored, path, False, lambda text: None)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (build_ort, torch_eager):
+                patch.setattr(module, "cores", lambda: 1)
+            for backend in ("onnxruntime", "torch"):
+                options = BuildOptions(lambda text: None)
+                build.build_engine(Bundle.open(path), backend, None, options)
+        return path
+
+    return once.made(tmp_path_factory, "wan", make)
 
 
 # Three blocks, of which the default rules quantise the middle one.

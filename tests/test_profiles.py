@@ -156,7 +156,7 @@ def test_unknown_missing_and_mistyped_keys_are_listed_together() -> None:
 
 def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
     message = refusal(edited(window__frames="frame = 3"))
-    assert "unknown key 'window.frame' (known: frames, sink_frames)" in message
+    assert "unknown key 'window.frame' (known: frames, sink_frames, sink_follows" in message
     assert "missing key 'window.frames'" in message
 
 
@@ -196,7 +196,7 @@ def test_what_is_not_toml_is_refused(text: str) -> None:
     ("lines", "reason"),
     [
         ({"model__heads": "heads = 5"}, "model.dim = 32 is not a multiple of model.heads = 5"),
-        ({"model__heads": "heads = 8"}, "= 4 is not a multiple of 8"),
+        ({"model__heads": "heads = 8"}, "= 4 is not 8 or a larger"),
         ({"model__heads": "heads = 0"}, "model.heads = 0 is below 1"),
         ({"model__depth": "depth = -1"}, "model.depth = -1 is below 1"),
         ({"text__tokens": "tokens = -4"}, "text.tokens = -4 is below 0"),
@@ -209,7 +209,16 @@ def test_what_is_not_toml_is_refused(text: str) -> None:
         ({"video__fps": "fps = 24\nspatial_stride = 6"}, "video strides 6 / 4"),
         ({"video__fps": "fps = 24\nspatial_stride = 1"}, "video strides 1 / 4"),
         ({"video__fps": "fps = 24\ntemporal_stride = 8"}, "video strides 8 / 8"),
-        ({"window__frames": "frames = 3\nsink_frames = 2"}, "window.sink_frames = 2"),
+        (
+            {"window__frames": "frames = 3\nsink_frames = 0\nsink_follows = true"},
+            "window.sink_follows is set, and window.sink_frames = 0",
+        ),
+        (
+            {"sampler__timesteps": "timesteps = [1.0]\nfirst_block = [0.5]"},
+            "sampler.first_block = [0.5] must start at 1.0",
+        ),
+        ({"sampler__timesteps": 'timesteps = [1.0]\nkind = "x"'}, "sampler.kind = 'x'"),
+        ({"text__tokens": 'tokens = 4\nattention = "x"'}, "text.attention = 'x'"),
         ({"window__frames": "frames = 0"}, "window.frames = 0 is below 1"),
         ({"sampler__timesteps": "timesteps = []"}, "sampler.timesteps = []"),
         ({"sampler__timesteps": "timesteps = [0.9, 0.5]"}, "sampler.timesteps = [0.9, 0.5]"),
@@ -278,7 +287,7 @@ def test_every_size_has_a_limit_below_which_all_counts_fit_into_64_bits() -> Non
         fields = {
             key: value
             for key, value in vars(section).items()
-            if key not in ("sink_frames", "temporal_stride", "spatial_stride")
+            if key not in ("sink_frames", "sink_follows", "temporal_stride", "spatial_stride")
         }
         most = {
             key: LARGEST[key] for key, value in fields.items() if isinstance(value, int)
@@ -289,7 +298,7 @@ def test_every_size_has_a_limit_below_which_all_counts_fit_into_64_bits() -> Non
             if isinstance(value, tuple)
         }
         sections[name] = replace(section, **most)
-    sections["window"] = replace(sections["window"], sink_frames=LARGEST["block_frames"])
+    sections["window"] = replace(sections["window"], sink_frames=LARGEST["sink_frames"])
     large = TINY.replace(**sections)
     assert large.model.dim == 1 << 16
     assert large.kv_cache_bytes < 2**63
@@ -308,8 +317,8 @@ def test_all_contradictions_are_listed_together() -> None:
 
 def test_replace_checks_again() -> None:
     assert TINY.replace(window=Window(7)).window.frames == 7
-    with pytest.raises(ProfileError, match=r"window\.sink_frames = 3"):
-        TINY.replace(window=Window(7, sink_frames=3))
+    with pytest.raises(ProfileError, match=r"window\.sink_follows is set"):
+        TINY.replace(window=Window(7, 0, sink_follows=True))
 
 
 def test_a_stride_of_two_needs_both_time_doublings() -> None:
@@ -363,7 +372,10 @@ def test_windows_are_whole_blocks_of_latent_frames() -> None:
     assert ring.tokens == chunked.cache_tokens
     for window, problem in (
         (Window(17, sink_frames=3), "window.frames = 17 is not a multiple of video.block_frames"),
-        (Window(18, sink_frames=1), "window.sink_frames = 1: .* so 0 or 3"),
+        (
+            Window(18, sink_frames=1),
+            "window.sink_frames = 1 is not a multiple of video.block_frames = 3",
+        ),
     ):
         with pytest.raises(ProfileError, match=problem):
             blocks_of(3, window)
@@ -381,6 +393,6 @@ def test_keys_that_came_later_are_written_only_if_they_are_used() -> None:
 def test_what_a_family_does_not_know_is_refused() -> None:
     with pytest.raises(ProfileError, match="family 'other' does not exist") as caught:
         family_of(dataclasses.replace(TINY, family="other"))
-    assert caught.value.hint == "families: aapt"
+    assert caught.value.hint == "families: aapt, wan"
     with pytest.raises(ProfileError, match="block_frames = 3"):
         family_of(TINY).signatures(blocks_of(3, Window(18, sink_frames=3)))

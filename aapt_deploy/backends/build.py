@@ -6,7 +6,13 @@ the bundle. The reference is the fp32 engine on a CPU, and the exported graphs o
 
 import importlib
 
-from aapt_deploy.backends.table import BACKENDS, Backend, buildable, refuse_unknown
+from aapt_deploy.backends.table import (
+    BACKENDS,
+    Backend,
+    buildable,
+    refuse_unknown,
+    refuse_unsupported,
+)
 from aapt_deploy.backends.trial import BuildOptions, Built
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import MachineError, UsageError
@@ -31,6 +37,7 @@ def build_engine(
         fit = ", ".join(other.name for other in BACKENDS.values() if other.names_sms)
         raise UsageError(f"--sm is for {fit}, not for {row.name}", "leave it out")
     refuse_unknown(backend, precision)
+    refuse_unsupported(bundle.profile, backend)
     possible = buildable(bundle, backend)
     default = tuple(name for name in row.by_default if name in possible)
     wanted = default if precision is None else (precision,)

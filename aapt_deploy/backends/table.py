@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from aapt_deploy.backends.cpu import WEIGHT_BITS, adds_int8_exactly
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.errors import BundleError, UsageError
+from aapt_deploy.errors import BundleError, MachineError, UsageError
+from aapt_deploy.profiles import Profile
 
 if TYPE_CHECKING:
     from aapt_deploy.rollout.engine import Engines
@@ -34,6 +35,7 @@ class Backend:
     by_default: tuple[str, ...] = ()  # precisions of a build if none is named and the graphs fit
     names_sms: bool = False  # a build accepts compute capabilities of other machines' GPUs
     summary: str = ""  # for --help
+    cross_attention: bool = False  # it runs generators with text beside the cache
 
     @property
     def option(self) -> str:
@@ -44,10 +46,11 @@ class Backend:
 _ROWS = (
     Backend("onnxruntime", "cpu", ("fp32", "int8", "fp8"), True,
             "aapt_deploy.backends.ort.engine", "aapt_deploy.backends.ort.build",
-            by_default=("fp32", "int8", "fp8"), summary="CPU"),
+            by_default=("fp32", "int8", "fp8"), summary="CPU", cross_attention=True),
     Backend("torch", "cpu", ("fp32", "bf16"), True,
             "aapt_deploy.backends.torch_eager", "aapt_deploy.backends.torch_eager",
-            by_default=("fp32",), summary="slow reference; our kernels with --device cuda"),
+            by_default=("fp32",), summary="slow reference; our kernels with --device cuda",
+            cross_attention=True),
     Backend("torch-cuda", "cuda", ("fp8", "bf16"), False, "aapt_deploy.backends.torch_cuda.engine"),
     Backend("tensorrt", "cuda", ("fp8", "bf16", "fp32"), True,
             "aapt_deploy.backends.trt.opening", "aapt_deploy.backends.trt.build",
@@ -111,6 +114,7 @@ def open_engines(
     Raises BundleError if the bundle has no such engine, or a damaged one.
     """
     chosen = precision_of(bundle, backend, precision)
+    refuse_unsupported(bundle.profile, backend)
     entry = bundle.engines.get(f"{backend}-{chosen}", {})  # none for a backend that needs no build
     if entry.get("weight_bits") == WEIGHT_BITS and not adds_int8_exactly():
         warn(
@@ -125,6 +129,14 @@ def open_engines(
         )
     engines: Engines = importlib.import_module(BACKENDS[backend].module).open_bundle(bundle, chosen)
     return engines
+
+
+def refuse_unsupported(profile: Profile, backend: str) -> None:
+    """Raise MachineError if `backend` cannot run the profile's generator."""
+    if profile.text.attention == "cross" and not BACKENDS[backend].cross_attention:
+        fit = ", ".join(row.name for row in BACKENDS.values() if row.cross_attention)
+        wrong = f"backend {backend} does not run generators with cross-attention"
+        raise MachineError(wrong, f"profile {profile.name} runs on: {fit}")
 
 
 def _build_command(bundle: Bundle, backend: str, precision: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aapt_deploy.backends.cpu import cores
+from aapt_deploy.backends.sink import Sink
 from aapt_deploy.backends.trial import BuildOptions, Built, Report, mean_psnr_db, median_step_ms
 from aapt_deploy.bundle.bundle import Bundle, export_again
 from aapt_deploy.bundle.signature import GraphSignature, text_pairs
@@ -48,7 +49,7 @@ def round_products(module: nn.Module) -> None:
 
 def _run(module: nn.Module, signature: GraphSignature, values: dict[str, Tensor]) -> list[Tensor]:
     with torch.inference_mode():
-        out = module(*(values[spec.name] for spec in (*signature.inputs, *signature.state)))
+        out = module(*(values[spec.name] for spec in signature.read))
     return list(out) if isinstance(out, tuple) else [out]
 
 
@@ -75,28 +76,39 @@ class EagerGenerator:
     def __init__(self, module: nn.Module, signature: GraphSignature, profile: Profile) -> None:
         self.module, self.signature, self.profile = module, signature, profile
         self.ring = Ring.of(profile)
-        self.caches = {spec.name: torch.zeros(spec.shape) for spec in signature.state}
-        self.state = self.caches
+        specs = (*signature.state, *signature.conditioning)  # caches first
+        self.state = {spec.name: torch.zeros(spec.shape) for spec in specs}
         self.last: list[Tensor] = []
+        caches = {name: tensor.numpy() for name, tensor in self.caches.items()}
+        self.sink = Sink(profile, caches)
+        self.state |= {name: torch.from_numpy(array) for name, array in self.sink.keys.items()}
+
+    @property
+    def caches(self) -> dict[str, Tensor]:
+        return {spec.name: self.state[spec.name] for spec in self.signature.state}
 
     def reset(self, **state: np.ndarray) -> None:
         if not state:
-            for cache in self.caches.values():
-                cache.zero_()
+            for tensor in self.state.values():
+                tensor.zero_()
         for name, text in text_pairs(self.profile, state):
-            self.caches[name][:, : self.profile.text.tokens] = torch.from_numpy(text)
+            self.state[name][:, : self.profile.text.tokens] = torch.from_numpy(text)
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         place = self.ring.place(int(inputs.pop("block")))
         values = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
         values["cache_len"] = torch.tensor([place.cache_len], dtype=torch.int32)
-        clean, *self.last = _run(self.module, self.signature, values | self.caches)
+        clean, *self.last = _run(self.module, self.signature, values | self.state)
         return {"clean": clean.numpy()}
 
     def commit(self, block: int) -> None:
         slot = self.ring.place(block).slot
-        for cache, kept in zip(self.caches.values(), self.last, strict=True):
-            cache[:, slot : slot + self.profile.block_tokens] = kept
+        for spec, kept in zip(self.signature.state, self.last, strict=True):
+            self.state[spec.name][:, slot : slot + self.profile.block_tokens] = kept
+        self.sink.keep(block)
+
+    def turn(self, rope: np.ndarray) -> None:
+        self.sink.turn(rope)
 
 
 class EagerEngines:
@@ -140,9 +152,10 @@ class EagerEngines:
         }
 
     def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        for graph, arrays in state.items():
-            for name, array in arrays.items():
-                self.engines[graph].state[name] = torch.from_numpy(array.copy())
+        with torch.inference_mode():  # a decoder's memory was made in it
+            for graph, arrays in state.items():
+                for name, array in arrays.items():
+                    self.engines[graph].state[name].copy_(torch.from_numpy(array))
 
     @property
     def generator(self) -> EagerGenerator:

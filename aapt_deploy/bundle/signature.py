@@ -34,15 +34,22 @@ class GraphSignature:
 
     `inputs` and `outputs` are passed every run; `state` stays inside an engine. Every run reads
     it. The decoder's memory is also returned, as NEXT; a cache is committed block by block.
+    `conditioning` stays inside as well, and only `reset` writes it.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     state: tuple[TensorSpec, ...] = ()
+    conditioning: tuple[TensorSpec, ...] = ()  # the text's keys and values for cross-attention
+
+    @property
+    def read(self) -> tuple[TensorSpec, ...]:
+        """Return everything that a run reads, in the graph's order."""
+        return (*self.inputs, *self.state, *self.conditioning)
 
     def spec(self, name: str) -> TensorSpec:
-        specs = (*self.inputs, *self.outputs, *self.state)
+        specs = (*self.read, *self.outputs)
         return next(spec for spec in specs if spec.name == name)
 
     def misfit(self, inputs: "Tensors", outputs: "Tensors", state_leaves: bool) -> str:
@@ -53,7 +60,7 @@ class GraphSignature:
         state = self.state if state_leaves else ()
         leaving = [TensorSpec(spec.name + NEXT, spec.shape, spec.dtype) for spec in state]
         sides = (
-            ("input", (*self.inputs, *self.state), inputs),
+            ("input", self.read, inputs),
             ("output", (*self.outputs, *leaving), outputs),
         )
         for side, specs, found in sides:
@@ -72,10 +79,14 @@ def layer_names(prefix: str, profile: Profile) -> list[str]:
 
 
 def text_pairs(profile: Profile, state: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
-    """The text's keys and values in `state`, each with the name of the cache that it belongs to."""
+    """Yield the text's keys and values in `state`, each with the name of what it belongs to.
+
+    That is the front of a cache, or the conditioning of a generator with cross-attention.
+    """
+    joint = profile.text.attention == "joint"
     for kind in ("k", "v"):
-        for text, cache in zip(
-            layer_names(f"text_{kind}", profile), layer_names(f"{kind}_cache", profile), strict=True
-        ):
+        names = layer_names(f"text_{kind}", profile)
+        owners = layer_names(f"{kind}_cache", profile) if joint else names
+        for text, owner in zip(names, owners, strict=True):
             if text in state:
-                yield cache, state[text]
+                yield owner, state[text]

@@ -2,6 +2,7 @@
 
 commands.py           the commands: parse, call, report
 measure.py            `aapt profile`, `plan`, `diff` and `quality`
+checkpoints.py        `aapt import` and `prompt`
 train.py              `aapt train`
 doctor.py             `aapt doctor`
 options.py            the options of all commands

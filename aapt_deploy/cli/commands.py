@@ -8,7 +8,7 @@ Ctrl-C and SIGTERM: a streamed file is complete then, and other unfinished files
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ from aapt_deploy import __version__
 from aapt_deploy.backends.table import named
 from aapt_deploy.cli import measure
 from aapt_deploy.cli import options as opt
+from aapt_deploy.cli.checkpoints import import_, prompt
 from aapt_deploy.cli.doctor import doctor
 from aapt_deploy.cli.measure import measured_latency
 from aapt_deploy.cli.train import train_app
@@ -46,6 +47,8 @@ app = typer.Typer(
 app.add_typer(train_app, name="train")
 for command in (doctor, measure.profile, measure.plan, measure.diff, measure.quality):
     app.command()(command)
+app.command("import")(import_)
+app.command()(prompt)
 
 # The parser's UsageError, which has no public name.
 _BadUsage: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
@@ -128,6 +131,7 @@ def stream(
     seed: opt.Seed = 0,
     image: opt.Image = None,
     prompt: opt.Prompt = None,
+    encoder: opt.Encoder = None,
     controls: opt.ControlLines = None,
     realtime: opt.Realtime = None,
     backend: opt.Backend = "onnxruntime",
@@ -149,6 +153,8 @@ def stream(
         hint = "leave one of them out"
         raise UsageError("--json writes to stdout, and so does --out -", hint)
     with console.progress(f"streaming to {'stdout' if out == '-' else out}") as progress:
+        if encoder is not None:
+            request = replace(request, prompt=_encoded(bundle, prompt, encoder, progress))
         done = _stream(bundle, request, progress)
     reports.streamed(done)
     if as_json:
@@ -269,6 +275,19 @@ def _stream(bundle: Path, request: "Request", progress: Callable[[str], None]) -
         from aapt_deploy.stream import stream
 
         return stream.stream(opened, request, console.warn, progress)
+
+
+def _encoded(bundle: Path, prompt: str | None, encoder: Path, report: Callable[[str], None]) -> str:
+    """Return the file of a prompt's vectors. Raises UsageError without a prompt."""
+    from aapt_deploy.bundle.bundle import Bundle
+
+    if not prompt:
+        raise UsageError(f"--encoder {encoder} needs words to encode", "add --prompt")
+    tokens = Bundle.open(bundle).profile.text.tokens
+    with needs_extra("text"):
+        from aapt_deploy.export import text_encoder
+
+        return str(text_encoder.encode([prompt], encoder, tokens, "bf16", report)[0])
 
 
 def _make_demo_folder(out: Path, seconds: float) -> None:

@@ -41,14 +41,14 @@ def profile(
     raise typer.Exit(0 if latency.within_budget else VerdictError.exit_code)
 
 
-def plan(preset: opt.Preset, as_json: opt.Json = False) -> None:
+def plan(preset: opt.Preset, gpu: opt.Gpu = None, as_json: opt.Json = False) -> None:
     """Estimate memory and the minimum step time on the profile's GPU; runs nothing.
 
     Exit 3 if the profile does not fit.
     """
     from aapt_deploy.cli import reports
 
-    cost = _cost(preset)
+    cost = _cost(preset, gpu)
     reports.plan(cost)
     if as_json:
         typer.echo(cost.json())
@@ -130,7 +130,7 @@ def _floors(shape: "Profile") -> dict[str, float]:
     return cost_of(shape).floors_ms
 
 
-def _cost(preset: str) -> "Cost":
+def _cost(preset: str, gpu: str | None) -> "Cost":
     from aapt_deploy import profiles
     from aapt_deploy.bundle.bundle import Bundle
 
@@ -139,7 +139,7 @@ def _cost(preset: str) -> "Cost":
     with needs_extra("export"):
         from aapt_deploy.models import cost
 
-        return cost.cost_of(shape)
+        return cost.cost_of(shape if gpu is None else cost.on_gpu(shape, gpu))
 
 
 def _plotter(plot: Path | None) -> "Callable[[Loss], None]":

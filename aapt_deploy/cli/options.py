@@ -113,6 +113,7 @@ BundleOrPreset = Annotated[
 ]
 Blocks = Annotated[int, Option(min=10, help="Blocks to measure after the cold ones.")]
 Preset = Annotated[str, Argument(help="Preset, TOML file or bundle directory.", metavar="PROFILE")]
+Gpu = Annotated[str | None, Option(help="Another GPU than the profile's, as `RTX 4090`.")]
 RecordA = Annotated[Path, Argument(help="Record of `aapt profile --json`.", metavar="A")]
 RecordB = Annotated[Path, Argument(help="The record to compare with it.", metavar="B")]
 Reference = Annotated[
@@ -145,6 +146,9 @@ Image = Annotated[str | None, Option(help="Picture to start from, or the name of
 Prompt = Annotated[
     str | None,
     Option(help='Look of the world ("desert at dusk, clear"), or a text encoder\'s .npy file.'),
+]
+Encoder = Annotated[
+    Path | None, Option(help="Folder of a text encoder: --prompt is words, as in `aapt prompt`.")
 ]
 ControlLines = Annotated[
     str | None, Option(help="File with JSON lines of camera velocities, or - for stdin.")

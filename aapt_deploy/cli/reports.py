@@ -152,7 +152,8 @@ def plan(result: "Cost") -> None:
     limit = f" of {result.limit_gb} GB: {fits}" if result.limit_gb else " GB"
     say(f"memory while streaming, GB: {parts}; together {result.total_gb:.2f}{limit}")
     if result.floor_ms is not None:
-        step = f"floor of a step, {result.passes} pass(es) and the decoder"
+        times = "" if result.latents == 1 else f" {result.latents} times"
+        step = f"floor of a step, {result.passes} pass(es) and the decoder{times}"
         floor = f"{result.floor_ms:.1f} ms of {result.budget_ms:.1f} ms"
         say(f"{step}: {floor}; nothing was measured")
 

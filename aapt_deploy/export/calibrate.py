@@ -37,6 +37,7 @@ from aapt_deploy.rollout.starts import Start, coarse_picture
 
 SPARE_BLOCKS = 2  # that a rollout goes on once its window is full
 PROMPT_BLOCKS = 3  # blocks between two prompts
+NOISE_STARTS = 4  # rollouts of a family that starts from noise
 
 
 def calibrate(checkpoint: Checkpoint, report: Report, seed: int = 0) -> Scales:
@@ -118,7 +119,8 @@ def _linear_scales(module: Any, margin: float) -> LinearScales:
 def _rollouts(checkpoint: Checkpoint, seed: int, report: Report) -> int:
     """Run the generator as a stream does. Return the number of its passes."""
     profile, starts = checkpoint.profile, _starts(checkpoint, seed)
-    blocks = profile.window.sink_frames + profile.window.frames + SPARE_BLOCKS
+    window, per_block = profile.window, profile.video.block_frames
+    blocks = (window.sink_frames + window.frames) // per_block + SPARE_BLOCKS
     engines = EagerEngines(checkpoint, torch.get_num_threads(), "fp32")
     flights = family_of(profile).flights
     for number, start in enumerate(starts):
@@ -131,16 +133,20 @@ def _rollouts(checkpoint: Checkpoint, seed: int, report: Report) -> int:
         frames = rollout(engines, profile, start.image, steer, seed + number)
         for _ in itertools.islice(frames, 1 + blocks):
             pass
-    return len(starts) * blocks * len(profile.sampler.timesteps)
+    return len(starts) * blocks * profile.passes
 
 
 def _starts(checkpoint: Checkpoint, seed: int) -> list[Start]:
     """Return the checkpoint's start frames, or one coarse random picture if it has none.
 
-    Embedded prompts are drawn, because there is no text encoder.
+    A family that starts from noise gets none. Embedded prompts are drawn, because there is no text
+    encoder.
     """
     profile, rng = checkpoint.profile, np.random.default_rng(seed)
     family, given = family_of(profile), list(checkpoint.start_frames.values())
+    if family.start_is_block:
+        drawn = (family.random_text(profile, rng) for _ in range(NOISE_STARTS))
+        return [Start(None, "", text) for text in drawn]
     if given and profile.text.kind == "vocabulary":
         prompts = [family.text_of(profile, frame.prompt) for frame in given]
     images = [frame.image.numpy() for frame in given] or [coarse_picture(profile, rng)]
@@ -157,7 +163,7 @@ class AttentionRanges(TorchDispatchMode):
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.text_tokens, self.depth = profile.text.tokens, profile.model.depth
+        self.text_tokens, self.depth = profile.cached_text_tokens, profile.model.depth
         self.calls = 0
         # q, k, v of each layer: [3, layers, H, D]
         self.largest = torch.zeros(3, profile.model.depth, profile.model.heads, profile.head_dim)

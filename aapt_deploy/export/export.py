@@ -6,8 +6,8 @@ layers that have some are in FP8, between standard Q/DQ nodes.
 
 Memory: a graph is traced with hollow weights, which take none, then written weight by weight from
 the checkpoint's file. Only the check needs the weights of one graph twice, in PyTorch and in ONNX
-Runtime. If the machine lacks the room, a copy of the graph with two blocks, the first and the last,
-is checked instead. The table names it.
+Runtime, and its activations. If the machine lacks the room, a copy of the graph with two blocks,
+the first and the last, is checked instead, or the VAE on a small picture. The table names it.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from aapt_deploy.bundle.signature import GraphSignature
 from aapt_deploy.errors import InputError, ParityError
 from aapt_deploy.export.parity import Parity, check_parity, check_products
 from aapt_deploy.models import checkpoint as checkpoints
-from aapt_deploy.models import fp8
+from aapt_deploy.models import cost, fp8
 from aapt_deploy.models.checkpoint import Stored
 from aapt_deploy.models.family import family_of
 from aapt_deploy.models.inputs import random_inputs
@@ -48,6 +48,7 @@ from aapt_deploy.video.pictures import write_image
 # Bytes of memory that a check takes for each byte of a graph's weights in fp32: PyTorch, ONNX
 # Runtime, its repacked copy.
 ROOM = 3.5
+SMALL_TOKENS = 4  # on each side of the picture that a large VAE is checked on
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,11 @@ def export_bundle(
             _describe(model, checkpoint)
             used = _write(model, path, modules[name], weights)
             report(f"checking {name} against PyTorch")
-            needed = ROOM * 4 * sum(modules[name].state_dict()[n].numel() for n in used)
-            if name in ("prompt", "generator") and needed > free_memory_bytes():
+            count = sum(modules[name].state_dict()[n].numel() for n in used)
+            needed = ROOM * 4 * count + activation_bytes(profile, name)
+            if needed > free_memory_bytes():
                 size = f"{name} would take {needed / 1e9:.0f} GB to check"
-                report(f"{size}; a copy with two of its blocks takes its place")
+                report(f"{size}; a smaller copy takes its place")
                 table += _check_reduced(draft.path, signature.name, profile, weights)
             else:
                 table += _check_whole(path, modules[name], signature, profile, used, weights)
@@ -166,7 +168,7 @@ def to_onnx(module: nn.Module, signature: GraphSignature, profile: Profile) -> o
 
     Inputs are the signature's inputs, then its state; outputs likewise.
     """
-    specs = [*signature.inputs, *signature.state]
+    specs = signature.read
     shapes = [(s.name, s.shape, s.dtype) for s in specs]
     example = random_inputs(shapes, seed=0, cache_len=profile.cache_tokens)
     recurrent = [s.name + NEXT for s in signature.state] if signature.name == "decoder" else []
@@ -281,23 +283,45 @@ def _users(module: nn.Module, used: list[str]) -> Iterator[nn.Module]:
 
 
 def _check_reduced(folder: Path, graph: str, profile: Profile, weights: Weights) -> list[Parity]:
-    """Export and check the graph with its first and its last block alone."""
-    depth = profile.model.depth
-    small = profile.replace(model=dataclasses.replace(profile.model, depth=2))
+    """Export and check the graph with its first and its last block alone, or on small pictures.
+
+    The window is one block if attention over the whole one does not fit.
+    """
+    depth, video, window = profile.model.depth, profile.video, profile.window
+    case = f"2 of {depth} blocks"
+    if graph in ("encoder", "decoder"):
+        side = SMALL_TOKENS * video.spatial_stride * profile.model.patch
+        size = {"width": min(side, video.width), "height": min(side, video.height)}
+        small = profile.replace(video=dataclasses.replace(video, **size))
+        case = f"{size['width']}x{size['height']}"
+    else:
+        small = profile.replace(model=dataclasses.replace(profile.model, depth=min(2, depth)))
+        if activation_bytes(small, graph) > free_memory_bytes():
+            one = dataclasses.replace(window, frames=video.block_frames)
+            small, case = small.replace(window=one), f"{case}, 1 in the window"
     few = Weights(weights.stored, weights.scales, {1: depth - 1})
-    module = hollow_graphs(small, _reduced(weights.scales, profile))[graph]
+    module = hollow_graphs(small, _reduced(weights.scales, small, profile))[graph]
     signature = family_of(small).signatures(small)[graph]
     with tempfile.TemporaryDirectory(prefix=".check-", dir=folder) as scratch:
         path = Path(scratch) / f"{graph}.onnx"
         used = _write(to_onnx(module, signature, small), path, module, few)
         rows = _check_whole(path, module, signature, small, used, few)
-    return [row._replace(case=f"{row.case}, 2 of {depth} blocks") for row in rows]
+    return [row._replace(case=f"{row.case}, {case}") for row in rows]
 
 
-def _reduced(whole: Scales | None, profile: Profile) -> Scales | None:
+def activation_bytes(profile: Profile, graph: str) -> int:
+    """Estimate the memory of one run in float32, in ONNX Runtime with all scores of attention."""
+    bytes_ = cost.live_bytes(profile, graph)
+    if graph == "generator":
+        scores = profile.block_tokens * (profile.cache_tokens + profile.block_tokens)
+        bytes_ += 2 * 4 * profile.model.heads * scores
+    return bytes_
+
+
+def _reduced(whole: Scales | None, small: Profile, profile: Profile) -> Scales | None:
     """Return the scales of the first and the last block, as a generator's with two."""
-    if whole is None:
-        return None
+    if whole is None or small.model.depth == profile.model.depth:
+        return whole
     linear, stacks, last = {}, family_of(profile).stacks, profile.model.depth - 1
     for path, own in whole.linear.items():
         stream, index, *rest = [*path.split("."), ""]

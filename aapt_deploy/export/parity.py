@@ -26,6 +26,7 @@ from aapt_deploy.profiles import Profile
 FP32_TOLERANCE = 2e-4
 # Root mean square, relative to the output's; the demo's is 0.03 apart, and 0.05 from float32.
 FP8_TOLERANCE = 0.1
+RESET = "after a reset"  # a case: the state is zero
 PIXEL_TOLERANCE = 1  # of 255: a value on the edge of two may round either way
 
 
@@ -41,10 +42,12 @@ class Parity(NamedTuple):
 
 def parity_cases(signature: GraphSignature, profile: Profile) -> list[tuple[str, int]]:
     """Return (name, valid cache tokens) of the inputs that a graph is checked on."""
+    if signature.name == "decoder":
+        return [("random", 0), (RESET, 0)]
     if signature.name != "generator":
         return [("random", 0)]
     return [
-        ("empty cache", profile.text.tokens),
+        ("empty cache", profile.cached_text_tokens),
         ("half-full cache", profile.cache_tokens // 2),
         ("full cache", profile.cache_tokens),
     ]
@@ -55,10 +58,14 @@ def check_parity(
 ) -> list[Parity]:
     """Run one exported graph in ONNX Runtime and in PyTorch on the same random inputs."""
     session = _session(path)
-    specs = [*signature.inputs, *signature.state]
+    specs = signature.read
     rows = []
     for seed, (case, cache_len) in enumerate(parity_cases(signature, profile), start=1):
         inputs = random_inputs([(s.name, s.shape, s.dtype) for s in specs], seed, cache_len)
+        if case == RESET:
+            state = {spec.name for spec in signature.state}
+            pairs = zip(specs, inputs, strict=True)
+            inputs = [x * 0 if spec.name in state else x for spec, x in pairs]
         with torch.no_grad():
             wanted = module(*inputs)
         got = session.run(None, {s.name: x.numpy() for s, x in zip(specs, inputs, strict=True)})
@@ -115,7 +122,7 @@ def check_products(
     watched = sorted({name for pair in products.values() for name in pair} - known)
     new = [onnx.helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, None) for x in watched]
     model.graph.output.extend(new)
-    specs = [*signature.inputs, *signature.state]
+    specs = signature.read
     inputs = random_inputs([(s.name, s.shape, s.dtype) for s in specs], 0, profile.cache_tokens)
     fed = {s.name: x.numpy() for s, x in zip(specs, inputs, strict=True)}
     # beside the graph, whose external data it shares
@@ -123,7 +130,7 @@ def check_products(
         file.write(model.SerializeToString())
         file.flush()
         outputs = _session(Path(file.name)).run(watched, fed)
-    found = dict(zip(watched, outputs, strict=True))
+    found = fed | dict(zip(watched, outputs, strict=True))
     wanted, got = [], []
     for name, (x, y) in products.items():
         layer = layers[name]

@@ -5,7 +5,7 @@ The rollout has no clocks. It gets engines wrapped in a stopwatch, so what is ti
 
     prompt      text -> its keys and values        once per prompt
     generator   all passes of one block
-    commit      keeping the block in the cache
+    commit      keeping the block in the cache; turning a sink that follows
     decoder     one latent frame -> four frames
     hand-off    everything else in the loop: noise, camera rays, sampler arithmetic, copying the
                 frames out
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from aapt_deploy.backends.table import open_engines
+from aapt_deploy.backends.table import open_engines, refuse_unsupported
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.measure.machine import machine
 from aapt_deploy.models.family import family_of
@@ -120,14 +120,19 @@ class Stopwatch:
         start = time.perf_counter()
         answer = call(**arguments)
         spent = self.decoding if graph == "decoder" else self.making
-        stage = {"run": graph, "commit": "commit", "reset": "prompt" if arguments else "reset"}[
-            method
-        ]
+        reset = "prompt" if arguments else "reset"
+        stage = {"run": graph, "commit": "commit", "turn": "commit", "reset": reset}[method]
         spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
         if method == "commit":
             self.made.append(self.making)
             self.making = {}
         return answer
+
+    def clear(self) -> dict[str, float]:
+        """Return and forget what the start took. No block may be in progress."""
+        spent = self.made.popleft() if self.made else {}
+        self.making, self.decoding = {}, {}
+        return spent
 
     def next_block(self) -> dict[str, float]:
         """Return what the oldest block took that was not returned yet."""
@@ -154,6 +159,7 @@ def measure_random(
     """
     from aapt_deploy.backends.torch_cuda import engine
 
+    refuse_unsupported(profile, engine.BACKEND)
     open_all = lambda: engine.open_random(profile, precision)
     return measure(open_all, profile, coarse_start(profile), blocks, _counting(progress, blocks))
 
@@ -185,7 +191,8 @@ def measure(
         tapped, video = Tapped(engines, watch), profile.video
         frames = rollout(tapped, profile, begin.image, lambda block: steering, seed=0)
         next(frames)
-        watch.decoding.clear()
+        if read := watch.clear().get("prompt"):  # by families whose start is a block
+            stages["prompt"].append(read)
         size = video.width, video.height, video.fps
         with TemporaryDirectory() as folder, open_sink(f"{folder}/encode.mp4", None, *size) as sink:
             first = 0.0
@@ -228,7 +235,7 @@ def _summary(
         backend=engines.backend,
         precision=engines.precision,
         blocks=len(steps),
-        passes_per_block=len(profile.sampler.timesteps),
+        passes_per_block=profile.passes,
         budget_ms=round(profile.step_budget_ms, 1),
         steady={name: StageTimes.of(times) for name, times in stages.items() if times},
         cold_step_ms=[round(1000 * s, 2) for s in cold],

@@ -103,7 +103,8 @@ class Twins:
 
     def __init__(self, candidate: Engines) -> None:
         self.candidate = candidate
-        self.errors: list[float] = []  # per pass
+        self.passes: list[float] = []  # errors of the block in progress, by pass
+        self.errors: list[float] = []  # per block, the mean of its passes
         self.decoded: list[float] = []  # mean square error of a block's frames
 
     def __call__(
@@ -113,7 +114,10 @@ class Twins:
         found = getattr(self.candidate[graph], method)(**arguments)
         if (graph, method) == ("generator", "run"):
             a, b = expected["clean"].astype(np.float64), found["clean"]
-            self.errors.append(float(np.sqrt(np.square(b - a).mean() / np.square(a).mean())))
+            self.passes.append(float(np.sqrt(np.square(b - a).mean() / np.square(a).mean())))
+        elif (graph, method) == ("generator", "commit"):
+            self.errors.append(float(np.mean(self.passes)))
+            self.passes.clear()
         elif (graph, method) == ("decoder", "run"):
             difference = expected["frames"].astype(np.float64) - found["frames"]
             self.decoded.append(float(np.square(difference).mean()))
@@ -180,14 +184,14 @@ def _compare(
     profile, starts = bundle.profile, all_starts(bundle)
     # blocks; a slower video is judged block by block
     per_second = max(1, profile.video.fps // profile.frames_per_block)
-    blocks, passes = seconds * per_second, len(profile.sampler.timesteps)
+    blocks = seconds * per_second
     forced, decoded, free, frames = [], [], [], []
     for number, begin in enumerate(starts, start=1):
         reference, candidate = opened
         twins = Twins(candidate)
         for _ in islice(left_and_right(Tapped(reference, twins), profile, begin), 1 + blocks):
             pass
-        forced.append(np.array(twins.errors).reshape(blocks, passes).mean(1))
+        forced.append(twins.errors[-blocks:])
         decoded.append(np.mean(twins.decoded[1:]))
         streams = [left_and_right(engines, profile, begin) for engines in opened]
         found = [_figures(*pair) for pair in _pairs(streams[0], streams[1], blocks)]

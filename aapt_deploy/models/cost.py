@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from aapt_deploy.bundle.signature import GraphSignature
+from aapt_deploy.errors import UsageError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import TILE_KEYS
-from aapt_deploy.profiles import Profile
+from aapt_deploy.profiles import Profile, Target
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8_e4m3": 1, "int8": 1}
 RUNTIME_GB = 1.0  # CUDA context, cuBLAS, TensorRT: outside every pool; assumed, not measured
@@ -32,13 +33,28 @@ WORKSPACE_GB = 2.0  # limit of the builder's tactic workspace
 
 
 class Rates(NamedTuple):
-    """Peak rates from the maker's data sheet, dense, SXM form."""
+    """Peak rates from the maker's data sheet, dense, with float32 sums."""
 
     flops: dict[str, float]  # by precision, per second
     bandwidth: float  # bytes per second
+    sm: int
+    memory_gb: int
 
 
-GPUS = {"H100": Rates({"fp8_e4m3": 1979e12, "bf16": 989e12, "fp32": 67e12}, 3.35e12)}
+GPUS = {  # H100 in SXM form
+    "H100": Rates({"fp8_e4m3": 1979e12, "bf16": 989e12, "fp32": 67e12}, 3.35e12, 90, 80),
+    "RTX 4090": Rates({"fp8_e4m3": 330.3e12, "bf16": 165.2e12, "fp32": 82.6e12}, 1.008e12, 89, 24),
+    "RTX 5090": Rates({"fp8_e4m3": 419e12, "bf16": 209.5e12, "fp32": 104.8e12}, 1.792e12, 120, 32),
+}
+
+
+def on_gpu(profile: Profile, name: str) -> Profile:
+    """Return the profile for another GPU. Raises UsageError if its rates are not known."""
+    if name not in GPUS:
+        wrong = f"GPU {name!r} is not one whose rates are known"
+        raise UsageError(wrong, f"one of: {', '.join(GPUS)}")
+    rates = GPUS[name]
+    return profile.replace(target=Target("cuda", name, rates.sm, rates.memory_gb))
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ class Cost:
     passes: int
     budget_ms: float
     floor_ms: float | None  # of one step: generator passes, then decoder
+    latents: int = 1  # latent frames of a block, which the decoder takes one by one
 
     @property
     def total_gb(self) -> float:
@@ -84,6 +101,7 @@ class Cost:
         if self.floor_ms is None or generator is None or decoder is None:
             return {}
         generator = round(self.passes * generator, 3)
+        decoder = round(self.latents * decoder, 3)
         return {"step": self.floor_ms, "generator": generator, "decoder": decoder}
 
     def json(self) -> str:
@@ -129,7 +147,7 @@ def cost_of(profile: Profile) -> Cost:
     stages = [_stage(profile, graphs[name], modules[name], gpu) for name in graphs]
     by_name = {stage.name: stage for stage in stages}
     cache = _cache_bytes(profile) / 1e9
-    passes, working = len(profile.sampler.timesteps), ("generator", "decoder")
+    passes, working = profile.passes, ("generator", "decoder")
     memory = sum(math.prod(spec.shape) for spec in graphs["decoder"].state)
     resident = {
         "weights": sum(s.weights_gb for s in stages),
@@ -140,12 +158,13 @@ def cost_of(profile: Profile) -> Cost:
         "runtime": RUNTIME_GB if gpu else 0.0,
     }
     floors = {name: by_name[name].floor_ms for name in working}
-    least = passes * (floors["generator"] or 0) + (floors["decoder"] or 0)
+    latents = profile.video.block_frames
+    least = passes * (floors["generator"] or 0) + latents * (floors["decoder"] or 0)
     floor = None if None in floors.values() else round(least, 2)
     return Cost(
         profile.name, profile.target.name, stages, round(cache, 3),
         {name: round(gb, 3) for name, gb in resident.items()}, profile.target.memory_gb,
-        passes, round(profile.step_budget_ms, 1), floor,
+        passes, round(profile.step_budget_ms, 1), floor, latents,
     )  # fmt: skip
 
 
@@ -157,10 +176,18 @@ def _cache_bytes(profile: Profile) -> int:
     return profile.kv_cache_bytes // profile.cache_tokens * whole
 
 
-def _stage(
-    profile: Profile, signature: GraphSignature, module: nn.Module, gpu: Rates | None
-) -> StageCost:
-    specs = (*signature.inputs, *signature.state)
+def live_bytes(profile: Profile, graph: str) -> int:
+    """Return the most bytes alive at once in one eager run of a graph in float32."""
+    networks = family_of(profile).networks()
+    with torch.device("meta"):
+        module = networks.graph_modules(profile, *networks.build(profile))[graph]
+    signature = family_of(profile).signatures(profile)[graph]
+    return _counted(signature, module)[0]
+
+
+def _counted(signature: GraphSignature, module: nn.Module) -> tuple[int, dict[Any, int]]:
+    """Run a graph on shapes alone; return the most bytes alive, and operations by operator."""
+    specs = signature.read
     with torch.device("meta"):
         inputs = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs]
     ours = {torch.ops.aapt.block_causal_attention: _attention_flops}
@@ -168,7 +195,13 @@ def _stage(
     bytes_ = LiveBytes([*inputs, *module.state_dict().values(), *module.buffers()])
     with torch.no_grad(), counter, bytes_:
         module(*inputs)
-    by_op = counter.get_flop_counts()["Global"]
+    return bytes_.most, counter.get_flop_counts()["Global"]
+
+
+def _stage(
+    profile: Profile, signature: GraphSignature, module: nn.Module, gpu: Rates | None
+) -> StageCost:
+    live_bytes, by_op = _counted(signature, module)
     attention = sum(count for op, count in by_op.items() if "attention" in str(op))
     products = sum(by_op.values()) - attention
     p = profile.precision
@@ -188,7 +221,7 @@ def _stage(
         bound = "compute" if compute >= memory else "memory"
     return StageCost(
         signature.name, round(products / 1e9, 2), round(attention / 1e9, 2),
-        round(weights / 1e9, 3), round(bytes_.most / 1e9, 3), floor, bound,
+        round(weights / 1e9, 3), round(live_bytes / 1e9, 3), floor, bound,
     )  # fmt: skip
 
 

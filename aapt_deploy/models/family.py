@@ -1,11 +1,11 @@
-"""Define what a family of checkpoints chooses: graphs, inputs, sampler and networks.
+"""Define what a family of checkpoints chooses: graphs, inputs and networks.
 
 Other rooms call the family of a profile and never test which one it is. A second family is one
 folder beside aapt/ and one row of FAMILIES. Only `networks` needs torch.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,15 +17,18 @@ from aapt_deploy.profiles import Profile
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FAMILIES = {"aapt": "aapt_deploy.models.aapt.family"}  # name -> module that has a FAMILY
+    from aapt_deploy.models.sources import Part
 
-Clean = Callable[[Any, float], Any]  # (noisy, time) -> the clean latent that the generator predicts
+FAMILIES = {  # name -> module that has a FAMILY
+    "aapt": "aapt_deploy.models.aapt.family",
+    "wan": "aapt_deploy.models.wan.family",
+}
 
 
 class Feed(Protocol):
     """The generator's inputs over one rollout, beside noise, time and caches.
 
-    feed.start(latent)             # latent 0, the start image's
+    feed.start(latent)             # latent 0, the start image's, if there is one
     feed.inputs(block, controls)   # the inputs of `block`, after `controls` have moved it
     feed.keep(latent)              # the finished block's latent
     """
@@ -62,6 +65,10 @@ class Networks(Protocol):
         """Return the graphs that `Family.signatures` lists, as modules."""
         ...
 
+    def parts(self, profile: Profile) -> "list[Part]":
+        """Return what `aapt import` takes from published files: generator, VAE; [] if nothing."""
+        ...
+
     def parameters(self, graph: str, module: Any) -> "list[nn.Parameter]":
         """Return the parameters that one graph reads. Graphs may share a network."""
         ...
@@ -71,8 +78,7 @@ class Family(Protocol):
     """One kind of checkpoint. NumPy alone, but for `networks`."""
 
     stacks: tuple[str, ...]  # the generator's stacks of blocks: `<stack>.<block>.<layer>`
-    write_time: float | None  # time of one more pass that only fills the cache; None if not needed
-    draws: bool  # `sample` draws too, so a block's noise cannot be drawn ahead
+    start_is_block: bool  # the start latent is block 0 of the cache, and may be missing
     cruise: Any  # frozen dataclass of floats: the controls of a stream that nobody steers
     limits: Any  # the same class: largest magnitudes
     flights: Sequence[Any]  # the same class: motion in all directions, for calibration
@@ -87,8 +93,12 @@ class Family(Protocol):
 
     def feed(self, profile: Profile) -> Feed: ...
 
-    def sample(self, clean: Clean, x: Any, profile: Profile, rng: np.random.Generator) -> Any:
-        """Turn noise x into a clean latent, with one call of `clean` per pass."""
+    def times(self, t: float) -> dict[str, np.ndarray]:
+        """Return the inputs of a pass at time t, the share of noise."""
+        ...
+
+    def temporal_turn(self, profile: Profile, frames: int) -> np.ndarray:
+        """Return cosine and sine [2, P_time] that move keys on by `frames` latent frames."""
         ...
 
     def left_and_right(self, block: int) -> Any:

@@ -159,7 +159,7 @@ def coverage(
             module.register_forward_hook(_counter(parts, kept.get(path, "")))
             for path, module in modules[name].named_modules()
         ]
-        specs = [*signature.inputs, *signature.state]
+        specs = signature.read
         with torch.no_grad():
             rows = [(s.name, s.shape, s.dtype) for s in specs]
             modules[name](*random_inputs(rows, 0, profile.cache_tokens))

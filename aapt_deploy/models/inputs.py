@@ -1,5 +1,7 @@
 """Random inputs of realistic scale, for tracing and for parity."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ def random_inputs(
     for name, shape, dtype in shapes:
         if name == "cache_len":
             values.append(torch.tensor([cache_len], dtype=torch.int32))
+        elif dtype == "float32" and math.prod(shape) == 1 and name != "time":
+            values.append(torch.ones(shape))  # a flag of the state
         elif name == "time":
             values.append(torch.rand(shape, generator=rng) * 0.9 + 0.1)
         elif dtype == "uint8":

@@ -48,6 +48,15 @@ class Generator(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class Turning(Protocol):
+    """A generator whose sink can follow the window (window.sink_follows)."""
+
+    def turn(self, rope: np.ndarray) -> None:
+        """Rotate the sink's keys, as they were committed, by rope [2, P_time]."""
+        ...
+
+
 class Engines(Protocol):
     """The open graphs of one bundle, with the state of one stream."""
 
@@ -131,7 +140,8 @@ class Tapped:
 
     @property
     def generator(self) -> "TappedGenerator":
-        return TappedGenerator("generator", self.engines.generator, self.tap)
+        kind = TappedTurning if isinstance(self.engines.generator, Turning) else TappedGenerator
+        return kind("generator", self.engines.generator, self.tap)
 
     def __getitem__(self, graph: str) -> "TappedEngine":
         return TappedEngine(graph, self.engines[graph], self.tap)
@@ -170,3 +180,11 @@ class TappedGenerator(TappedEngine):
 
     def commit(self, block: int) -> None:
         self.tap(self.graph, "commit", self.engine.commit, {"block": block})
+
+
+class TappedTurning(TappedGenerator):
+    """The tapped generator, if it can turn its sink."""
+
+    def turn(self, rope: np.ndarray) -> None:
+        assert isinstance(self.engine, Turning)
+        self.tap(self.graph, "turn", self.engine.turn, {"rope": rope})

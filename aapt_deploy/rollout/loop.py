@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aapt_deploy.errors import MachineError
 from aapt_deploy.models.family import family_of
+from aapt_deploy.models.sampler import WRITE_TIME, sample
 from aapt_deploy.profiles import Profile
-from aapt_deploy.rollout.engine import Engines
+from aapt_deploy.rollout.engine import Engines, Turning
 
 
 class Steering(NamedTuple):
@@ -31,52 +33,86 @@ class Rollout:
 
     A step is `latent`, then `decode`. If the decoder has its own stream, they may run in two
     threads. One generates the next latent while the other decodes this one.
+
+    If the family caches the start latent as block 0, nothing precedes the first step. It returns
+    the start image, or a generated block whose first latent frame decodes to one frame.
     """
 
-    def __init__(self, engines: Engines, profile: Profile, image: np.ndarray, seed: int) -> None:
+    def __init__(
+        self, engines: Engines, profile: Profile, image: np.ndarray | None, seed: int
+    ) -> None:
         """Encode `image`, uint8 [H, W, 3]. Equal arguments and steering produce equal frames."""
         self.engines, self.profile, self.family = engines, profile, family_of(profile)
-        self.block = 0
+        self.block = self.decoded = 0  # the next block; latent frames that were decoded
         self.text: np.ndarray | None = None  # in the cache
         engines.generator.reset()
         engines["decoder"].reset()
         self.feed = self.family.feed(profile)
-        self.first = engines["encoder"].run(image=image)["latent"].copy()  # [1, C, h, w]
-        self.feed.start(self.first)
-        temperature, ahead = profile.sampler.temperature, not self.family.draws
-        self.noise = Noise(seed, self.first.shape, temperature, ahead)
+        self.first: np.ndarray | None = None  # [1, C, h, w]
+        if image is not None:
+            self.first = engines["encoder"].run(image=image)["latent"].copy()
+            self.feed.start(self.first)
+        video, sampler = profile.video, profile.sampler
+        size = profile.latent_height, profile.latent_width
+        shape = (video.block_frames, video.latent_channels, *size)
+        self.noise = Noise(seed, shape, sampler.temperature, ahead=not sampler.draws)
 
     def start(self) -> np.ndarray:
         """Decode the start image, uint8 [1, H, W, 3]. Call it once, before the first step."""
-        return self.decode(self.first)[-1:]
+        assert self.first is not None, "the family needs a start image"
+        return self.decode(self.first)
 
     def step(self, steering: Steering) -> np.ndarray:
         """Generate and decode the next block: uint8 [T, H, W, 3]."""
         return self.decode(self.latent(steering))
 
     def latent(self, steering: Steering) -> np.ndarray:
-        """Generate the next block: float32 [1, C, h, w]."""
-        generator, block = self.engines.generator, self.block
+        """Generate the next block: float32 [n, C, h, w], n latent frames."""
+        generator, block, sampler = self.engines.generator, self.block, self.profile.sampler
         self._read(steering.text)
         fixed = self.feed.inputs(block, steering.controls)
-        x = self.noise.next()
+        self._turn_sink(block)
 
         def clean(noisy: np.ndarray, t: float) -> np.ndarray:
-            time = np.array([t], np.float32)
-            return generator.run(noisy=noisy, time=time, block=block, **fixed)["clean"]
+            return generator.run(noisy=noisy, block=block, **self.family.times(t), **fixed)["clean"]
 
-        made: np.ndarray = self.family.sample(clean, x, self.profile, self.noise.rng)
-        if self.family.write_time is not None:  # fill the cache by a pass over the clean latent
+        given = self.first if self.family.start_is_block else None
+        if given is not None and not block:
+            made = given
+        else:
+            first = block == (0 if given is None else 1)
+            made = sample(clean, self.noise.next(), sampler, first, self.noise.rng)
+        if sampler.write:  # fill the cache by a pass over the clean latent
             made = made.copy()
-            clean(made, self.family.write_time)
+            clean(made, WRITE_TIME)
         generator.commit(block)
         self.feed.keep(made)
         self.block += 1
         return made
 
-    def decode(self, latent: np.ndarray) -> np.ndarray:
-        """Decode one latent frame to uint8 [T, H, W, 3]. Decode latents in order."""
-        return self.engines["decoder"].run(latent=latent)["frames"].copy()
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Decode latent frames [n, C, h, w] to uint8 [T, H, W, 3]. Decode them in order.
+
+        Each has T = 4 frames, except the first of a stream, whose last frame is the first one.
+        """
+        run, frames = self.engines["decoder"].run, []
+        for latent in latents[:, None]:
+            shown = run(latent=latent)["frames"]
+            frames.append((shown if self.decoded else shown[-1:]).copy())
+            self.decoded += 1
+        return frames[0] if len(frames) == 1 else np.concatenate(frames)
+
+    def _turn_sink(self, block: int) -> None:
+        """Move the sink along by the latent frames that have left the window before `block`."""
+        window, n = self.profile.window, self.profile.video.block_frames
+        moved = block * n - window.frames - window.sink_frames
+        if not window.sink_follows or moved <= 0:
+            return
+        generator = self.engines.generator
+        if not isinstance(generator, Turning):
+            wrong = f"backend {self.engines.backend} does not support window.sink_follows"
+            raise MachineError(wrong, "set it to false in the profile, or use onnxruntime")
+        generator.turn(self.family.temporal_turn(self.profile, moved))
 
     def _read(self, text: np.ndarray | None) -> None:
         """Replace the text in the cache if it has changed, and keep the past blocks."""
@@ -91,12 +127,14 @@ class Rollout:
         """
         text = None if self.text is None else self.text.copy()
         feed = {name: array.copy() for name, array in self.feed.state().items()}
-        state = {"block": self.block, "noise": self.noise.state(), "text": text}
+        state: dict[str, Any] = {"block": self.block, "decoded": self.decoded, "text": text}
+        state |= {"noise": self.noise.state(), "first": self.first}
         return state | {"feed": feed, "engines": self.engines.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Resume from `state`. The engines must have its bundle, precision and threads."""
-        self.block, self.text = state["block"], state["text"]
+        self.block, self.decoded = state["block"], state["decoded"]
+        self.text, self.first = state["text"], state["first"]
         self.noise.restore(state["noise"])
         self.feed.restore(state["feed"])
         self.engines.restore(state["engines"])
@@ -133,17 +171,19 @@ class Noise:
 
 
 def rollout(
-    engines: Engines, profile: Profile, image: np.ndarray, steer: Steer, seed: int
+    engines: Engines, profile: Profile, image: np.ndarray | None, steer: Steer, seed: int
 ) -> Iterator[np.ndarray]:
-    """Yield uint8 frames [T, H, W, 3]: the decoded start image (T = 1), then each block's.
+    """Yield uint8 frames [T, H, W, 3]: the start, then each block's.
 
-    image uint8 [H, W, 3]. `steer` is called once per block, just before the block is generated.
-    With `engines.overlapped`, a thread generates the next block while this one is decoded, so
-    `steer` is called that much earlier.
+    image uint8 [H, W, 3], or None for families that start from noise. The start is the decoded
+    image (T = 1); from noise it is the first block, with the one frame of a first latent frame in
+    front. `steer` is called once per block, just before the block is generated. With
+    `engines.overlapped`, a thread generates the next block while this one is decoded, so `steer` is
+    called that much earlier.
     """
     stream = Rollout(engines, profile, image, seed)
-    yield stream.start()
-    made = (stream.latent(steer(block)) for block in count())
+    yield stream.step(steer(0)) if stream.family.start_is_block else stream.start()
+    made = (stream.latent(steer(block)) for block in count(stream.block))
     for latent in one_ahead(made) if engines.overlapped else made:
         yield stream.decode(latent)
 

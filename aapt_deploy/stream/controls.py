@@ -273,10 +273,11 @@ def _parse(line: bytes, number: int, limits: Any, warnings: _Warnings) -> _Chang
     except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
         raise _Malformed("not valid JSON: nested too deeply, or too large a number") from None
     if not isinstance(raw, dict):
-        example = f'{{"{names[0]}": {getattr(limits, names[0]) / 2:g}}}'
+        half = {name: getattr(limits, name) / 2 for name in names[:1]}
+        example = json.dumps(half or {"prompt": "…"}, ensure_ascii=False)
         raise _Malformed(f"not a JSON object such as {example}")
     if unknown := [key for key in raw if key not in (*names, "prompt", "at")]:
-        known = f"{', '.join(names)}, prompt, at"
+        known = ", ".join([*names, "prompt", "at"])
         raise _Malformed(f"unknown key {unknown[0][:40]!r}, known are {known}")
     prompt = raw.get("prompt", "")
     if not isinstance(prompt, str):

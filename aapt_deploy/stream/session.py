@@ -49,9 +49,17 @@ class Session:
                 time.sleep(max(0.0, started + made / fps - time.perf_counter()))
             shown = frames if self.wanted is None else frames[: self.wanted - made]
             yield shown
+            self._warn_beyond_training(made, made + len(shown))
             made += len(shown)
             if made == self.wanted:
                 return
+
+    def _warn_beyond_training(self, before: int, after: int) -> None:
+        """Warn once, at the first frame that no training video of the generator had."""
+        limit = self.profile.trained_seconds * self.profile.video.fps
+        if before <= limit < after:
+            seconds = self.profile.trained_seconds
+            self.warn(f"the generator was trained on {seconds:.1f} s; pictures may drift from here")
 
     def steer(self, block: int) -> Steering:
         """Return the newest velocity and text. A prompt that cannot be read is only a warning."""

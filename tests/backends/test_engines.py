@@ -26,10 +26,10 @@ from aapt_deploy.errors import BundleError, MachineError, UsageError
 from aapt_deploy.models.aapt.camera import Pose, condition_map
 from aapt_deploy.models.aapt.prompts import parse, token_ids
 from aapt_deploy.models.aapt.rope import temporal_rope
-from aapt_deploy.models.aapt.sampler import denoise
 from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.aapt.vae import from_pixels, to_pixels
 from aapt_deploy.models.checkpoint import Checkpoint
+from aapt_deploy.models.sampler import denoise
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines

@@ -53,7 +53,7 @@ def test_the_whole_path(aapt: Aapt, tmp_path: Path, image: Path, one_core: None)
     assert ran.code == 0, ran.err
     exported = json.loads(ran.out)
     assert exported["bundle"] == str(bundle)
-    assert len(exported["parity"]) == 6
+    assert len(exported["parity"]) == 7
     assert all(row["ok"] for row in exported["parity"])
     assert ran.err.count(" ok") == 6
     assert f"bundle: {bundle}" in ran.err

@@ -42,6 +42,7 @@ RANKS = {
 BESIDE = {
     "__main__": "cli",
     "__init__": "errors",
+    "sections": "profiles",
 }  # files at the root that are no room: `python -m aapt_deploy`, the version
 ANYONE = ("assets",)
 
@@ -64,6 +65,7 @@ IN_FUNCTIONS = {
     "backends/trt/cuda": ("cuda",),
     "backends/trt/parity": ("onnxruntime",),
     "export/calibrate": ("modelopt",),
+    "export/text_encoder": ("transformers", "tokenizers"),
     "measure/doctor": ("onnxruntime",),
     "measure/quality": ("matplotlib",),
     "ops/*/kernels": ("cuda",),
@@ -79,10 +81,13 @@ HEAVY = (
     "cuda",
     "modelopt",
     "matplotlib",
+    "transformers",
+    "tokenizers",
 )
 HEAVY_SUBMODULES = {"safetensors.torch": "torch"}  # light packages with a heavy corner
 NUMPY_ONLY = (
     "models/aapt/{signature,camera,prompts,rope}",
+    "models/{sampler,vectors,family}",
     "ops/*/{__init__,reference,hopper_fp8,emulator}",
 )  # no heavy package at all
 WITHOUT_NUMPY = (
@@ -90,6 +95,7 @@ WITHOUT_NUMPY = (
     "__main__",
     "__init__",
     "profiles",
+    "sections",
     "errors",
     "bundle/bundle",
 )

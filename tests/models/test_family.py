@@ -1,8 +1,8 @@
 """Check that only models/ names a family, and that a family controls the rollout."""
 
+import dataclasses
 import re
 from dataclasses import astuple
-from typing import Any
 
 import numpy as np
 import pytest
@@ -90,25 +90,20 @@ def test_a_feed_comes_back_from_its_state(tiny: Profile) -> None:
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-class Writes:
-    """AAPT with a pass that writes the cache."""
-
-    write_time = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(FAMILY, name)
-
-
-def test_a_write_pass_is_one_more_run_before_the_commit(
-    tiny: Profile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aapt_deploy.rollout.loop.family_of", lambda profile: Writes())
-    fake = FakeEngines(tiny)
-    stream = Rollout(fake, tiny, np.zeros((tiny.video.height, tiny.video.width, 3), np.uint8), 0)
+def test_a_write_pass_is_one_more_run_before_the_commit(tiny: Profile) -> None:
+    profile = tiny.replace(sampler=dataclasses.replace(tiny.sampler, write=True))
+    fake = FakeEngines(profile)
+    image = np.zeros((tiny.video.height, tiny.video.width, 3), np.uint8)
+    stream = Rollout(fake, profile, image, 0)
     stream.step(Steering(FAMILY.cruise, np.array([[0, 5, 10, 15]])))
     calls = [(method, given) for graph, method, given in fake.calls if graph == "generator"]
-    passes = len(tiny.sampler.timesteps)
-    assert [method for method, _ in calls] == ["reset", "reset", *["run"] * (passes + 1), "commit"]
+    assert [method for method, _ in calls] == [
+        "reset",
+        "reset",
+        *["run"] * profile.passes,
+        "commit",
+    ]
+    assert profile.passes == len(tiny.sampler.timesteps) + 1
     last = calls[-2][1]
     assert last["time"] == [0.0]  # type: ignore[comparison-overlap]
     assert np.array_equal(last["noisy"], stream.feed.state()["previous"])

@@ -10,7 +10,7 @@ import pytest
 
 from aapt_deploy.models.aapt.camera import CRUISE, Pose, Velocity, condition_map
 from aapt_deploy.models.aapt.rope import temporal_rope
-from aapt_deploy.models.aapt.sampler import denoise
+from aapt_deploy.models.sampler import denoise
 from aapt_deploy.profiles import Profile, Sampler
 from aapt_deploy.rollout.loop import Steering, one_ahead, rollout
 from tests.support.fake_engines import CLEAN, FakeEngines

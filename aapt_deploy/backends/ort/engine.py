@@ -1,7 +1,7 @@
 """Run a bundle with ONNX Runtime on a CPU. Imports neither torch nor onnx.
 
 Each cache of the generator is one buffer, bound as input and output of the same run. The graph
-writes its block in place, so `commit` does nothing. The ring has one slot more than the window. A
+writes its block in place, so `commit` copies nothing. The ring has one slot more than the window. A
 pass writes only its own block's slot, and a second pass over a block overwrites the first. Decoder
 memory alternates between two sets of buffers.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from aapt_deploy.backends.sink import Sink
 from aapt_deploy.bundle.bundle import Bundle, build_again
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, text_pairs
 from aapt_deploy.errors import BundleError
@@ -134,7 +135,9 @@ def in_place(profile: Profile) -> GraphSignature:
     inputs = [spec for spec in portable.inputs if spec.name != "cache_len"]
     inputs += [TensorSpec(name, (1,), "int64") for name in (SLOT, VALID)]
     outputs = (portable.spec("clean"),)
-    return GraphSignature(portable.name, tuple(inputs), outputs, portable.state)
+    return GraphSignature(
+        portable.name, tuple(inputs), outputs, portable.state, portable.conditioning
+    )
 
 
 class OrtGenerator:
@@ -144,10 +147,11 @@ class OrtGenerator:
         self.session, self.profile = session, profile
         self.ring, signature = Ring.of(profile, in_place=True), in_place(profile)
         self.inputs, self.outputs = _zeros(signature.inputs), _zeros(signature.outputs)
-        self.caches = _zeros(signature.state)
-        self.memory = self.caches  # the state that the next run reads, by name
+        self.caches, text = _zeros(signature.state), _zeros(signature.conditioning)
+        self.sink = Sink(profile, self.caches)
+        self.memory = self.caches | text | self.sink.keys  # a stream's state, by name
         self.binding = session.io_binding()
-        for name, array in self.inputs.items():
+        for name, array in (self.inputs | text).items():
             self.binding.bind_ortvalue_input(name, _value(array))
         self.binding.bind_ortvalue_output("clean", _value(self.outputs["clean"]))
         for name, array in self.caches.items():
@@ -157,10 +161,10 @@ class OrtGenerator:
 
     def reset(self, **state: np.ndarray) -> None:
         if not state:
-            for array in self.caches.values():
+            for array in self.memory.values():
                 array.fill(0)
-        for cache, text in text_pairs(self.profile, state):
-            self.caches[cache][:, : self.profile.text.tokens] = text
+        for name, text in text_pairs(self.profile, state):
+            self.memory[name][:, : self.profile.text.tokens] = text
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         place = self.ring.place(int(inputs.pop("block")))
@@ -170,7 +174,11 @@ class OrtGenerator:
         return self.outputs
 
     def commit(self, block: int) -> None:
-        """Do nothing: the last pass wrote `block` into its slot."""
+        """Keep what the last pass wrote into the slot of `block`."""
+        self.sink.keep(block)
+
+    def turn(self, rope: np.ndarray) -> None:
+        self.sink.turn(rope)
 
 
 class OrtEngines:

@@ -2,7 +2,6 @@
 
 family.py          the family's choices: inputs, sampler, controls, prompts (NumPy only)
 networks.py        the torch half of the family: build networks, cut them into graphs
-sampler.py         from noise to a clean latent, pass by pass
 signature.py       names, shapes and state of the graphs (NumPy only)
 camera.py          velocities in, rays out (NumPy only)
 prompts.py         words in, token ids out (NumPy only)

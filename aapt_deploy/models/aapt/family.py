@@ -1,4 +1,4 @@
-"""Define AAPT as a family: camera rays, recycled latents, its sampler, its prompts."""
+"""Define AAPT as a family: camera rays, recycled latents, its prompts."""
 
 import importlib
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from aapt_deploy.bundle.signature import GraphSignature
 from aapt_deploy.errors import ProfileError
 from aapt_deploy.models.aapt import signature
 from aapt_deploy.models.aapt.camera import CRUISE, LIMITS, Pose, Velocity, condition_map
-from aapt_deploy.models.aapt.prompts import ATTRIBUTES, Look, parse, token_ids, vectors
+from aapt_deploy.models.aapt.prompts import ATTRIBUTES, Look, parse, token_ids
 from aapt_deploy.models.aapt.rope import temporal_rope
-from aapt_deploy.models.aapt.sampler import denoise
+from aapt_deploy.models.vectors import vectors
 from aapt_deploy.profiles import Profile
 
 
@@ -48,8 +48,7 @@ class Aapt:
     """The AAPT family. models/family.py documents the members."""
 
     stacks = ("text", "visual")
-    write_time = None
-    draws = False
+    start_is_block = False
     cruise, limits = CRUISE, LIMITS
     flights = (
         CRUISE,
@@ -63,6 +62,9 @@ class Aapt:
         if (frames := profile.video.block_frames) != 1:
             problem = f"profile {profile.name}: video.block_frames = {frames}"
             raise ProfileError(problem, "AAPT generates one latent frame a block: leave it out")
+        if profile.text.attention != "joint" or profile.vae.kind != "aapt":
+            keys = f"text.attention = {profile.text.attention!r}, vae.kind = {profile.vae.kind!r}"
+            raise ProfileError(f"profile {profile.name}: {keys}", "AAPT has 'joint' and 'aapt'")
         return signature.signatures(profile)
 
     def generator(self, profile: Profile, cache_tokens: int | None = None) -> GraphSignature:
@@ -71,8 +73,11 @@ class Aapt:
     def feed(self, profile: Profile) -> CameraFeed:
         return CameraFeed(profile)
 
-    def sample(self, clean: Any, x: Any, profile: Profile, rng: np.random.Generator) -> Any:
-        return denoise(clean, x, profile.sampler.timesteps)
+    def times(self, t: float) -> dict[str, np.ndarray]:
+        return {"time": np.array([t], np.float32)}
+
+    def temporal_turn(self, profile: Profile, frames: int) -> np.ndarray:
+        return temporal_rope(profile, frames)
 
     def left_and_right(self, block: int) -> Velocity:
         return Velocity(CRUISE.forward, yaw=0.2 * (1 - 2 * (block // 4 % 2)))

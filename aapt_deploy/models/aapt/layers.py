@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_deploy.models.aapt.rope import rope_pairs
+from aapt_deploy.models.rotary import join_rope as join_rope
+from aapt_deploy.models.rotary import rotate as rotate
 from aapt_deploy.profiles import Profile
 
 EPS = 1e-5
@@ -74,20 +76,6 @@ def spatial_rope(profile: Profile) -> Tensor:
         angles.append((angle[:, None] if axis == 0 else angle[None]).expand(rows, columns, pairs))
     flat = torch.cat(angles, dim=-1).reshape(rows * columns, height + width)
     return torch.stack([flat.cos(), flat.sin()]).float()
-
-
-def join_rope(temporal: Tensor, spatial: Tensor) -> Tensor:
-    """Join temporal [..., 2, P_time] and spatial [2, F, P_space] to [..., 2, F, P]."""
-    *shape, pairs = temporal.shape
-    t = temporal[..., None, :].expand(*shape, spatial.shape[1], pairs)  # [..., 2, F, P_time]
-    return torch.cat([t, spatial.expand(*t.shape[:-1], spatial.shape[-1])], dim=-1)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (x[..., :P], x[..., P:]). x [B, N, H, D], rope [B or 1, 2, N, P]."""
-    cos, sin = rope[:, 0, :, None], rope[:, 1, :, None]  # [B, N, 1, P]
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Stream(nn.Module):

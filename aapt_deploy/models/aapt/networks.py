@@ -8,6 +8,7 @@ from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.graphs import graph_modules as graph_modules
 from aapt_deploy.models.aapt.layers import spatial_rope
 from aapt_deploy.models.aapt.vae import Vae
+from aapt_deploy.models.sources import Part
 from aapt_deploy.profiles import Profile
 
 
@@ -24,6 +25,11 @@ def computed(profile: Profile) -> dict[str, Tensor]:
 def zero_at_first(module: str) -> bool:
     """Return True for the linear predictor, which would double the latent block by block."""
     return module == "skip"
+
+
+def parts(profile: Profile) -> list[Part]:
+    """Return nothing: no other format of these weights is published."""
+    return []
 
 
 def parameters(graph: str, module: Any) -> list[nn.Parameter]:

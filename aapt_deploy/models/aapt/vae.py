@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aapt_deploy.profiles import PIXEL_CHANNELS, TIME_DOUBLINGS, Profile
+from aapt_deploy.profiles import PIXEL_CHANNELS, Profile
+from aapt_deploy.sections import TIME_DOUBLINGS
 
 LINEAR_REACH = 2  # latent frames that the decoder's linear path looks at
 

@@ -100,7 +100,8 @@ class Ring:
     @classmethod
     def of(cls, profile: Profile, in_place: bool = False) -> "Ring":
         """The ring that `profile` asks for."""
-        text, window, block = profile.text.tokens, profile.window, profile.video.block_frames
+        text, window = profile.cached_text_tokens, profile.window
+        block = profile.video.block_frames
         sink, past = window.sink_frames // block, window.frames // block
         return cls(text, profile.block_tokens, sink, past, in_place)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.layers import posterior
-from aapt_deploy.models.aapt.sampler import denoise
+from aapt_deploy.models.sampler import denoise
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.train.losses.flow import SMALLEST_T, Batch, shifted
 from aapt_deploy.train.recipe import FlowStage

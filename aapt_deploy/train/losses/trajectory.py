@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.rope import temporal_rope
-from aapt_deploy.models.aapt.sampler import denoise
+from aapt_deploy.models.sampler import denoise
 from aapt_deploy.train.losses.flow import Batch, Latents, blemishes
 from aapt_deploy.train.losses.student_forcing import Streams
 from aapt_deploy.train.recipe import TrajectoryStage

@@ -1,0 +1,1 @@
+"""Tests of aapt_deploy/models/wan."""
