@@ -82,6 +82,18 @@ def test_what_builds_take_is_the_record_s(monkeypatch: pytest.MonkeyPatch) -> No
     record = json.loads((ROOT / "docs" / "measurements" / BUILDS).read_text(encoding="utf-8"))
     assert rtx.table(record["rows"]) in DOCS["rtx"]
     assert ("had other work" in DOCS["rtx"]) == record["loaded_machine"]
+    peaks = {
+        (row["shape"], row["form"]): row["peak_mb"]
+        for row in record["rows"]
+        if row["graph"] == "generator"
+    }
+
+    def of_36_layers(form: str) -> str:
+        one, two = peaks["8B, 1 layer", form], peaks["8B, 2 layers", form]
+        return f"{(one + 35 * (two - one)) / 1000:.0f} GB"
+
+    told = f"{of_36_layers('fp8')} for its generator in FP8 and {of_36_layers('bf16')} in bf16"
+    assert told in " ".join(DOCS["rtx"].split())
 
 
 def test_every_message_is_one_of_tensorrt_or_of_ours() -> None:
