@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aapt_deploy.backends.trt.flavour import RTX
 from aapt_deploy.errors import ProfileError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import Ring
@@ -60,7 +61,8 @@ def edited(**lines: str) -> str:
 
 
 def test_the_presets_named_in_the_documents_ship() -> None:
-    assert {"demo-cpu", "tiny-cpu", "aapt-8b-736x416-h100", "aapt-8b-1280x720-h100"} <= set(PRESETS)
+    assert {"demo-cpu", "tiny-cpu", "demo-rtx", "aapt-8b-736x416-h100"} <= set(PRESETS)
+    assert {"aapt-8b-1280x720-h100", "aapt-8b-736x416-rtx-5090"} <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -69,6 +71,17 @@ def test_a_preset_loads_and_round_trips(name: str) -> None:
     assert profile.name == name
     assert loads(profile.dumps(), "copy") == profile
     assert load(str(preset_folder() / f"{name}.toml")) == profile
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "-rtx" in name])
+def test_a_preset_for_rtx_is_another_s_on_another_gpu(name: str) -> None:
+    """Only the window of the RTX 4090 is shorter, because the card holds no more."""
+    model = name.split("-rtx")[0]
+    made, of = load(name), load("demo-cpu" if model == "demo" else f"{model}-h100")
+    window = Window(12) if name.endswith("-4090") else of.window
+    same = replace(of, name=name, target=made.target, precision=made.precision, window=window)
+    assert made == same and made.target.device == "cuda" and made.target.sm in RTX.sms
+    assert made.precision == of.precision or model == "demo"
 
 
 def test_strings_and_numbers_survive_dumps() -> None:

@@ -33,7 +33,7 @@ WORKSPACE_GB = 2.0  # limit of the builder's tactic workspace
 
 
 class Rates(NamedTuple):
-    """Peak rates from the maker's data sheet, dense, with float32 sums."""
+    """Peak rates that NVIDIA states: dense products on tensor cores, summed in FP32."""
 
     flops: dict[str, float]  # by precision, per second
     bandwidth: float  # bytes per second
@@ -41,10 +41,19 @@ class Rates(NamedTuple):
     memory_gb: int
 
 
-GPUS = {  # H100 in SXM form
+# H100: data sheet, SXM form. Others: tables of the cards in the appendices of NVIDIA's whitepapers
+# "Ada GPU Architecture", "RTX Blackwell GPU Architecture" and "RTX Blackwell PRO GPU Architecture";
+# the last is of the Workstation Edition, 600 W. A GeForce sums in FP32 at half the rate of FP16,
+# in FP8 and in bf16; an RTX PRO does not. If TensorRT-RTX sums in FP16, floors are too high there.
+# RTX 4060: 24 of the RTX 4090's 128 SMs, at 2.46 instead of 2.52 GHz.
+GPUS = {
     "H100": Rates({"fp8_e4m3": 1979e12, "bf16": 989e12, "fp32": 67e12}, 3.35e12, 90, 80),
+    "RTX 4060": Rates({"fp8_e4m3": 60.5e12, "bf16": 30.2e12, "fp32": 15.1e12}, 0.272e12, 89, 8),
     "RTX 4090": Rates({"fp8_e4m3": 330.3e12, "bf16": 165.2e12, "fp32": 82.6e12}, 1.008e12, 89, 24),
     "RTX 5090": Rates({"fp8_e4m3": 419e12, "bf16": 209.5e12, "fp32": 104.8e12}, 1.792e12, 120, 32),
+    "RTX PRO 6000": Rates(
+        {"fp8_e4m3": 1007.6e12, "bf16": 503.8e12, "fp32": 126e12}, 1.792e12, 120, 96
+    ),
 }
 
 

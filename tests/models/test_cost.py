@@ -14,10 +14,19 @@ from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.aapt.vae import Vae
 from aapt_deploy.models.cost import LiveBytes
-from aapt_deploy.profiles import Precision, Profile, Sampler, Text, load
+from aapt_deploy.profiles import (
+    Precision,
+    Profile,
+    Sampler,
+    Text,
+    load,
+    preset_folder,
+)
 from tests.support.commands import Ran
 
 H100 = load("aapt-8b-736x416-h100")
+PRESETS = sorted(path.stem for path in preset_folder().glob("*.toml"))
+FP8, BF16 = "fp8_e4m3", "bf16"
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +231,58 @@ def test_tiles_of_an_fp8_cache_are_whole(tiny: Profile) -> None:
     assert cost._cache_bytes(eight) == -(-H100.cache_tokens // 64) * 64 * 2 * 36 * 3072
     wide = H100.replace(precision=Precision("bf16", "fp8_e4m3", "bf16"))
     assert cost._cache_bytes(wide) == 2 * 2 * 36 * 3072 * H100.cache_tokens
+
+
+# --- the GPUs ---
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if load(name).target.device == "cuda"])
+def test_a_preset_for_a_gpu_fits_it_with_all_that_is_resident(name: str) -> None:
+    profile = load(name)
+    planned = cost.cost_of(profile)
+    assert profile.target.name in cost.GPUS and planned.fits and planned.limit_gb
+    memory = planned.memory_gb
+    assert (memory["workspace"], memory["runtime"]) == (cost.WORKSPACE_GB, cost.RUNTIME_GB)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "-rtx" in name])
+def test_a_preset_for_rtx_says_what_the_plan_says(name: str) -> None:
+    """Memory, floor, and LATE if no engine can be in time; most reach 60 to 75 % of the peak."""
+    text, planned = (preset_folder() / f"{name}.toml").read_text(), cost.cost_of(load(name))
+    assert f" {planned.total_gb:.2f} GB of {planned.limit_gb}. Floor of a step" in text
+    assert planned.floor_ms is not None
+    assert f" {planned.floor_ms:.1f} ms of {planned.budget_ms} ms" in text
+    assert ("LATE" in text) == (planned.floor_ms > 0.75 * planned.budget_ms)
+
+
+def test_what_the_presets_say_of_wider_caches_and_longer_windows() -> None:
+    """The RTX 5090 needs FP8 caches, and the RTX 4090 those and a shorter window."""
+    small, large = load("aapt-8b-736x416-rtx-4090"), load("aapt-8b-736x416-rtx-5090")
+    wide = Precision(BF16, FP8, BF16)
+    assert not cost.cost_of(large.replace(precision=wide)).fits
+    assert not cost.cost_of(small.replace(precision=wide)).fits
+    assert not cost.cost_of(small.replace(window=large.window)).fits
+
+
+@pytest.mark.parametrize(
+    ("name", "sms", "gigahertz", "per_clock", "bus_bits", "gigabits"),
+    [
+        ("RTX 4060", 24, 2.46, 512, 128, 17),
+        ("RTX 4090", 128, 2.52, 512, 384, 21),
+        ("RTX 5090", 170, 2.407, 512, 512, 28),
+        ("RTX PRO 6000", 188, 2.617, 1024, 512, 28),
+    ],
+)
+def test_rates_are_those_of_the_cards_units(
+    name: str, sms: int, gigahertz: float, per_clock: int, bus_bits: int, gigabits: int
+) -> None:
+    """Operations of a multiprocessor a clock, in bf16 with FP32 sums: a GeForce has half.
+
+    FP8 has twice as many. FP32 runs on 128 cores, two operations each. Bandwidth is bus times pin.
+    """
+    flops, bandwidth = cost.GPUS[name]
+    clocks = sms * gigahertz * 1e9
+    assert flops[BF16] == pytest.approx(clocks * per_clock, rel=2e-3)
+    assert flops[FP8] == pytest.approx(2 * clocks * per_clock, rel=2e-3)
+    assert flops["fp32"] == pytest.approx(clocks * 256, rel=2e-3)
+    assert bandwidth == pytest.approx(bus_bits / 8 * gigabits * 1e9, rel=1e-3)
