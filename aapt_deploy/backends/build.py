@@ -30,6 +30,9 @@ def build_engine(
     if options.sms and not row.names_sms:
         fit = ", ".join(other.name for other in BACKENDS.values() if other.names_sms)
         raise UsageError(f"--sm is for {fit}, not for {row.name}", "leave it out")
+    if options.portable and not row.portable:
+        fit = ", ".join(other.name for other in BACKENDS.values() if other.portable)
+        raise UsageError(f"--portable is for {fit}, not for {row.name}", "leave it out")
     refuse_unknown(backend, precision)
     possible = buildable(bundle, backend)
     default = tuple(name for name in row.by_default if name in possible)

@@ -100,6 +100,7 @@ def build_engine(
     precision: opt.BuildPrecision = None,
     attention: opt.Attention = "auto",
     sm: opt.TargetSms = None,
+    portable: opt.Portable = False,
     as_json: opt.Json = False,
 ) -> None:
     """Build engines for this machine, measure each and compare it with fp32.
@@ -112,7 +113,7 @@ def build_engine(
 
     targets = opt.sms(sm)
     with console.phases(f"building {backend} engines in {bundle}") as step:
-        built = _build(bundle, backend, precision, step, attention, step, targets)
+        built = _build(bundle, backend, precision, step, attention, step, targets, portable)
     reports.engines(built)
     if as_json:
         engines = [asdict(engine) for engine in built]
@@ -249,6 +250,7 @@ def _build(
     attention: str = "auto",
     progress: "Progress | None" = None,
     sms: tuple[int, ...] = (),
+    portable: bool = False,
 ) -> "list[Built]":
     from aapt_deploy.bundle.bundle import Bundle
 
@@ -256,7 +258,7 @@ def _build(
     with needs_extra("export"):
         from aapt_deploy.backends import build, trial
 
-        options = trial.BuildOptions(report, attention, sms, progress)
+        options = trial.BuildOptions(report, attention, sms, progress, portable)
         return build.build_engine(opened, backend, precision, options)
 
 

@@ -1,7 +1,7 @@
 """The one module that calls TensorRT's API: ONNX file -> plan -> context.
 
 It is the API of TensorRT 10.16 to 11.x and of TensorRT-RTX; flavour.py says which, and api_rtx.py
-has the calls that only the latter has.
+has the calls that only the latter has. The lean runtime only has the second half.
 
     build(graph, settings, progress)   parse, check and build; returns a BuiltPlan
     open_plan(plan)                    deserialise; returns a Plan with its tensors and layers
@@ -16,6 +16,9 @@ It does not allocate memory, make streams, register plugins or choose precisions
 strongly typed). plan_file.py checks before whether a plan fits this machine.
 """
 
+from __future__ import annotations  # the lean runtime has no types to build with
+
+import ctypes
 import mmap
 import threading
 from collections.abc import Callable, Sequence
@@ -60,9 +63,11 @@ class Messages:
     def __init__(self, report: Callable[[str], None] | None = None) -> None:
         self.report = report
         self.kept: list[str] = []
+        self.failed = False
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
         kinds = trt.ILogger.Severity
+        self.failed |= severity in (kinds.INTERNAL_ERROR, kinds.ERROR)
         if severity in (kinds.INTERNAL_ERROR, kinds.ERROR, kinds.WARNING):
             self.kept = [*self.kept, msg][-KEPT_MESSAGES:]
             if self.report:
@@ -140,6 +145,9 @@ def build(
         nodes = [NodeError(e.node_operator(), e.node_name(), e.desc()) for e in errors]
         raise _refusal(f"cannot read {graph}", nodes, failures[earlier:])
     tensors = _check(network, graph, settings.plugin_layers)
+    if settings.portable and (libraries := parser.get_used_vc_plugin_libraries()):
+        text = f"graph {graph} needs TensorRT's plugins in {', '.join(libraries)}"
+        raise BundleError(f"{text}; a portable plan does not have them", "leave out --portable")
     if settings.decomposable:
         _allow_decomposition(network)
     monitor = Monitor(progress)
@@ -217,13 +225,13 @@ def _configure(builder: trt.Builder, settings: Settings, monitor: Monitor) -> tr
     config.progress_monitor = monitor
     if settings.sms:
         api_rtx.set_targets(trt, config, settings.sms)
-    if not FLAVOUR.timing_cache:
-        return config
-    cache = config.create_timing_cache(settings.timing_cache)
-    if cache is None or not config.set_timing_cache(cache, False):  # of another GPU or release
-        cache = config.create_timing_cache(b"")
-        if cache is not None:
-            config.set_timing_cache(cache, False)
+    if settings.portable:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # code inside a plan is never run
+    for stored in (settings.timing_cache, b"") if FLAVOUR.timing_cache else ():
+        cache = config.create_timing_cache(stored)
+        if cache is not None and config.set_timing_cache(cache, False):
+            break  # else it is of another GPU or release
     return config
 
 
@@ -316,6 +324,8 @@ class Plan:
 
     def layers(self) -> list[PlanLayer]:
         """Return the layers that TensorRT made. Raises BundleError if it does not say."""
+        if FLAVOUR.lean:  # it has no inspector
+            return []
         inspector = self._engine.create_engine_inspector()
         return read_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -348,16 +358,19 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
     Raises BundleError if TensorRT refuses it, MachineError without a GPU.
     """
     version()
-    _LOG.to = messages or Messages()
-    runtime = _made(lambda: trt.Runtime(_LOG))
-    runtime.engine_host_code_allowed = False
+    _LOG.to = log = messages or Messages()
     try:
         with (
             file.open("rb") as opened,
             mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
             memoryview(content) as view,
         ):
-            engine = runtime.deserialize_cuda_engine(view)
+            runtime, engine = _made(lambda: trt.Runtime(_LOG)), None
+            if log.failed:  # without a driver, the lean runtime crashes when used or freed
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
+            else:
+                runtime.engine_host_code_allowed = False
+                engine = runtime.deserialize_cuda_engine(view)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         hint = "build the engine again: aapt build-engine"
         raise BundleError(f"plan {file} cannot be read: {error}", hint) from None

@@ -9,7 +9,7 @@ from aapt_deploy.backends.trt import plan_file
 from aapt_deploy.backends.trt.cuda import with_driver
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.engine import RunOptions, TrtEngines
-from aapt_deploy.backends.trt.flavour import PROPER, Flavour
+from aapt_deploy.backends.trt.flavour import LEAN, PROPER, Flavour, for_portable
 from aapt_deploy.backends.trt.plan_file import AGAIN, Receipt
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import BundleError
@@ -27,6 +27,7 @@ class Entry:
     plugin: str
     scales: str | None  # file with the scales of FP8 caches
     captured: bool
+    portable: bool = False  # plans that TensorRT's lean runtime can run too
 
     @classmethod
     def of(cls, bundle: Bundle, precision: str, flavour: Flavour) -> "Entry":
@@ -34,28 +35,33 @@ class Entry:
         raw = bundle.engines[f"{flavour.backend}-{precision}"]
         files, given = raw.get("graphs"), raw.get("receipts")
         plugin, scales, captured = raw.get("plugin"), raw.get("scales"), raw.get("cuda_graph", True)
+        portable = raw.get("portable", False)
         wanted, named = family_of(bundle.profile).signatures(bundle.profile).keys(), False
         if isinstance(files, dict) and isinstance(given, dict):
             named = files.keys() == given.keys() == wanted
         if not (
             named and files and given and all(isinstance(file, str) for file in files.values())
             and plugin in flavour.forms and isinstance(scales, str | None)
-            and isinstance(captured, bool)
+            and isinstance(captured, bool) and isinstance(portable, bool)
         ):  # fmt: skip
             entry = f"what its manifest says of its {flavour.backend} engine in {precision}"
             raise BundleError(f"bundle {bundle.path}: {entry} is not whole", AGAIN)
         parsed = {name: Receipt.of(given[name], files[name]) for name in files}
-        return cls(files, parsed, str(plugin), scales, captured)
+        return cls(files, parsed, str(plugin), scales, captured, portable)
 
 
 def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> TrtEngines:
     """Open the engines of `bundle` in `precision`: graphs captured, everything allocated.
 
-    No plan is deserialised before all of them have been checked. Raises MachineError without
-    TensorRT, driver or GPU, or with another than the plans' own. Raises BundleError for plans
-    that are stale, changed or not whole. Raises InputError for damaged scales.
+    No plan is deserialised before all of them have been checked. Portable plans run with TensorRT
+    or with its lean runtime. Raises MachineError without TensorRT, driver or GPU, or with another
+    than the plans' own. Raises BundleError for plans that are stale, changed or not whole. Raises
+    InputError for damaged scales.
     """
-    entry = Entry.of(bundle, precision, flavour)
+    entry, runs_on = Entry.of(bundle, precision, flavour), flavour
+    if entry.portable:
+        release = next(iter(entry.receipts.values())).tensorrt
+        flavour, runs_on = for_portable(release), LEAN
     device = with_driver()
     try:
         api = flavour.api()
@@ -65,7 +71,7 @@ def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> Tr
         for name, receipt in entry.receipts.items():
             here = device.gpu(version, kernels.source_hash() if receipt.kernels else "")
             sha256 = plan_file.graph_sha256(bundle.manifest["files"], name)
-            plan_file.check(receipt, here, sha256, entry.graphs[name])
+            plan_file.check(receipt, here, sha256, entry.graphs[name], runs_on)
         files = {name: bundle.checked(file) for name, file in entry.graphs.items()}
         caches = _scales(bundle, entry.scales) if entry.scales else []
         if entry.plugin == "python":

@@ -125,6 +125,10 @@ REMEDIES = (
         "every shape must be static: export the bundle again with this version",
     ),
     Remedy(
+        r"call to stub load",
+        "TensorRT's lean runtime runs portable plans only: aapt build-engine --portable",
+    ),
+    Remedy(
         r"Serialization assertion|[Vv]ersion tag does not match|stdVersionRead"
         r"|incompatible with .*version",
         "the plan is of another TensorRT: build the engine again: aapt build-engine",

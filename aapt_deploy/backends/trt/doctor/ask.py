@@ -20,6 +20,7 @@ from typing import Any
 from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Choice, Proof
+from aapt_deploy.backends.trt.flavour import LEAN
 from aapt_deploy.bundle.files import writing
 from aapt_deploy.errors import AaptError, MachineError, needs_extra
 
@@ -57,7 +58,7 @@ def examine(
     Raises MachineError if TensorRT, a driver or a GPU is missing. Raises OutputError if the
     receipt cannot be written.
     """
-    answer, reason = _ask("here", LOOK_S)
+    answer, reason = ask_process("here", LOOK_S)
     if answer is None:
         raise MachineError(f"TensorRT cannot be looked at: {reason}", "aapt doctor")
     if "error" in answer:
@@ -67,7 +68,7 @@ def examine(
     for name in names:
         report(f"{name} on {here.gpu}, TensorRT {here.tensorrt}")
         began = time.monotonic()
-        answer, reason = _ask(name, patience_s)
+        answer, reason = ask_process(name, patience_s)
         ok = answer is not None and answer.get("ok") is True
         if answer:
             reason = str(answer.get("found", answer.get("error", "")))
@@ -76,11 +77,14 @@ def examine(
         return Findings(here, found, receipts.save(here, found))
 
 
-def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:
-    """Return the answer of one process, or None and the reason."""
+def ask_process(name: str, patience_s: float, *plan: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the answer of one process, or None and the reason.
+
+    With a `plan` the process loads the lean runtime to run it.
+    """
     try:
         done = subprocess.run(
-            [sys.executable, "-m", MODULE, name],
+            [sys.executable, "-m", MODULE, name, *plan],
             capture_output=True, text=True, timeout=patience_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -98,15 +102,17 @@ def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:
     return None, f"ended with code {done.returncode}: {last}"
 
 
-def _answer(name: str) -> None:
+def _answer(name: str, *plan: str) -> None:
     """Answer in this process: one line of JSON on stdout."""
     try:
+        if plan:
+            LEAN.api()
         with needs_extra("export"):
-            importlib.import_module("aapt_deploy.backends.trt.doctor.probes").main(name)
+            importlib.import_module("aapt_deploy.backends.trt.doctor.probes").main(name, *plan)
     except AaptError as error:
         print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)
         sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
-    _answer(sys.argv[1])
+    _answer(*sys.argv[1:])

@@ -3,7 +3,8 @@
 `main` builds a micro-engine, runs it and compares. It prints one line of JSON: {"ok": ...,
 "found": ...}. A check that makes TensorRT crash ends this process and nothing else: ask.py
 starts it, limits its time and reads its answer. The name `here` returns what an answer is valid
-for.
+for. A form of attention and a portable plan of it are for the lean runtime, in a process that
+another check starts.
 """
 
 import json
@@ -17,11 +18,13 @@ from typing import NamedTuple
 import numpy as np
 
 from aapt_deploy.backends.trt import api, cuda
-from aapt_deploy.backends.trt.doctor import cases, receipts
+from aapt_deploy.backends.trt.doctor import ask, cases, receipts
 from aapt_deploy.backends.trt.doctor.cases import Case
+from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON
+from aapt_deploy.backends.trt.flavour import LEAN
 from aapt_deploy.backends.trt.plan_file import audit
 from aapt_deploy.backends.trt.plans import Settings, Tensor
-from aapt_deploy.errors import AaptError, ParityError
+from aapt_deploy.errors import AaptError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 
 WORKSPACE_BYTES = 256 << 20
@@ -46,14 +49,18 @@ class Bench:
         self.device, self.stream, self.folder = device, device.stream(), folder
         self.failures: list[Exception] = []  # of our plugin
 
-    def build(self, case: Case) -> api.Plan:
+    @property
+    def plan_file(self) -> Path:
+        return self.folder / "probe.plan"
+
+    def build(self, case: Case, portable: bool = False) -> api.Plan:
         """Build and open the plan of `case`; the network must have its plugin layers."""
-        graph, file = self.folder / "probe.onnx", self.folder / "probe.plan"
+        graph, log = self.folder / "probe.onnx", api.Messages(_to_stderr)
         graph.write_bytes(case.model.SerializeToString())
-        settings, log = Settings(case.plugin_layers, WORKSPACE_BYTES), api.Messages(_to_stderr)
+        settings = Settings(case.plugin_layers, WORKSPACE_BYTES, portable=portable)
         built = api.build(graph, settings, None, self.failures, log)
-        file.write_bytes(built.plan)
-        return api.open_plan(file, api.Messages(_to_stderr))
+        self.plan_file.write_bytes(built.plan)
+        return api.open_plan(self.plan_file, api.Messages(_to_stderr))
 
     def run(
         self, plan: api.Plan, case: Case, captured: bool = False, inside: Inside | None = None
@@ -177,10 +184,14 @@ def aot_small_at(shared_bytes: int, dynamic: bool) -> Callable[[Bench], str]:
     return lambda bench: aot_small(bench, shared_bytes, dynamic)
 
 
-def aot(bench: Bench) -> str:
+def ahead_of_time_plugin() -> None:
     from aapt_deploy.backends.trt.plugin import ahead_of_time
 
     ahead_of_time.define_once(kernels.ptx_launch)
+
+
+def aot(bench: Bench) -> str:
+    ahead_of_time_plugin()
     case = cases.plugin(aot=True)
     return check(bench.run(bench.build(case), case), case, "fp8")
 
@@ -191,6 +202,49 @@ def fp8_attention(bench: Bench) -> str:
     if not any(layer.is_attention and layer.reads_fp8 for layer in plan.layers()):
         raise ParityError("TensorRT's attention is not one FP8 kernel here", "")
     return check(bench.run(plan, case), case, "fp8, TensorRT's")
+
+
+PACKED = "python, int32 caches"
+PORTABLE: dict[str, tuple[Callable[[], Case], str]] = {  # form -> case and kind of its answer
+    NATIVE: (cases.native, "bf16"),
+    PYTHON: (cases.plugin, "fp8"),
+    PACKED: (lambda: cases.plugin(packed=True), "fp8"),
+    AOT: (lambda: cases.plugin(aot=True), "fp8"),
+}
+
+
+def portable(bench: Bench, form: str) -> str:
+    """Build a portable plan, and let the lean runtime of this release run it."""
+    version = api.version()
+    if LEAN.installed != version:
+        raise MachineError(f"not asked; first {LEAN.pinned(version)}")
+    if form in (PYTHON, PACKED):
+        _with_plugin(bench)
+    elif form == AOT:
+        ahead_of_time_plugin()
+    bench.build(PORTABLE[form][0](), portable=True)
+    told, reason = ask.ask_process(form, ask.LOOK_S, str(bench.plan_file))
+    if told is None or told.get("ok") is not True:
+        said = str(told.get("found", told.get("error"))) if told else reason
+        raise ParityError(f"the lean runtime: {said}", "")
+    return str(told["found"])
+
+
+def run_portable(bench: Bench, form: str, plan: Path) -> str:
+    """Run a plan of `portable` in the process of the lean runtime."""
+    if form in (PYTHON, PACKED):
+        _with_plugin(bench)
+    case, kind = PORTABLE[form][0](), PORTABLE[form][1]
+    opened = api.open_plan(plan, api.Messages(_to_stderr))
+    return check(bench.run(opened, case), case, kind)
+
+
+def portable_plugin(bench: Bench) -> str:
+    """Make the plugin portable, with the form of caches that works here."""
+    try:
+        return portable(bench, PYTHON)
+    except AaptError:
+        return f"{portable(bench, PACKED)}; int32 caches"
 
 
 PROBES: dict[str, Callable[[Bench], str]] = {
@@ -207,20 +261,25 @@ PROBES: dict[str, Callable[[Bench], str]] = {
     receipts.AOT_DYNAMIC: aot_small_at(64 << 10, dynamic=True),
     receipts.AOT_OP: aot,
     receipts.FP8_ATTENTION: fp8_attention,
+    receipts.PORTABLE_NATIVE: lambda bench: portable(bench, NATIVE),
+    receipts.PORTABLE_PLUGIN: portable_plugin,
+    receipts.PORTABLE_AOT: lambda bench: portable(bench, AOT),
 }
 
 
-def answer(name: str, device: cuda.Device) -> dict[str, object]:
-    """Run one check. Any exception is the answer."""
+def answer(name: str, device: cuda.Device, *plan: str) -> dict[str, object]:
+    """Run one check, or `plan` in the form `name`. Any exception is the answer."""
     with tempfile.TemporaryDirectory(prefix="aapt-probe-") as folder:
+        bench = Bench(device, Path(folder))
         try:
-            return {"ok": True, "found": PROBES[name](Bench(device, Path(folder)))}
+            found = run_portable(bench, name, Path(*plan)) if plan else PROBES[name](bench)
+            return {"ok": True, "found": found}
         except Exception as error:  # TensorRT's and CUDA's types are many; each is a finding
             kind = "" if isinstance(error, AaptError) else f"{type(error).__name__}: "
             return {"ok": False, "found": f"{kind}{error}"}
 
 
-def main(name: str) -> None:
+def main(name: str, *plan: str) -> None:
     device = cuda.with_driver()
     here = asdict(device.gpu(api.version(), kernels.source_hash())) if name == "here" else None
-    print(json.dumps(here or answer(name, device)), flush=True)
+    print(json.dumps(here or answer(name, device, *plan)), flush=True)
