@@ -127,8 +127,8 @@ def for_portable(release: str) -> Flavour:
     """Return what runs the portable plans of a TensorRT release here.
 
     TensorRT goes before its lean runtime, and the plans' own release before another. Another one
-    cannot run them: a newer TensorRT would need code inside the plan, which is never run. The
-    check of the plans says so. Raises MachineError if neither is installed.
+    cannot run them: a newer TensorRT would need code inside the plan, which is never run. Whoever
+    opens the plans checks the release. Raises MachineError if neither is installed.
     """
     here = {flavour: flavour.installed for flavour in (PROPER, LEAN)}
     found = [flavour for flavour, installed in here.items() if installed]
