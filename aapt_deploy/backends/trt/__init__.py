@@ -1,6 +1,8 @@
 """TensorRT: lower a bundle's graphs, build plans, check them, run them.
 
 api.py               every call to TensorRT's Python API
+api_lean.py          the calls for portable plans
+lean.py              TensorRT or its lean runtime for a portable plan
 remedies.py          what TensorRT's messages mean, and what to do
 cuda.py              the CUDA driver: memory, streams, graphs
 plan_file.py         what is inside a plan, and whether it belongs on this machine

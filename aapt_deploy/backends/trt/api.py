@@ -1,7 +1,7 @@
 """The one module that calls TensorRT's API: ONNX file -> plan -> context.
 
 It is the API of TensorRT 10.16 to 11.x and of TensorRT-RTX; flavour.py says which, and api_rtx.py
-has the calls that only the latter has. The lean runtime only has the second half.
+has the calls that only the latter has.
 
     build(graph, settings, progress)   parse, check and build; returns a BuiltPlan
     open_plan(plan)                    deserialise; returns a Plan with its tensors and layers
@@ -18,7 +18,6 @@ strongly typed). plan_file.py checks before whether a plan fits this machine.
 
 from __future__ import annotations  # the lean runtime has no types to build with
 
-import ctypes
 import mmap
 import threading
 from collections.abc import Callable, Sequence
@@ -26,11 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 from aapt_deploy.backends.trial import Progress
-from aapt_deploy.backends.trt import api_rtx, flavour
+from aapt_deploy.backends.trt import api_lean, api_rtx, flavour
 from aapt_deploy.backends.trt.interrupt import interruptible
 from aapt_deploy.backends.trt.plan_file import PlanLayer, read_layers
 from aapt_deploy.backends.trt.plans import BuiltPlan, Settings, Tensor
-from aapt_deploy.backends.trt.remedies import EXPORT_AGAIN, SMALLER, NodeError, refusal
+from aapt_deploy.backends.trt.remedies import EXPORT_AGAIN, SMALLER, Messages, NodeError, refusal
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     FLAVOUR: flavour.Flavour
 else:
     FLAVOUR, trt = flavour.bindings()
-
-KEPT_MESSAGES = 20
 
 
 def version() -> str:
@@ -55,23 +52,6 @@ def version() -> str:
 
 
 # Building
-
-
-class Messages:
-    """TensorRT's last errors and warnings, to explain a failure."""
-
-    def __init__(self, report: Callable[[str], None] | None = None) -> None:
-        self.report = report
-        self.kept: list[str] = []
-        self.failed = False
-
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        kinds = trt.ILogger.Severity
-        self.failed |= severity in (kinds.INTERNAL_ERROR, kinds.ERROR)
-        if severity in (kinds.INTERNAL_ERROR, kinds.ERROR, kinds.WARNING):
-            self.kept = [*self.kept, msg][-KEPT_MESSAGES:]
-            if self.report:
-                self.report(msg)
 
 
 class Log(trt.ILogger):
@@ -145,13 +125,12 @@ def build(
         nodes = [NodeError(e.node_operator(), e.node_name(), e.desc()) for e in errors]
         raise _refusal(f"cannot read {graph}", nodes, failures[earlier:])
     tensors = _check(network, graph, settings.plugin_layers)
-    if settings.portable and (libraries := parser.get_used_vc_plugin_libraries()):
-        text = f"graph {graph} needs TensorRT's plugins in {', '.join(libraries)}"
-        raise BundleError(f"{text}; a portable plan does not have them", "leave out --portable")
     if settings.decomposable:
         _allow_decomposition(network)
     monitor = Monitor(progress)
     config = _configure(builder, settings, monitor)
+    if settings.portable:
+        api_lean.make_portable(trt, parser, config, graph)
     build = lambda: builder.build_serialized_network(network, config)
     plan = interruptible(build, monitor.cancelled)
     if monitor.failure:
@@ -225,13 +204,13 @@ def _configure(builder: trt.Builder, settings: Settings, monitor: Monitor) -> tr
     config.progress_monitor = monitor
     if settings.sms:
         api_rtx.set_targets(trt, config, settings.sms)
-    if settings.portable:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # code inside a plan is never run
-    for stored in (settings.timing_cache, b"") if FLAVOUR.timing_cache else ():
-        cache = config.create_timing_cache(stored)
-        if cache is not None and config.set_timing_cache(cache, False):
-            break  # else it is of another GPU or release
+    if not FLAVOUR.timing_cache:
+        return config
+    cache = config.create_timing_cache(settings.timing_cache)
+    if cache is None or not config.set_timing_cache(cache, False):  # of another GPU or release
+        cache = config.create_timing_cache(b"")
+        if cache is not None:
+            config.set_timing_cache(cache, False)
     return config
 
 
@@ -358,22 +337,21 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
     Raises BundleError if TensorRT refuses it, MachineError without a GPU.
     """
     version()
-    _LOG.to = log = messages or Messages()
+    _LOG.to = messages or Messages()
+    runtime, what = _made(lambda: trt.Runtime(_LOG)), f"{FLAVOUR.title} cannot load plan {file}"
+    if FLAVOUR.lean:
+        api_lean.require_started(runtime, what, _LOG.to.kept)
+    runtime.engine_host_code_allowed = False
     try:
         with (
             file.open("rb") as opened,
             mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
             memoryview(content) as view,
         ):
-            runtime, engine = _made(lambda: trt.Runtime(_LOG)), None
-            if log.failed:  # without a driver, the lean runtime crashes when used or freed
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
-            else:
-                runtime.engine_host_code_allowed = False
-                engine = runtime.deserialize_cuda_engine(view)
+            engine = runtime.deserialize_cuda_engine(view)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         hint = "build the engine again: aapt build-engine"
         raise BundleError(f"plan {file} cannot be read: {error}", hint) from None
     if engine is None:
-        raise refusal(f"{FLAVOUR.title} cannot load plan {file}", [], _LOG.to.kept)
+        raise refusal(what, [], _LOG.to.kept)
     return Plan(runtime, engine)

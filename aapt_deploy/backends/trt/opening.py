@@ -9,7 +9,8 @@ from aapt_deploy.backends.trt import plan_file
 from aapt_deploy.backends.trt.cuda import with_driver
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.engine import RunOptions, TrtEngines
-from aapt_deploy.backends.trt.flavour import LEAN, PROPER, Flavour, for_portable
+from aapt_deploy.backends.trt.flavour import PROPER, Flavour
+from aapt_deploy.backends.trt.lean import runs_portable
 from aapt_deploy.backends.trt.plan_file import AGAIN, Receipt
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import BundleError
@@ -27,7 +28,16 @@ class Entry:
     plugin: str
     scales: str | None  # file with the scales of FP8 caches
     captured: bool
-    portable: bool = False  # plans that TensorRT's lean runtime can run too
+    portable: bool = False  # plans that TensorRT's lean runtime can run
+
+    def runs_on(self, built_with: Flavour) -> Flavour:
+        """Return the flavour that runs the plans here.
+
+        Raises MachineError if they are portable and nothing here runs them.
+        """
+        if not self.portable:
+            return built_with
+        return runs_portable(next(iter(self.receipts.values())).tensorrt)
 
     @classmethod
     def of(cls, bundle: Bundle, precision: str, flavour: Flavour) -> "Entry":
@@ -53,15 +63,12 @@ class Entry:
 def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> TrtEngines:
     """Open the engines of `bundle` in `precision`: graphs captured, everything allocated.
 
-    No plan is deserialised before all of them have been checked. Portable plans run with TensorRT
-    or with its lean runtime. Raises MachineError without TensorRT, driver or GPU, or with another
-    than the plans' own. Raises BundleError for plans that are stale, changed or not whole. Raises
-    InputError for damaged scales.
+    No plan is deserialised before all of them have been checked. Raises MachineError without
+    TensorRT, driver or GPU, or with another than the plans' own. Raises BundleError for plans
+    that are stale, changed or not whole. Raises InputError for damaged scales.
     """
-    entry, runs_on = Entry.of(bundle, precision, flavour), flavour
-    if entry.portable:
-        release = next(iter(entry.receipts.values())).tensorrt
-        flavour, runs_on = for_portable(release), LEAN
+    entry, backend = Entry.of(bundle, precision, flavour), flavour.backend
+    flavour = entry.runs_on(flavour)
     device = with_driver()
     try:
         api = flavour.api()
@@ -71,7 +78,7 @@ def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> Tr
         for name, receipt in entry.receipts.items():
             here = device.gpu(version, kernels.source_hash() if receipt.kernels else "")
             sha256 = plan_file.graph_sha256(bundle.manifest["files"], name)
-            plan_file.check(receipt, here, sha256, entry.graphs[name], runs_on)
+            plan_file.check(receipt, here, sha256, entry.graphs[name])
         files = {name: bundle.checked(file) for name, file in entry.graphs.items()}
         caches = _scales(bundle, entry.scales) if entry.scales else []
         if entry.plugin == "python":
@@ -86,7 +93,7 @@ def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> Tr
     for name, file in entry.graphs.items() if flavour.compiles_here else ():
         compiled[name] = receipts.compiled_file(listed[file]["sha256"], here)
     options = RunOptions(entry.captured, caches, compiled=compiled)
-    return TrtEngines(bundle.profile, plans, device, precision, options, flavour.backend)
+    return TrtEngines(bundle.profile, plans, device, precision, options, backend)
 
 
 def _scales(bundle: Bundle, file: str) -> list[hopper_fp8.Scales]:

@@ -12,6 +12,7 @@ from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, Choice
 from aapt_deploy.backends.trt.flavour import LEAN, Flavour
+from aapt_deploy.backends.trt.lean import pinned
 from aapt_deploy.backends.trt.remedies import SMALLER
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.files import free_memory_bytes
@@ -87,7 +88,7 @@ def take_order(
         names = ", ".join(map(str, sms))
         report(f"{order.key}: for SM {names}, which is not here: plans are built and not run")
     if order.portable:
-        report(f"{order.key}: portable; elsewhere it runs with {LEAN.pinned(version)}")
+        report(f"{order.key}: portable; elsewhere it runs with {pinned(LEAN, version)}")
     return order, choices
 
 

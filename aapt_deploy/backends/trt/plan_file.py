@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from aapt_deploy.backends.trt.cuda import Gpu
-from aapt_deploy.backends.trt.flavour import PROPER, Flavour
 from aapt_deploy.errors import BundleError, MachineError, ParityError
 from aapt_deploy.rollout.engine import LayerTime
 
@@ -181,12 +180,8 @@ def graph_sha256(files: Mapping[str, Any], graph: str) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else "".join(parts)
 
 
-def check(
-    receipt: Receipt, here: Gpu, graph_sha256: str, plan: str, runs_on: Flavour = PROPER
-) -> None:
+def check(receipt: Receipt, here: Gpu, graph_sha256: str, plan: str) -> None:
     """Check that a plan was built from this graph, with these versions, for this GPU.
-
-    `runs_on` is what the hint installs for a plan of another release.
 
     Raises MachineError for another GPU or TensorRT.
     Raises BundleError for a plan that is older than its graph or our kernels.
@@ -199,7 +194,7 @@ def check(
     if receipt.tensorrt != here.tensorrt:
         raise MachineError(
             f"{was_built} with TensorRT {receipt.tensorrt}; here is {here.tensorrt}",
-            f"{AGAIN}, or {runs_on.pinned(receipt.tensorrt)}",
+            f"{AGAIN}, or install tensorrt=={receipt.tensorrt}",
         )
     if receipt.kernels != here.kernels:
         ours = f"this aapt_deploy has {here.kernels[:12]}"

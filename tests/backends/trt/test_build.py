@@ -22,7 +22,8 @@ from aapt_deploy.backends.trt import cuda, kept_plans
 from aapt_deploy.backends.trt import order as order_module
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
-from aapt_deploy.backends.trt.flavour import LEAN, PROPER, RTX, Flavour
+from aapt_deploy.backends.trt.flavour import LEAN, PROPER, RTX
+from aapt_deploy.backends.trt.lean import pinned
 from aapt_deploy.backends.trt.order import Order
 from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.bundle.bundle import Bundle
@@ -344,9 +345,9 @@ def test_a_portable_engine_is_one_in_the_manifest_and_in_every_plan(
     build_engine(opened, "tensorrt", "fp32", options)
     assert [settings.portable for settings in here.settings] == [False] * 4 + [True] * 4
     assert opened.engines["tensorrt-fp32"]["portable"] is True
-    wanted = f"elsewhere it runs with {LEAN.pinned(VERSION)}"
+    wanted = f"elsewhere it runs with {pinned(LEAN, VERSION)}"
     assert any(wanted in line for line in said)
-    monkeypatch.setattr(Flavour, "installed", property(lambda flavour: VERSION))
+    monkeypatch.setattr("aapt_deploy.backends.trt.lean.installed", lambda flavour: VERSION)
     open_engines(Bundle.open(bare), "tensorrt").close()
     assert made(bare).engines["tensorrt-fp32"]["portable"] is False
 

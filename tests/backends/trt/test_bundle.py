@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from aapt_deploy.backends.trt import cuda, opening
+from aapt_deploy.backends.trt import lean as lean_module
 from aapt_deploy.backends.trt.flavour import LEAN, PROPER, Flavour
 from aapt_deploy.backends.trt.plan_file import Receipt, graph_sha256
 from aapt_deploy.bundle.bundle import Bundle
@@ -150,7 +151,7 @@ def test_a_portable_engine_runs_with_tensorrt_or_its_lean_runtime(
     whole: str | None, lean: str | None, taken: Flavour,
 ) -> None:  # fmt: skip
     there = {PROPER: whole, LEAN: lean}
-    monkeypatch.setattr(Flavour, "installed", property(lambda flavour: there[flavour]))
+    monkeypatch.setattr(lean_module, "installed", lambda flavour: there[flavour])
     monkeypatch.setattr(sys.modules["aapt_deploy.backends.trt.api"], "FLAVOUR", taken)
     engines = open_engines(built(copied, lambda entry: entry.update(portable=True)), "tensorrt")
     engines.close()
@@ -170,20 +171,20 @@ def test_only_portable_plans_run_with_the_lean_runtime(
 def test_another_release_cannot_run_a_portable_plan_without_code_in_it(
     copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch, there: str
 ) -> None:
-    monkeypatch.setattr(Flavour, "installed", property(lambda flavour: there))
-    here.version = there
+    monkeypatch.setattr(lean_module, "installed", lambda flavour: there)
     opened = built(copied, lambda entry: entry.update(portable=True))
-    with pytest.raises(MachineError, match=f"TensorRT {VERSION}; here is {there}") as caught:
+    wanted = f"with TensorRT {VERSION}; .* here is TensorRT {there} and TensorRT's lean"
+    with pytest.raises(MachineError, match=wanted) as caught:
         open_engines(opened, "tensorrt")
-    assert f"or {LEAN.pinned(VERSION)}" in caught.value.hint and here.opened == []
+    assert lean_module.pinned(LEAN, VERSION) in caught.value.hint and here.opened == []
 
 
 def test_without_either_runtime_both_are_named(
     copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Flavour, "installed", property(lambda flavour: None))
+    monkeypatch.setattr(lean_module, "installed", lambda flavour: None)
     opened = built(copied, lambda entry: entry.update(portable=True))
-    with pytest.raises(MachineError, match="neither is installed") as caught:
+    with pytest.raises(MachineError, match="here is neither") as caught:
         open_engines(opened, "tensorrt")
     hint = caught.value.hint
     assert f"aapt_deploy[tensorrt-lean]' tensorrt-lean-cu13-libs=={VERSION}" in hint

@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aapt_deploy.backends.trt.doctor import ask
+from aapt_deploy.backends.trt.doctor.process import ask_process
 from aapt_deploy.backends.trt.flavour import LEAN, PROPER
+from aapt_deploy.backends.trt.lean import installed
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import BundleError
 from aapt_deploy.models.aapt.signature import signatures
 from tests.support import ROOT
 
+LEAN_RUN = "aapt_deploy.backends.trt.doctor.lean_run"
 DRIVER = Path("/proc/driver/nvidia/version").exists()
-NO_LEAN = "the lean runtime is not installed: " + LEAN.install
-pytestmark = pytest.mark.skipif(LEAN.installed is None, reason=NO_LEAN)
+INSTALLED = installed(LEAN)
+NO_LEAN = "the lean runtime is not installed: pip install 'aapt_deploy[tensorrt-lean]'"
+pytestmark = pytest.mark.skipif(INSTALLED is None, reason=NO_LEAN)
 without_driver = pytest.mark.skipif(DRIVER, reason="this machine has a driver")
 
 
@@ -112,22 +115,13 @@ def test_a_missing_driver_is_told_and_the_process_lives(tmp_path: Path) -> None:
     assert "CUDA initialization failure" in error["text"] and ".cpp" not in error["text"]
 
 
-@pytest.mark.parametrize("content", [None, b""])
-def test_a_missing_or_empty_file_is_told(tmp_path: Path, content: bytes | None) -> None:
-    file = tmp_path / "generator.plan"
-    if content is not None:
-        file.write_bytes(content)
-    error = told("opened", file)
-    assert error["kind"] == "BundleError" and "cannot be read" in error["text"]
-    assert "aapt build-engine" in error["hint"]
-
-
 @pytest.mark.gpu
-def test_a_file_that_is_no_plan_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"not a plan" * 100])
+def test_a_file_that_is_no_plan_is_told(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "generator.plan"
-    file.write_bytes(b"not a plan" * 100)
+    file.write_bytes(content)
     error = told("opened", file)
-    assert error["kind"] == "BundleError" and "cannot load plan" in error["text"]
+    assert error["kind"] == "BundleError" and f"plan {file}" in error["text"]
 
 
 def test_a_process_uses_one_tensorrt() -> None:
@@ -135,18 +129,18 @@ def test_a_process_uses_one_tensorrt() -> None:
     assert error["kind"] == "MachineError" and "lean runtime already" in error["text"]
 
 
-@pytest.mark.skipif(PROPER.installed is not None, reason="TensorRT itself goes first")
+@pytest.mark.skipif(installed(PROPER) is not None, reason="TensorRT itself goes first")
 @pytest.mark.parametrize("form", ["native", "python"])
 @without_driver
 def test_a_portable_engine_is_opened_by_it(copied: Path, form: str) -> None:
     """Over an emulated device: up to what the real runtime says without a driver."""
-    portable(copied, str(LEAN.installed), form)
+    portable(copied, str(INSTALLED), form)
     error = told("streamed", copied)
     assert error["kind"] == "MachineError" and "lean runtime cannot load plan" in error["text"]
     assert error["plugin"] is (form == "python")
 
 
-@pytest.mark.skipif(PROPER.installed is not None, reason="TensorRT itself goes first")
+@pytest.mark.skipif(installed(PROPER) is not None, reason="TensorRT itself goes first")
 @pytest.mark.parametrize("release", ["10.16.1.11", "11.4.1.0"])
 def test_a_portable_engine_of_another_release_names_the_one_to_install(
     copied: Path, release: str
@@ -154,7 +148,8 @@ def test_a_portable_engine_of_another_release_names_the_one_to_install(
     portable(copied, release)
     error = told("streamed", copied)
     assert error["kind"] == "MachineError" and error["plugin"] is False
-    assert f"TensorRT {release}; here is {LEAN.installed}" in error["text"]
+    assert f"with TensorRT {release}; " in error["text"]
+    assert f"here is TensorRT's lean runtime {INSTALLED}" in error["text"]
     assert f"'aapt_deploy[tensorrt-lean]' tensorrt-lean-cu13-libs=={release}" in error["hint"]
 
 
@@ -162,8 +157,8 @@ def test_a_portable_engine_of_another_release_names_the_one_to_install(
 def test_the_doctor_s_process_runs_a_portable_plan_with_it(tmp_path: Path) -> None:
     file = tmp_path / "probe.plan"
     file.write_bytes(b"not a plan" * 100)
-    answer, reason = ask.ask_process("native", ask.LOOK_S, str(file))
-    assert answer is not None and answer["error"].startswith("no NVIDIA driver"), reason
+    answer, reason = ask_process(LEAN_RUN, ["native", str(file)], 60)
+    assert answer is not None and answer["found"].startswith("no NVIDIA driver"), reason
     for form in ("native", "python", "aot"):
         found = told("probed", form, file)
         assert found["ok"] is False
@@ -290,14 +285,14 @@ def streamed(bundle: str) -> Any:
 
 
 def probed(form: str, file: str) -> Any:
-    LEAN.api()
     from aapt_deploy.backends.trt import cuda
-    from aapt_deploy.backends.trt.doctor import probes
+    from aapt_deploy.backends.trt.doctor import lean_run
+    from aapt_deploy.ops.block_causal_attention import kernels
     from tests.support.cuda_emulator import Driver
 
-    probes.kernels.launcher = lambda layout, head_dim: None  # they would be compiled for a GPU
+    kernels.launcher = lambda layout, head_dim: launchers  # they would be compiled for a GPU
     device = cuda.Device(Driver())
-    answer = probes.answer(form, device, file)
+    answer = lean_run.answer(form, Path(file), device)
     device.close()
     return answer
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from aapt_deploy.backends.trt.cuda import Gpu
-from aapt_deploy.backends.trt.flavour import LEAN, PROPER, RTX, Flavour
 from aapt_deploy.backends.trt.plan_file import Audit, Receipt, audit, check, read_layers
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 
@@ -135,19 +134,6 @@ def test_a_foreign_or_stale_plan_is_refused_with_the_fix(
     with pytest.raises(kind) as caught:
         check(dataclasses.replace(RECEIPT, **change), HERE, GRAPH, "generator.plan")
     assert reason in str(caught.value) and "aapt build-engine" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("flavour", "package"),
-    [(PROPER, "tensorrt"), (LEAN, "tensorrt-lean-cu13-libs"), (RTX, "tensorrt-rtx-cu13-libs")],
-)
-def test_another_release_is_told_with_the_packages_of_its_own(
-    flavour: Flavour, package: str
-) -> None:
-    other = dataclasses.replace(RECEIPT, tensorrt="1.2.3.4")
-    with pytest.raises(MachineError) as caught:
-        check(other, HERE, GRAPH, "generator.plan", flavour)
-    assert f" {package}==1.2.3.4" in caught.value.hint
 
 
 def test_a_receipt_goes_through_a_manifest() -> None:
