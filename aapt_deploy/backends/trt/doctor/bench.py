@@ -12,6 +12,7 @@ from aapt_deploy.backends.trt import api, cuda
 from aapt_deploy.backends.trt.doctor import cases
 from aapt_deploy.backends.trt.doctor.cases import Case
 from aapt_deploy.backends.trt.plans import Settings, Tensor
+from aapt_deploy.backends.trt.remedies import Messages
 from aapt_deploy.errors import AaptError, ParityError
 from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
 
@@ -43,7 +44,7 @@ class Bench:
 
     def build(self, case: Case, portable: bool = False) -> api.Plan:
         """Build and open the plan of `case`; the network must have its plugin layers."""
-        graph, log = self.folder / "probe.onnx", api.Messages(_to_stderr)
+        graph, log = self.folder / "probe.onnx", Messages(_to_stderr)
         graph.write_bytes(case.model.SerializeToString())
         settings = Settings(case.plugin_layers, WORKSPACE_BYTES, portable=portable)
         built = api.build(graph, settings, None, self.failures, log)
@@ -51,7 +52,7 @@ class Bench:
         return self.open(self.plan_file)
 
     def open(self, file: Path) -> api.Plan:
-        return api.open_plan(file, api.Messages(_to_stderr))
+        return api.open_plan(file, Messages(_to_stderr))
 
     def run(
         self, plan: api.Plan, case: Case, captured: bool = False, inside: Inside | None = None
