@@ -36,6 +36,9 @@ def build_engine(
     if options.sms and not row.names_sms:
         fit = ", ".join(other.name for other in BACKENDS.values() if other.names_sms)
         raise UsageError(f"--sm is for {fit}, not for {row.name}", "leave it out")
+    if options.portable and not row.portable:
+        fit = ", ".join(other.name for other in BACKENDS.values() if other.portable)
+        raise UsageError(f"--portable is for {fit}, not for {row.name}", "leave it out")
     refuse_unknown(backend, precision)
     refuse_unsupported(bundle.profile, backend)
     possible = buildable(bundle, backend)

@@ -34,6 +34,7 @@ class Backend:
     forms: tuple[str, ...] = ()  # forms of attention that a build accepts
     by_default: tuple[str, ...] = ()  # precisions of a build if none is named and the graphs fit
     names_sms: bool = False  # a build accepts compute capabilities of other machines' GPUs
+    portable: bool = False  # a build can make engines for a smaller runtime
     summary: str = ""  # for --help
     cross_attention: bool = False  # it runs generators with text beside the cache
 
@@ -54,7 +55,7 @@ _ROWS = (
     Backend("torch-cuda", "cuda", ("fp8", "bf16"), False, "aapt_deploy.backends.torch_cuda.engine"),
     Backend("tensorrt", "cuda", ("fp8", "bf16", "fp32"), True,
             "aapt_deploy.backends.trt.opening", "aapt_deploy.backends.trt.build",
-            ("python", "aot", "native-fp8", "native"), by_default=("fp8", "bf16"),
+            ("python", "aot", "native-fp8", "native"), by_default=("fp8", "bf16"), portable=True,
             summary="NVIDIA GPU"),
     Backend("tensorrt-rtx", "cuda", ("fp8", "bf16", "fp32"), True,
             "aapt_deploy.backends.trt.rtx", "aapt_deploy.backends.trt.rtx",

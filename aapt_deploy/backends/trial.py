@@ -41,6 +41,7 @@ class BuildOptions:
     attention: str = "auto"  # one of the backend's forms, or the best that is proved
     sms: tuple[int, ...] = ()  # compute capabilities x 10 to build for; (): the GPU that is here
     progress: Progress | None = None  # gets phases of known length, if the backend has them
+    portable: bool = False  # plans that TensorRT's lean runtime can run
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ def build_engine(
     precision: opt.BuildPrecision = None,
     attention: opt.Attention = "auto",
     sm: opt.TargetSms = None,
+    portable: opt.Portable = False,
     as_json: opt.Json = False,
 ) -> None:
     """Build engines for this machine, measure each and compare it with fp32.
@@ -115,7 +116,7 @@ def build_engine(
 
     targets = opt.sms(sm)
     with console.phases(f"building {backend} engines in {bundle}") as step:
-        built = _build(bundle, backend, precision, step, attention, step, targets)
+        built = _build(bundle, backend, precision, step, attention, step, targets, portable)
     reports.engines(built)
     if as_json:
         engines = [asdict(engine) for engine in built]
@@ -255,6 +256,7 @@ def _build(
     attention: str = "auto",
     progress: "Progress | None" = None,
     sms: tuple[int, ...] = (),
+    portable: bool = False,
 ) -> "list[Built]":
     from aapt_deploy.bundle.bundle import Bundle
 
@@ -262,7 +264,7 @@ def _build(
     with needs_extra("export"):
         from aapt_deploy.backends import build, trial
 
-        options = trial.BuildOptions(report, attention, sms, progress)
+        options = trial.BuildOptions(report, attention, sms, progress, portable)
         return build.build_engine(opened, backend, precision, options)
 
 

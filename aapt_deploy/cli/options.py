@@ -104,6 +104,16 @@ TargetSms = Annotated[
     ),
 ]
 
+_PORTABLE = listed(row.name for row in _BUILT if row.portable)
+Portable = Annotated[
+    bool,
+    Option(
+        "--portable",
+        help=f"{_PORTABLE}: build plans that TensorRT's lean runtime of the same release can run, "
+        "on a host without TensorRT. They can be slower.",
+    ),
+]
+
 # profile, plan, diff, quality
 BundleOrPreset = Annotated[
     Path,

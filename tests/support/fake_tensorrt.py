@@ -18,6 +18,7 @@ from aapt_deploy.backends.trt.doctor.receipts import Proof
 from aapt_deploy.backends.trt.flavour import PROPER
 from aapt_deploy.backends.trt.lower_products import fp8_products
 from aapt_deploy.backends.trt.plan_file import PlanLayer
+from aapt_deploy.backends.trt.plans import Settings
 from aapt_deploy.ops.block_causal_attention import NAME, kernels
 from aapt_deploy.profiles import Profile
 from tests.support import cuda_emulator
@@ -30,16 +31,6 @@ KINDS = {
     TensorProto.UINT8: "UINT8", TensorProto.BFLOAT16: "BF16",
     TensorProto.FLOAT8E4M3FN: "FP8",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    plugin_layers: int
-    workspace_bytes: int
-    decomposable: bool = False
-    sms: tuple[int, ...] = ()
-    optimization_level: int = 3
-    timing_cache: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ loading.py           api.py over the bindings of one flavour
 api.py               every call to TensorRT's Python API
 api_rtx.py           the calls that only TensorRT-RTX has
 interrupt.py         Ctrl-C while a library works
+api_lean.py          the calls for portable plans
+lean.py              TensorRT or its lean runtime for a portable plan
 remedies.py          what TensorRT's messages mean, and what to do
 cuda.py              the CUDA driver: memory, streams, graphs
 plans.py             what a plan is built with, and what it reads and writes

@@ -15,18 +15,20 @@ It does not allocate memory, make streams, register plugins or choose precisions
 strongly typed). plan_file.py checks before whether a plan fits this machine.
 """
 
+from __future__ import annotations  # the lean runtime has no types to build with
+
 import mmap
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar, cast
 
 from aapt_deploy.backends.trial import Progress
-from aapt_deploy.backends.trt import api_rtx, flavour
+from aapt_deploy.backends.trt import api_lean, api_rtx, flavour
 from aapt_deploy.backends.trt.interrupt import interruptible
 from aapt_deploy.backends.trt.plan_file import PlanLayer, read_layers
 from aapt_deploy.backends.trt.plans import BuiltPlan, Settings, Tensor
-from aapt_deploy.backends.trt.remedies import EXPORT_AGAIN, SMALLER, NodeError, refusal
+from aapt_deploy.backends.trt.remedies import EXPORT_AGAIN, SMALLER, Messages, NodeError, refusal
 from aapt_deploy.errors import AaptError, BundleError, MachineError, ParityError
 from aapt_deploy.ops.block_causal_attention import NAME, PLUGIN_NAMESPACE
 
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     FLAVOUR: flavour.Flavour
 else:
     FLAVOUR, trt = flavour.bindings()
-
-KEPT_MESSAGES = 20
 
 
 def version() -> str:
@@ -51,20 +51,6 @@ def version() -> str:
 
 
 # Building
-
-
-class Messages:
-    """TensorRT's last errors and warnings, to explain a failure."""
-
-    def __init__(self, report: Callable[[str], None] | None = None) -> None:
-        self.report, self.kept = report, list[str]()
-
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        kinds = trt.ILogger.Severity
-        if severity in (kinds.INTERNAL_ERROR, kinds.ERROR, kinds.WARNING):
-            self.kept = [*self.kept, msg][-KEPT_MESSAGES:]
-            if self.report:
-                self.report(msg)
 
 
 class Log(trt.ILogger):
@@ -149,6 +135,8 @@ def _built(
     if settings.decomposable:
         _allow_decomposition(network)
     config = _configure(builder, settings, monitor)
+    if settings.portable:
+        api_lean.make_portable(trt, parser, config, graph)
     plan = builder.build_serialized_network(network, config)
     if monitor.failure:
         raise monitor.failure
@@ -202,7 +190,7 @@ def _allow_decomposition(network: trt.INetworkDefinition) -> None:
     for layer in map(network.get_layer, range(network.num_layers)):
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
-            layer.attention.decomposable = True
+            cast("trt.IAttentionInputLayer", layer).attention.decomposable = True
 
 
 def _require_static(tensors: Sequence[Tensor], where: str) -> None:
@@ -320,6 +308,8 @@ class Plan:
 
     def layers(self) -> list[PlanLayer]:
         """Return the layers that TensorRT made. Raises BundleError if it does not say."""
+        if FLAVOUR.lean:  # it has no inspector
+            return []
         inspector = self._engine.create_engine_inspector()
         return read_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -363,7 +353,9 @@ def open_plan(file: Path, messages: Messages | None = None) -> Plan:
 
 
 def _opened(file: Path) -> Plan:
-    runtime = _made(lambda: trt.Runtime(_LOG))
+    runtime, what = _made(lambda: trt.Runtime(_LOG)), f"{FLAVOUR.title} cannot load plan {file}"
+    if FLAVOUR.lean:
+        api_lean.require_started(runtime, what, _LOG.to.kept)
     runtime.engine_host_code_allowed = False
     try:
         with (
@@ -376,5 +368,5 @@ def _opened(file: Path) -> Plan:
         hint = "build the engine again: aapt build-engine"
         raise BundleError(f"plan {file} cannot be read: {error}", hint) from None
     if engine is None:
-        raise refusal(f"{FLAVOUR.title} cannot load plan {file}", [], _LOG.to.kept)
+        raise refusal(what, [], _LOG.to.kept)
     return Plan(runtime, engine)

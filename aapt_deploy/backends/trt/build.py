@@ -141,7 +141,7 @@ def _write_plan(order: Order, graph: str, lowered: Lowered, path: Path) -> None:
     settings = api.Settings(
         lowered.plugin_layers, kept_plans.workspace_bytes(order, graph),
         decomposable=order.precision == "fp32", sms=order.sms if flavour.sms else (),
-        timing_cache=timings,
+        portable=order.portable, timing_cache=timings,
     )  # fmt: skip
     order.report(f"{order.key}: building {graph}")
     built = api.build(lowered.path, settings, order.progress, failures, api.Messages())
@@ -226,7 +226,7 @@ def _place(stage: Stage, order: Order, finished: dict[str, Finished]) -> None:
         "backend": order.flavour.backend, "precision": order.precision,
         "plugin": order.choice.form, "reason": order.choice.reason,
         "cache_layout": "hopper_fp8" if ours else "token_major",
-        "cuda_graph": order.choice.captured,
+        "cuda_graph": order.choice.captured, "portable": order.portable,
         "graphs": {name: f"{stage.relative}/{name}.plan" for name in finished},
         "receipts": {name: receipt.to_dict() for name, receipt in given.items()},
         "inputs": {name: done.inputs for name, done in finished.items()},

@@ -5,12 +5,13 @@ GPU, and finishes them on the user's GPU. It has neither plugins nor timing cach
 
     PROPER  10.16 to 11.x   plans for the GPU that is here; our plugin or TensorRT's own attention
     RTX     1.7 and later   plans for one or more named GPUs; TensorRT's own attention
+    LEAN    10.16 to 11.x   TensorRT's runtime alone, 44 MB; runs portable plans of PROPER (lean.py)
 
 A process uses one of them, whichever loading.py is asked for first.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, NATIVE_FP8, PYTHON
@@ -23,7 +24,7 @@ FP8_SM, BF16_SM = 89, 80  # the oldest with products in these formats
 class Flavour:
     """One TensorRT."""
 
-    backend: str  # its row in backends/table.py
+    backend: str  # its row in backends/table.py and its extra; LEAN has no row
     title: str
     module: str  # of its Python bindings
     oldest: tuple[int, int]
@@ -32,6 +33,7 @@ class Flavour:
     sms: tuple[int, ...] = ()  # that a plan can be built for by name; (): only for the GPU here
     default_sms: tuple[int, ...] = ()  # without a GPU
     timing_cache: bool = False
+    lean: bool = False  # neither builds plans nor describes their layers
     plugins: bool = False
     compiles_here: bool = False  # a plan is finished on the user's GPU, just in time
 
@@ -77,6 +79,10 @@ RTX = Flavour(
     "tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx_bindings", (1, 7), (2,), (NATIVE_FP8, NATIVE),
     sms=(80, 86, 89, 120, 121), default_sms=(86, 89, 120), compiles_here=True,
 )  # fmt: skip
+LEAN = replace(
+    PROPER, backend="tensorrt-lean", title="TensorRT's lean runtime",
+    module="tensorrt_lean_bindings", timing_cache=False, lean=True,
+)  # fmt: skip
 FLAVOURS = {flavour.backend: flavour for flavour in (PROPER, RTX)}
 
 _wanted = PROPER
@@ -89,7 +95,7 @@ def want(flavour: Flavour) -> None:
 
 
 def bindings() -> tuple[Flavour, ModuleType]:
-    """Return the flavour of this process and its bindings. Only api.py calls this.
+    """Return the flavour of this process and its bindings, for api.py and plugins.
 
     Raises MachineError if they cannot be loaded.
     """

@@ -51,7 +51,7 @@ def inputs_hash(order: Order, graph: str) -> str:
         "attention": [form, order.choice.packed] if generator or scaled else None,
         "kernels": order.here.kernels if ours and order.here else None,
         "scales": files[SCALES]["sha256"] if scaled else None,
-        "workspace": workspace_bytes(order, graph),
+        "workspace": workspace_bytes(order, graph), "portable": order.portable,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 

@@ -10,6 +10,7 @@ from aapt_deploy.backends.trt.cuda import Device, Gpu, with_driver
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.engine import RunOptions, TrtEngines
 from aapt_deploy.backends.trt.flavour import PROPER, Flavour
+from aapt_deploy.backends.trt.lean import runs_portable
 from aapt_deploy.backends.trt.loading import api_of
 from aapt_deploy.backends.trt.plan_file import AGAIN, Receipt
 from aapt_deploy.bundle.bundle import Bundle
@@ -28,6 +29,16 @@ class Entry:
     plugin: str
     scales: str | None  # file with the scales of FP8 caches
     captured: bool
+    portable: bool = False  # plans that TensorRT's lean runtime can run
+
+    def runs_on(self, built_with: Flavour) -> Flavour:
+        """Return the flavour that runs the plans here.
+
+        Raises MachineError if they are portable and nothing here runs them.
+        """
+        if not self.portable:
+            return built_with
+        return runs_portable(next(iter(self.receipts.values())).tensorrt)
 
     @classmethod
     def of(cls, bundle: Bundle, precision: str, flavour: Flavour) -> "Entry":
@@ -35,18 +46,19 @@ class Entry:
         raw = bundle.engines[f"{flavour.backend}-{precision}"]
         files, given = raw.get("graphs"), raw.get("receipts")
         plugin, scales, captured = raw.get("plugin"), raw.get("scales"), raw.get("cuda_graph", True)
+        portable = raw.get("portable", False)
         wanted, named = family_of(bundle.profile).signatures(bundle.profile).keys(), False
         if isinstance(files, dict) and isinstance(given, dict):
             named = files.keys() == given.keys() == wanted
         if not (
             named and files and given and all(isinstance(file, str) for file in files.values())
             and plugin in flavour.forms and isinstance(scales, str | None)
-            and isinstance(captured, bool)
+            and isinstance(captured, bool) and isinstance(portable, bool)
         ):  # fmt: skip
             entry = f"what its manifest says of its {flavour.backend} engine in {precision}"
             raise BundleError(f"bundle {bundle.path}: {entry} is not whole", AGAIN)
         parsed = {name: Receipt.of(given[name], files[name]) for name in files}
-        return cls(files, parsed, str(plugin), scales, captured)
+        return cls(files, parsed, str(plugin), scales, captured, portable)
 
 
 def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> TrtEngines:
@@ -56,7 +68,8 @@ def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> Tr
     TensorRT, driver or GPU, or with another than the plans' own. Raises BundleError for plans
     that are stale, changed or not whole. Raises InputError for damaged scales.
     """
-    entry = Entry.of(bundle, precision, flavour)
+    entry, backend = Entry.of(bundle, precision, flavour), flavour.backend
+    flavour = entry.runs_on(flavour)
     device = with_driver()
     try:
         api = api_of(flavour)
@@ -76,7 +89,7 @@ def open_bundle(bundle: Bundle, precision: str, flavour: Flavour = PROPER) -> Tr
     for name, file in entry.graphs.items() if flavour.compiles_here else ():
         compiled[name] = receipts.compiled_file(listed[file]["sha256"], here)
     options = RunOptions(entry.captured, caches, compiled=compiled)
-    return TrtEngines(bundle.profile, plans, device, precision, options, flavour.backend)
+    return TrtEngines(bundle.profile, plans, device, precision, options, backend)
 
 
 def runs_here(bundle: Bundle, precision: str, flavour: Flavour) -> str:
@@ -85,7 +98,8 @@ def runs_here(bundle: Bundle, precision: str, flavour: Flavour) -> str:
     Raises what `open_bundle` raises before it deserialises, and MachineError for a plan that
     TensorRT-RTX finds invalid here.
     """
-    entry, device = Entry.of(bundle, precision, flavour), with_driver()
+    entry = Entry.of(bundle, precision, flavour)
+    flavour, device = entry.runs_on(flavour), with_driver()
     try:
         api = api_of(flavour)
         here = _checked(bundle, entry, device, api.version())

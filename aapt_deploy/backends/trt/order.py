@@ -11,7 +11,8 @@ from aapt_deploy.backends.trial import BuildOptions, Progress, Report
 from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, Choice
-from aapt_deploy.backends.trt.flavour import Flavour
+from aapt_deploy.backends.trt.flavour import LEAN, Flavour
+from aapt_deploy.backends.trt.lean import pinned
 from aapt_deploy.backends.trt.loading import api_of
 from aapt_deploy.backends.trt.remedies import SMALLER
 from aapt_deploy.bundle.bundle import Bundle
@@ -41,6 +42,7 @@ class Order:
     cost: Cost
     report: Report
     progress: Progress | None
+    portable: bool = False
 
     @property
     def key(self) -> str:
@@ -75,17 +77,20 @@ def take_order(
         if device is not None and device.sm in sms:
             _check_memory(cost, device)
         _check_host(cost, report)
-        choices = _choices(flavour, here, options.attention, scales is not None)
+        choices = _choices(flavour, here, options, scales is not None)
     finally:
         if device is not None:
             device.close()
     progress = options.progress
     order = Order(
-        bundle, precision, flavour, version, sms, here, choices[0], scales, cost, report, progress
-    )
+        bundle, precision, flavour, version, sms, here, choices[0], scales, cost, report, progress,
+        options.portable,
+    )  # fmt: skip
     if not order.runs_here:
         names = ", ".join(map(str, sms))
         report(f"{order.key}: for SM {names}, which is not here: plans are built and not run")
+    if order.portable:
+        report(f"{order.key}: portable; elsewhere it runs with {pinned(LEAN, version)}")
     return order, choices
 
 
@@ -134,12 +139,15 @@ def _without_plugins(attention: str, fp8: bool) -> Choice:
     return Choice(NATIVE_FP8, False, True, "asked for; not proved on a GPU yet")
 
 
-def _choices(flavour: Flavour, here: cuda.Gpu | None, attention: str, fp8: bool) -> list[Choice]:
+def _choices(
+    flavour: Flavour, here: cuda.Gpu | None, options: BuildOptions, fp8: bool
+) -> list[Choice]:
     """Return the forms to try, in order. Raises MachineError if the wanted one is not proved."""
+    attention = options.attention
     if not flavour.plugins:
         return [_without_plugins(attention, fp8)]
     assert here is not None, f"{flavour.title} builds on a GPU"
-    choices = receipts.choose(receipts.load(here), fp8)
+    choices = receipts.choose(receipts.load(here), fp8, options.portable)
     if attention == "auto":
         return choices
     wanted = [choice for choice in choices if choice.form == attention]

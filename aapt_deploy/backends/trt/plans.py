@@ -11,6 +11,7 @@ class Settings:
     workspace_bytes: int  # the most that TensorRT may use for scratch memory
     decomposable: bool = False  # attention may run as separate operations: float32 has no kernel
     sms: tuple[int, ...] = ()  # compute capabilities x 10, where the flavour builds for named ones
+    portable: bool = False  # the lean runtime can run the plan
     optimization_level: int = 3  # 0 (fast build) to 5 (fast engine)
     timing_cache: bytes = b""  # of an earlier build; another machine's is ignored
 

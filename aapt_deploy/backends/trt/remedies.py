@@ -5,10 +5,12 @@ compiler. A message that no row matches is passed on as it is, with the way to r
 """
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from aapt_deploy.errors import AaptError, BundleError, MachineError
+
+KEPT_MESSAGES = 20
 
 
 class Remedy(NamedTuple):
@@ -17,6 +19,20 @@ class Remedy(NamedTuple):
     said: str  # pattern in TensorRT's message
     hint: str
     kind: type[AaptError] = BundleError  # what is raised
+
+
+class Messages:
+    """TensorRT's last errors and warnings, to explain a failure."""
+
+    def __init__(self, report: Callable[[str], None] | None = None) -> None:
+        self.report, self.kept = report, list[str]()
+
+    def log(self, severity: Any, msg: str) -> None:
+        """Keep a message of `severity`, an ILogger.Severity."""
+        if severity.name in ("INTERNAL_ERROR", "ERROR", "WARNING"):
+            self.kept = [*self.kept, msg][-KEPT_MESSAGES:]
+            if self.report:
+                self.report(msg)
 
 
 class NodeError(NamedTuple):
@@ -123,6 +139,10 @@ REMEDIES = (
     Remedy(
         r"[Dd]ata-dependent|dynamic (shape|input)|optimization profile",
         "every shape must be static: export the bundle again with this version",
+    ),
+    Remedy(
+        r"call to stub load",
+        "TensorRT's lean runtime runs portable plans only: aapt build-engine --portable",
     ),
     Remedy(
         r"Serialization assertion|[Vv]ersion tag does not match|stdVersionRead"

@@ -24,7 +24,8 @@ from aapt_deploy.backends.trt import cuda, kept_plans
 from aapt_deploy.backends.trt import order as order_module
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
-from aapt_deploy.backends.trt.flavour import PROPER, RTX
+from aapt_deploy.backends.trt.flavour import LEAN, PROPER, RTX
+from aapt_deploy.backends.trt.lean import pinned
 from aapt_deploy.backends.trt.order import Order
 from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.bundle.bundle import Bundle
@@ -257,11 +258,12 @@ def fp8_bundle(path: Path) -> Bundle:
     return Bundle.open(path)
 
 
-def attempt(path: Path, attention: str = "auto") -> list[str]:
+def attempt(path: Path, attention: str = "auto", portable: bool = False) -> list[str]:
     """Build the generator alone, as far as it comes; what was said."""
     said: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):
-        build_engine(Bundle.open(path), "tensorrt", None, BuildOptions(said.append, attention))
+        options = BuildOptions(said.append, attention, portable=portable)
+        build_engine(Bundle.open(path), "tensorrt", None, options)
     return said
 
 
@@ -323,13 +325,53 @@ def test_everything_that_a_plan_is_made_of_changes_its_hash(bare: Path, here: Te
         replace(order, sms=(89,)),
         replace(order, tensorrt="10.16.1.11"),
         replace(order, flavour=RTX),
+        replace(order, portable=True),
         replace(order, cost=replace(cost, stages=wider)),
         replace(order, here=replace(found, kernels="o" * 64)),
     ]  # fmt: skip
     assert len({kept_plans.inputs_hash(one, "generator") for one in orders}) == len(orders)
     assert (
-        len({kept_plans.inputs_hash(one, "decoder") for one in orders}) == 6
+        len({kept_plans.inputs_hash(one, "decoder") for one in orders}) == 7
     )  # neither form nor kernels concern it
+
+
+# --- portable ---
+
+
+def test_a_portable_engine_is_one_in_the_manifest_and_in_every_plan(
+    bare: Path, here: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(bare)
+    said: list[str] = []
+    options = BuildOptions(said.append, portable=True)
+    opened = Bundle.open(bare)
+    build_engine(opened, "tensorrt", "fp32", options)
+    assert [settings.portable for settings in here.settings] == [False] * 4 + [True] * 4
+    assert opened.engines["tensorrt-fp32"]["portable"] is True
+    wanted = f"elsewhere it runs with {pinned(LEAN, VERSION)}"
+    assert any(wanted in line for line in said)
+    monkeypatch.setattr("aapt_deploy.backends.trt.lean.installed", lambda flavour: VERSION)
+    open_engines(Bundle.open(bare), "tensorrt").close()
+    assert made(bare).engines["tensorrt-fp32"]["portable"] is False
+
+
+def test_a_portable_plan_with_our_kernels_is_refused_until_it_is_proved(
+    bare: Path, here: TensorRT
+) -> None:
+    fp8_bundle(bare)
+    receipt(here, receipts.PLUGIN_FP8, receipts.PLUGIN_CAPTURED)
+    here.at_build = lambda graph: (_ for _ in ()).throw(KeyboardInterrupt)
+    assert any("form native (that the lean" in line for line in attempt(bare, portable=True))
+    with pytest.raises(MachineError, match="'python' is not proved here: that the lean runtime"):
+        attempt(bare, "python", portable=True)
+    receipt(here, receipts.PLUGIN_FP8, receipts.PORTABLE_PLUGIN)
+    assert any("form python (proved here)" in line for line in attempt(bare, portable=True))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt-rtx"])
+def test_portable_is_for_tensorrt_only(bare: Path, aapt: Any, backend: str) -> None:
+    ran = aapt("build-engine", bare, "--backend", backend, "--portable")
+    assert ran.code == 2 and ran.error == f"--portable is for tensorrt, not for {backend}"
 
 
 # --- before any work ---

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from aapt_deploy.backends.trt import cuda, opening
+from aapt_deploy.backends.trt import lean as lean_module
+from aapt_deploy.backends.trt.flavour import LEAN, PROPER, Flavour
 from aapt_deploy.backends.trt.plan_file import graph_sha256
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.errors import AaptError, BundleError, InputError, MachineError
@@ -72,6 +74,59 @@ def test_a_foreign_or_stale_plan_is_refused_before_anything_is_deserialised(
         assert here.opened == []
 
 
+@pytest.mark.parametrize(
+    ("whole", "lean", "taken"),
+    [
+        (VERSION, None, PROPER), (VERSION, VERSION, PROPER), (None, VERSION, LEAN),
+        ("11.5.0.1", VERSION, LEAN), ("10.16.1.11", VERSION, LEAN),
+    ],
+)  # fmt: skip
+def test_a_portable_engine_runs_with_tensorrt_or_its_lean_runtime(
+    copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch,
+    whole: str | None, lean: str | None, taken: Flavour,
+) -> None:  # fmt: skip
+    there = {PROPER: whole, LEAN: lean}
+    monkeypatch.setattr(lean_module, "installed", lambda flavour: there[flavour])
+    monkeypatch.setattr(sys.modules["aapt_deploy.backends.trt.api"], "FLAVOUR", taken)
+    engines = open_engines(built(copied, lambda entry: entry.update(portable=True)), "tensorrt")
+    engines.close()
+    assert engines.backend == "tensorrt" and len(here.opened) == 4
+
+
+def test_only_portable_plans_run_with_the_lean_runtime(
+    copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["aapt_deploy.backends.trt.api"], "FLAVOUR", LEAN)
+    with pytest.raises(MachineError, match="uses TensorRT's lean runtime already"):
+        open_engines(built(copied), "tensorrt")
+    assert here.opened == []
+
+
+@pytest.mark.parametrize("there", ["11.5.0.1", "11.3.0.1"])
+def test_another_release_cannot_run_a_portable_plan_without_code_in_it(
+    copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    monkeypatch.setattr(lean_module, "installed", lambda flavour: there)
+    opened = built(copied, lambda entry: entry.update(portable=True))
+    wanted = f"with TensorRT {VERSION}; .* here is TensorRT {there} and TensorRT's lean"
+    with pytest.raises(MachineError, match=wanted) as caught:
+        open_engines(opened, "tensorrt")
+    assert lean_module.pinned(LEAN, VERSION) in caught.value.hint and here.opened == []
+
+
+def test_without_either_runtime_both_are_named(
+    copied: Path, here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean_module, "installed", lambda flavour: None)
+    opened = built(copied, lambda entry: entry.update(portable=True))
+    with pytest.raises(MachineError, match="here is neither") as caught:
+        open_engines(opened, "tensorrt")
+    hint = caught.value.hint
+    assert f"aapt_deploy[tensorrt-lean]' tensorrt-lean-cu13-libs=={VERSION}" in hint
+    assert f"aapt_deploy[tensorrt]' tensorrt=={VERSION}" in hint
+    assert here.opened == [] and not here.driver.journal
+
+
 def test_a_second_bundle_opens_in_the_same_process(copied: Path, here: Machine) -> None:
     """The context outlives the first: compiled kernels are kept in it."""
     opened = built(copied)
@@ -109,7 +164,7 @@ def test_a_plan_whose_bytes_were_changed_is_refused(copied: Path, here: Machine)
     "change",
     [
         {"graphs": None}, {"graphs": {}}, {"receipts": {"encoder": {}}}, {"plugin": "magic"},
-        {"plugin": None}, {"scales": 3}, {"cuda_graph": "yes"},
+        {"plugin": None}, {"scales": 3}, {"cuda_graph": "yes"}, {"portable": "yes"},
         {"graphs": dict.fromkeys(("encoder", "prompt", "generator", "decoder"), 7)},
     ],
 )  # fmt: skip

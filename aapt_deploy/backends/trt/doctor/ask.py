@@ -8,17 +8,15 @@ receipt.
 
 import importlib
 import json
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aapt_deploy.backends.trt.cuda import Gpu
 from aapt_deploy.backends.trt.doctor import receipts
+from aapt_deploy.backends.trt.doctor.process import ask_process
 from aapt_deploy.backends.trt.doctor.receipts import Choice, Proof
 from aapt_deploy.bundle.files import writing
 from aapt_deploy.errors import AaptError, MachineError, needs_extra
@@ -57,7 +55,7 @@ def examine(
     Raises MachineError if TensorRT, a driver or a GPU is missing. Raises OutputError if the
     receipt cannot be written.
     """
-    answer, reason = _ask("here", LOOK_S)
+    answer, reason = ask_process(MODULE, ["here"], LOOK_S)
     if answer is None:
         raise MachineError(f"TensorRT cannot be looked at: {reason}", "aapt doctor")
     if "error" in answer:
@@ -67,35 +65,13 @@ def examine(
     for name in names:
         report(f"{name} on {here.gpu}, TensorRT {here.tensorrt}")
         began = time.monotonic()
-        answer, reason = _ask(name, patience_s)
+        answer, reason = ask_process(MODULE, [name], patience_s)
         ok = answer is not None and answer.get("ok") is True
         if answer:
             reason = str(answer.get("found", answer.get("error", "")))
         found.append(Proof(name, ok, reason, round(time.monotonic() - began, 1)))
     with writing(receipts.receipt_file(here), "set XDG_CACHE_HOME to a folder of yours"):
         return Findings(here, found, receipts.save(here, found))
-
-
-def _ask(name: str, patience_s: float) -> tuple[dict[str, Any] | None, str]:
-    """Return the answer of one process, or None and the reason."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", MODULE, name],
-            capture_output=True, text=True, timeout=patience_s, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {patience_s:.0f} s"
-    try:
-        answer = json.loads(done.stdout.strip().splitlines()[-1])
-        if isinstance(answer, dict):
-            return answer, ""
-    except (ValueError, IndexError):
-        pass
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    last = lines[-1] if lines else "it said nothing"
-    if done.returncode < 0:
-        return None, f"crashed with {signal.Signals(-done.returncode).name}: {last}"
-    return None, f"ended with code {done.returncode}: {last}"
 
 
 def _answer(name: str) -> None:

@@ -4,13 +4,14 @@ One attention layer in every form that a build may use, and one product in FP8. 
 made by the functions that a build uses; only the sizes are small.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON
 from aapt_deploy.backends.trt.lower_attention import lower_for_plugin, lower_native, split_for_aot
 from aapt_deploy.backends.trt.lower_fp8_attention import lower_native_fp8
 from aapt_deploy.backends.trt.state import from_bf16, to_bf16
@@ -160,6 +161,17 @@ def fp8_attention() -> Case:
     blocks = {"k_block": scales.quantise_k(k), "v_block": scales.quantise_v(v)}
     model = lower_native_fp8(portable_model(LONG), LONG, [scales])
     return Case(model, {"q": q, "k": k, "v": v, **caches, "cache_len": length}, 0, out, blocks)
+
+
+PACKED = "python, int32 caches"
+WITH_PLUGIN = (PYTHON, PACKED)
+# Of every form that a portable plan may have: the case, and the kind of its rounding (bench.py).
+PORTABLE: dict[str, tuple[Callable[[], Case], str]] = {
+    NATIVE: (native, "bf16"),
+    PYTHON: (plugin, "fp8"),
+    PACKED: (lambda: plugin(packed=True), "fp8"),
+    AOT: (lambda: plugin(aot=True), "fp8"),
+}
 
 
 def small_plugin(name: str, columns: int) -> Case:

@@ -7,116 +7,25 @@ for.
 """
 
 import json
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from aapt_deploy.backends.trt import api, cuda
 from aapt_deploy.backends.trt.doctor import cases, receipts
-from aapt_deploy.backends.trt.doctor.cases import Case
+from aapt_deploy.backends.trt.doctor.bench import Bench, Inside, answer_of, check, with_plugin
+from aapt_deploy.backends.trt.doctor.cases import PACKED, PORTABLE, WITH_PLUGIN
+from aapt_deploy.backends.trt.doctor.process import ask_process
+from aapt_deploy.backends.trt.doctor.receipts import AOT, NATIVE, PYTHON
+from aapt_deploy.backends.trt.flavour import LEAN
+from aapt_deploy.backends.trt.lean import installed, pinned
 from aapt_deploy.backends.trt.plan_file import audit
-from aapt_deploy.backends.trt.plans import Settings, Tensor
-from aapt_deploy.errors import AaptError, ParityError
-from aapt_deploy.ops.block_causal_attention import hopper_fp8, kernels
+from aapt_deploy.errors import AaptError, MachineError, ParityError
+from aapt_deploy.ops.block_causal_attention import kernels
 
-WORKSPACE_BYTES = 256 << 20
-# Relative error by rounding: of a product in bf16; of attention with FP8 keys, values and weights.
-CLOSE = {"bf16": 0.02, "fp8": 0.10, "fp8, TensorRT's": 0.02}
-SAME_BYTES = 0.999  # of a block: a quotient on the edge of two codes may be rounded either way
-ITEM_BYTES = {"FLOAT": 4, "INT32": 4, "BF16": 2, "HALF": 2, "FP8": 1, "UINT8": 1}
-
-
-class Inside(NamedTuple):
-    """An output in a buffer of `size` bytes, from byte `offset` on."""
-
-    output: str
-    size: int
-    offset: int
-
-
-class Bench:
-    """A device, and one plan at a time on it."""
-
-    def __init__(self, device: cuda.Device, folder: Path) -> None:
-        self.device, self.stream, self.folder = device, device.stream(), folder
-        self.failures: list[Exception] = []  # of our plugin
-
-    def build(self, case: Case) -> api.Plan:
-        """Build and open the plan of `case`; the network must have its plugin layers."""
-        graph, file = self.folder / "probe.onnx", self.folder / "probe.plan"
-        graph.write_bytes(case.model.SerializeToString())
-        settings, log = Settings(case.plugin_layers, WORKSPACE_BYTES), api.Messages(_to_stderr)
-        built = api.build(graph, settings, None, self.failures, log)
-        file.write_bytes(built.plan)
-        return api.open_plan(file, api.Messages(_to_stderr))
-
-    def run(
-        self, plan: api.Plan, case: Case, captured: bool = False, inside: Inside | None = None
-    ) -> dict[str, np.ndarray]:
-        """Run `plan` once more than a capture needs; return every output's bytes.
-
-        `inside` binds one output inside a larger buffer.
-        """
-        device, stream, context = self.device, self.stream, plan.context()
-        outputs: dict[str, tuple[int, int]] = {}
-        for tensor in plan.tensors:
-            size = _bytes(tensor)
-            if tensor.is_input:
-                address = device.memory(size)
-                stream.upload(address, np.ascontiguousarray(case.inputs[tensor.name]))
-            else:
-                whole, offset = inside[1:] if inside and inside.output == tensor.name else (size, 0)
-                base = device.memory(whole)
-                stream.zero(base, whole)
-                outputs[tensor.name], address = (base, whole), base + offset
-            context.bind(tensor.name, address)
-        step = stream.prepare(lambda: context.enqueue(stream.handle), captured)
-        step()
-        found = {}
-        for name, (address, size) in outputs.items():
-            found[name] = device.pinned((size,), np.uint8)
-            stream.download(found[name], address)
-        stream.wait()
-        return found
-
-
-def _bytes(tensor: Tensor) -> int:
-    return int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype]
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def check(found: dict[str, np.ndarray], case: Case, kind: str) -> str:
-    """Compare what a plan computed. Raises ParityError."""
-    out = found["out"].view(np.float32).reshape(case.out.shape).astype(np.float64)
-    error = float(np.linalg.norm(out - case.out) / np.linalg.norm(case.out))
-    if not error <= CLOSE[kind]:
-        raise ParityError(f"the answer differs by {error:.4f} of its size, above {CLOSE[kind]}", "")
-    said = [f"differs by {error:.4f} of its size"]
-    for name, wanted in case.blocks.items():
-        expected = np.ascontiguousarray(wanted).view(np.uint8).reshape(-1)
-        share = float(np.mean(found[name] == expected))
-        if share < SAME_BYTES:
-            raise ParityError(f"{name} has {share:.2%} of its bytes right", "")
-        said.append(f"{name} {share:.2%} of bytes")
-    return ", ".join(said)
-
-
-# The questions
-
-
-def _with_plugin(bench: Bench) -> None:
-    from aapt_deploy.backends.trt.plugin import python as python_plugin
-
-    kernels.launcher(hopper_fp8.NAME, cases.HEAD_DIM)
-    bench.failures = python_plugin.register(kernels.launcher).failures
+LEAN_RUN = "aapt_deploy.backends.trt.doctor.lean_run"
+LOOK_S = 60.0  # for a plan in the lean runtime; two must fit into the time of one check
 
 
 def native(bench: Bench, captured: bool = False) -> str:
@@ -150,7 +59,7 @@ def fp8_products(bench: Bench) -> str:
 def plugin(
     bench: Bench, packed: bool = False, captured: bool = False, with_function: bool = False
 ) -> str:
-    _with_plugin(bench)
+    with_plugin(bench)
     case = cases.plugin(packed, with_function=with_function)
     plan = bench.build(case)
     audit(plan.layers(), 1)
@@ -177,10 +86,14 @@ def aot_small_at(shared_bytes: int, dynamic: bool) -> Callable[[Bench], str]:
     return lambda bench: aot_small(bench, shared_bytes, dynamic)
 
 
-def aot(bench: Bench) -> str:
+def ahead_of_time_plugin() -> None:
     from aapt_deploy.backends.trt.plugin import ahead_of_time
 
     ahead_of_time.define_once(kernels.ptx_launch)
+
+
+def aot(bench: Bench) -> str:
+    ahead_of_time_plugin()
     case = cases.plugin(aot=True)
     return check(bench.run(bench.build(case), case), case, "fp8")
 
@@ -191,6 +104,31 @@ def fp8_attention(bench: Bench) -> str:
     if not any(layer.is_attention and layer.reads_fp8 for layer in plan.layers()):
         raise ParityError("TensorRT's attention is not one FP8 kernel here", "")
     return check(bench.run(plan, case), case, "fp8, TensorRT's")
+
+
+def portable(bench: Bench, form: str) -> str:
+    """Build a portable plan, and let the lean runtime of this release run it."""
+    version = api.version()
+    if installed(LEAN) != version:
+        raise MachineError(f"not asked; first {pinned(LEAN, version)}")
+    if form in WITH_PLUGIN:
+        with_plugin(bench)
+    elif form == AOT:
+        ahead_of_time_plugin()
+    bench.build(PORTABLE[form][0](), portable=True)
+    told, reason = ask_process(LEAN_RUN, [form, str(bench.plan_file)], LOOK_S)
+    if told is None or told.get("ok") is not True:
+        said = told["found"] if told else reason
+        raise ParityError(f"the lean runtime: {said}", "")
+    return str(told["found"])
+
+
+def portable_plugin(bench: Bench) -> str:
+    """Make the plugin portable, with the form of caches that works here."""
+    try:
+        return portable(bench, PYTHON)
+    except AaptError:
+        return f"{portable(bench, PACKED)}; int32 caches"
 
 
 PROBES: dict[str, Callable[[Bench], str]] = {
@@ -207,17 +145,15 @@ PROBES: dict[str, Callable[[Bench], str]] = {
     receipts.AOT_DYNAMIC: aot_small_at(64 << 10, dynamic=True),
     receipts.AOT_OP: aot,
     receipts.FP8_ATTENTION: fp8_attention,
+    receipts.PORTABLE_NATIVE: lambda bench: portable(bench, NATIVE),
+    receipts.PORTABLE_PLUGIN: portable_plugin,
+    receipts.PORTABLE_AOT: lambda bench: portable(bench, AOT),
 }
 
 
 def answer(name: str, device: cuda.Device) -> dict[str, object]:
     """Run one check. Any exception is the answer."""
-    with tempfile.TemporaryDirectory(prefix="aapt-probe-") as folder:
-        try:
-            return {"ok": True, "found": PROBES[name](Bench(device, Path(folder)))}
-        except Exception as error:  # TensorRT's and CUDA's types are many; each is a finding
-            kind = "" if isinstance(error, AaptError) else f"{type(error).__name__}: "
-            return {"ok": False, "found": f"{kind}{error}"}
+    return answer_of(device, PROBES[name])
 
 
 def main(name: str) -> None:

@@ -37,9 +37,14 @@ AOT_STATIC = "aot, 64 KiB static shared"
 AOT_DYNAMIC = "aot, 64 KiB dynamic shared"
 AOT_OP = "aot attention"
 FP8_ATTENTION = "fp8 attention fused"
+# Plans that TensorRT's lean runtime runs.
+PORTABLE_NATIVE = "portable native attention"
+PORTABLE_PLUGIN = "portable plugin"
+PORTABLE_AOT = "portable aot attention"
 PROBES = (
     NATIVE_BUILDS, CAPTURED, SLOT, FP8_PRODUCTS, PLUGIN_FP8, PLUGIN_PACKED, PLUGIN_CAPTURED,
-    FUNCTION, AOT_WORKS, AOT_STATIC, AOT_DYNAMIC, AOT_OP, FP8_ATTENTION,
+    FUNCTION, AOT_WORKS, AOT_STATIC, AOT_DYNAMIC, AOT_OP, FP8_ATTENTION, PORTABLE_NATIVE,
+    PORTABLE_PLUGIN, PORTABLE_AOT,
 )  # fmt: skip
 
 
@@ -113,10 +118,11 @@ def load(here: Gpu) -> dict[str, Proof] | None:
     return {proof.name: proof for proof in proofs}
 
 
-def choose(proofs: dict[str, Proof] | None, fp8: bool) -> list[Choice]:
+def choose(proofs: dict[str, Proof] | None, fp8: bool, portable: bool = False) -> list[Choice]:
     """Return the forms that are proved here, the best first; TensorRT's own attention is last.
 
-    `fp8` if there are scales for FP8 caches, which our kernels need.
+    `fp8` if there are scales for FP8 caches, which our kernels need. `portable` if the lean runtime
+    must run the plan, which needs a proof of its own for our kernels.
     """
 
     def proved(*names: str) -> bool:
@@ -125,15 +131,18 @@ def choose(proofs: dict[str, Proof] | None, fp8: bool) -> list[Choice]:
     why = "nothing better is proved here"
     if proofs is None:
         why = "aapt doctor --tensorrt has not been run on this machine with these versions"
+    elif portable and not proved(PORTABLE_PLUGIN):
+        why = "that the lean runtime runs plans with our kernels is not proved here"
     if not fp8:
         why = "our kernels need the FP8 scales of an fp8 bundle"
     captured = proved(CAPTURED) or proofs is None  # if not disproved: opening fails otherwise
     choices = [Choice(NATIVE, False, captured, why)]
     if fp8 and proved(FP8_ATTENTION):
         choices.insert(0, Choice(NATIVE_FP8, False, captured, "proved here, without our kernels"))
-    if fp8 and proved(AOT_WORKS, AOT_OP):
+    if fp8 and proved(AOT_WORKS, AOT_OP, *((PORTABLE_AOT,) if portable else ())):
         choices.insert(0, Choice(AOT, False, captured, "proved here; the plan holds our kernels"))
-    if fp8 and (proved(PLUGIN_FP8) or proved(PLUGIN_PACKED)):
+    carried = not portable or proved(PORTABLE_PLUGIN)
+    if fp8 and carried and (proved(PLUGIN_FP8) or proved(PLUGIN_PACKED)):
         packed = not proved(PLUGIN_FP8)
         choices.insert(0, Choice(PYTHON, packed, proved(PLUGIN_CAPTURED), "proved here"))
     return choices

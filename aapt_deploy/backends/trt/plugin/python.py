@@ -23,11 +23,11 @@ runtime read when TensorRT gives up.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-import tensorrt as trt
 
+from aapt_deploy.backends.trt import flavour
 from aapt_deploy.errors import BundleError, MachineError
 from aapt_deploy.ops.block_causal_attention import (
     NAME,
@@ -36,6 +36,11 @@ from aapt_deploy.ops.block_causal_attention import (
     softmax_scale,
 )
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import HEAD_DIMS, TILE_KEYS
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+else:
+    _, trt = flavour.bindings()  # the lean runtime has all that a plugin needs to run
 
 INPUTS = {"token_major": 6, "hopper_fp8": 10}  # of the node, by layout
 SCALE_FIELD = "scale"

@@ -72,8 +72,9 @@ class Rig:
         }  # fmt: skip
 
     def build(self, api: ModuleType | None = None, **more: Any) -> Any:
-        module = api or self.api
-        return module.build(GRAPH, module.Settings(PLUGINS, 1 << 30, timing_cache=b"old"), **more)
+        module, portable = api or self.api, more.pop("portable", False)
+        settings = module.Settings(PLUGINS, 1 << 30, portable=portable, timing_cache=b"old")
+        return module.build(GRAPH, settings, **more)
 
     def golden(self, name: str, write: bool) -> None:
         text = "\n".join(self.recorder.journal) + "\n"
@@ -111,6 +112,28 @@ def test_a_build_is_these_calls(rig: Rig, release: str, write: bool) -> None:
         ("noisy", True, "FLOAT"), ("k_cache.00", True, "FP8"), ("clean", False, "FLOAT"),
     ]  # fmt: skip
     rig.golden(f"build-{release}", write)
+
+
+def test_a_portable_build_is_three_calls_more(rig: Rig, release: str) -> None:
+    """The runtime is left out of the plan: its code would be run when the plan is opened."""
+    rig.script["OnnxParser.get_used_vc_plugin_libraries"] = []
+    rig.build(portable=True)
+    plain, more = (GOLDEN / f"build-{release}.txt").read_text().splitlines(), rig.recorder.journal
+    assert [call for call in more if call not in plain] == [
+        "OnnxParser.get_used_vc_plugin_libraries()",
+        "IBuilderConfig.set_flag(BuilderFlag.VERSION_COMPATIBLE)",
+        "IBuilderConfig.set_flag(BuilderFlag.EXCLUDE_LEAN_RUNTIME)",
+    ]
+    assert [call for call in more if call in plain] == plain
+
+
+def test_a_portable_plan_that_needs_a_plugin_library_is_refused_before_it_is_built(
+    rig: Rig,
+) -> None:
+    rig.script["OnnxParser.get_used_vc_plugin_libraries"] = ["libnvinfer_vc_plugin.so.11"]
+    with pytest.raises(BundleError, match=r"plugins in libnvinfer_vc_plugin\.so\.11; a portable"):
+        rig.build(portable=True)
+    assert not any("build_serialized" in call for call in rig.recorder.journal)
 
 
 def test_a_run_is_these_calls(rig: Rig, plan_file: Path, write: bool) -> None:

@@ -18,7 +18,7 @@ import onnx
 import pytest
 
 from aapt_deploy.backends.trt import cuda
-from aapt_deploy.backends.trt.doctor import cases, receipts
+from aapt_deploy.backends.trt.doctor import cases, lean_run, receipts
 from aapt_deploy.backends.trt.doctor.cases import Case
 from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.errors import BundleError
@@ -36,6 +36,8 @@ PLAIN = {
     receipts.PLUGIN_PACKED: lambda: cases.plugin(packed=True),
     receipts.FUNCTION: lambda: cases.plugin(with_function=True),
     receipts.AOT_OP: lambda: cases.plugin(aot=True), receipts.FP8_ATTENTION: cases.fp8_attention,
+    receipts.PORTABLE_NATIVE: cases.native, receipts.PORTABLE_PLUGIN: cases.plugin,
+    receipts.PORTABLE_AOT: lambda: cases.plugin(aot=True),
 }  # fmt: skip
 SMALL = (receipts.AOT_WORKS, receipts.AOT_STATIC, receipts.AOT_DYNAMIC)
 PLAIN |= {name: lambda: cases.small_plugin("Probe", 64) for name in SMALL}
@@ -52,6 +54,7 @@ class Fake:
     change: Change = lambda outputs: None
     layers: list[PlanLayer] = field(default_factory=list)
     built: list[int] = field(default_factory=list)
+    portable: list[bool] = field(default_factory=list)
     defined: list[tuple[int, bool]] = field(default_factory=list)
     refuse: Callable[[onnx.ModelProto], bool] = lambda model: False
 
@@ -60,6 +63,7 @@ class Fake:
         if self.refuse(model):
             raise BundleError("TensorRT cannot build it", "")
         self.built.append(settings.plugin_layers)
+        self.portable.append(settings.portable)
         return SimpleNamespace(plan=model.SerializeToString())
 
     def open_plan(self, file: Path, messages: Any) -> cuda_emulator.Plan:
@@ -118,6 +122,19 @@ def fake(probes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(
         smallest_plugin, "define", lambda size, dynamic: made.defined.append((size, dynamic))
     )
+
+    def in_this_process(
+        module: str, arguments: list[str], patience_s: float
+    ) -> tuple[dict[str, Any], str]:
+        assert module == "aapt_deploy.backends.trt.doctor.lean_run"
+        device = cuda.Device(made.driver)
+        told = lean_run.answer(arguments[0], Path(arguments[1]), device)
+        device.close()
+        return told, ""
+
+    monkeypatch.setattr(lean_run, "api_of", lambda flavour: probes.api)
+    monkeypatch.setattr(probes, "ask_process", in_this_process)
+    monkeypatch.setattr(probes, "installed", lambda flavour: probes.api.version())
     return made
 
 
@@ -144,11 +161,8 @@ def ask(probes: ModuleType, fake: Fake, name: str) -> tuple[bool, str]:
 
 
 def test_there_is_a_question_for_every_name(probes: ModuleType) -> None:
-    assert (
-        tuple(probes.PROBES)
-        == receipts.PROBES
-        == tuple(name for name in receipts.PROBES if name in PLAIN)
-    )
+    assert tuple(probes.PROBES) == receipts.PROBES
+    assert PLAIN.keys() == {*receipts.PROBES}
 
 
 @pytest.mark.parametrize("name", receipts.PROBES)
@@ -160,6 +174,7 @@ def test_a_right_answer_is_a_yes_and_a_wrong_one_a_no(
     assert fake.built == [fake.case.plugin_layers] and any(
         "GraphLaunch" in call for call in fake.driver.journal
     ) is ("captured" in name)
+    assert fake.portable == ["portable" in name]
 
     def wrong(outputs: dict[str, np.ndarray]) -> None:
         outputs["out"] = outputs["out"] * np.float32(1.2)
@@ -202,6 +217,45 @@ def test_capture_is_asked_in_the_form_that_works(probes: ModuleType, fake: Fake)
     told = probes.answer(receipts.PLUGIN_CAPTURED, device)
     device.close()
     assert told["ok"] and told["found"].endswith("int32 caches")
+
+
+def test_a_portable_plugin_is_asked_in_the_form_that_works(probes: ModuleType, fake: Fake) -> None:
+    fake.case = cases.plugin(packed=True)
+    fake.refuse = lambda model: (
+        model.graph.input[3].type.tensor_type.elem_type != onnx.TensorProto.INT32
+    )
+    device = cuda.Device(fake.driver)
+    told = probes.answer(receipts.PORTABLE_PLUGIN, device)
+    device.close()
+    assert told["ok"] and told["found"].endswith("int32 caches")
+
+
+@pytest.mark.parametrize("there", [None, "11.3.0.1"])
+def test_without_the_lean_runtime_of_this_release_nothing_portable_is_proved(
+    probes: ModuleType, fake: Fake, monkeypatch: pytest.MonkeyPatch, there: str | None
+) -> None:
+    monkeypatch.setattr(probes, "installed", lambda flavour: there)
+    ok, found = ask(probes, fake, receipts.PORTABLE_NATIVE)
+    wanted = f"tensorrt-lean-cu13-libs=={probes.api.version()}"
+    assert not ok and wanted in found and fake.built == []
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ((None, "crashed with SIGSEGV: x"), "the lean runtime: crashed with SIGSEGV: x"),
+        (({"ok": False, "found": "differs by 0.5"}, ""), "the lean runtime: differs by 0.5"),
+    ],
+)
+def test_what_happens_in_the_lean_runtime_s_process_is_the_answer(
+    probes: ModuleType,
+    fake: Fake,
+    monkeypatch: pytest.MonkeyPatch,
+    told: tuple[Any, str],
+    reason: str,
+) -> None:
+    monkeypatch.setattr(probes, "ask_process", lambda *asked: told)
+    assert ask(probes, fake, receipts.PORTABLE_NATIVE) == (False, reason)
 
 
 def test_bytes_beside_a_slot_are_seen(probes: ModuleType, fake: Fake) -> None:

@@ -26,7 +26,8 @@ from tests.support.bindings import link_stubs, type_stubs, wheels
 HERE = Path(__file__).parent
 MODULES = (
     "backends/trt/api", "backends/trt/engine", "backends/trt/state", "backends/trt/cuda",
-    "backends/trt/doctor/smallest_plugin", "backends/trt/doctor/probes",
+    "backends/trt/doctor/smallest_plugin", "backends/trt/doctor/bench",
+    "backends/trt/doctor/probes",
     "backends/trt/build",
     "backends/trt/plugin/python", "backends/trt/plugin/ahead_of_time",
 )  # fmt: skip

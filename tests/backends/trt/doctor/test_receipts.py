@@ -108,6 +108,27 @@ def test_the_best_proved_form_comes_first_and_native_last(
         assert "aapt doctor --tensorrt has not been run" in choices[0].reason
 
 
+@pytest.mark.parametrize(
+    ("names", "forms"),
+    [
+        ((receipts.PORTABLE_PLUGIN, receipts.PORTABLE_AOT), [PYTHON, AOT, NATIVE_FP8, NATIVE]),
+        ((receipts.PORTABLE_PLUGIN,), [PYTHON, NATIVE_FP8, NATIVE]),
+        ((receipts.PORTABLE_AOT, receipts.PORTABLE_NATIVE), [AOT, NATIVE_FP8, NATIVE]),
+        ((), [NATIVE_FP8, NATIVE]),
+    ],
+)
+def test_a_portable_plan_with_our_kernels_needs_a_proof_of_its_own(
+    names: tuple[str, ...], forms: list[str]
+) -> None:
+    plain = (
+        receipts.PLUGIN_FP8, receipts.AOT_WORKS, receipts.AOT_OP, receipts.FP8_ATTENTION,
+    )  # fmt: skip
+    choices = receipts.choose(proved(*plain, *names), fp8=True, portable=True)
+    assert [choice.form for choice in choices] == forms
+    if PYTHON not in forms:
+        assert "lean runtime runs plans with our kernels is not proved" in choices[-1].reason
+
+
 def test_what_could_not_be_captured_is_not() -> None:
     choices = receipts.choose(proved(receipts.PLUGIN_FP8, receipts.CAPTURED), fp8=True)
     assert [choice.captured for choice in choices] == [False, True]
