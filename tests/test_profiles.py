@@ -264,7 +264,7 @@ def test_what_is_not_toml_is_refused(text: str) -> None:
         ({"vae__temporal_kernel": "temporal_kernel = 0"}, "vae.temporal_kernel = 0 is below 1"),
         (
             {"vae__temporal_kernel": 'temporal_kernel = 3\nlook_back = "none"'},
-            "vae.look_back = 'none' is neither 'first' nor 'all'",
+            "vae.look_back = 'none' is not one of first, all",
         ),
         (
             {"precision__weights": 'weights = "fp7"'},

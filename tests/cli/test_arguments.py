@@ -243,7 +243,7 @@ def test_the_demo_is_the_four_steps_on_one_bundle(
     ]  # fmt: skip
     assert builds == [
         {"bundle": out / "bundle", "backend": "onnxruntime", "precision": None,
-         "attention": "auto", "progress": None, "sms": ()}
+         "attention": "auto", "progress": None, "sms": (), "portable": False}
     ]  # fmt: skip
     assert isinstance(measures[0].pop("progress"), console.Progress)
     assert measures == [

@@ -109,16 +109,16 @@ REMEDIES = (
     ),
     Remedy(
         r"UINT8|UInt8",
-        "pictures are uint8 only where they enter or leave a graph: " + SAME_VERSION,
+        f"pictures are uint8 only where they enter or leave a graph: {SAME_VERSION}",
     ),
     Remedy(
         r"must have (the )?same (input )?types?|type mismatch|[Ss]trongly.typed"
         r"|[Tt]ypes? .*(must|not) (be |the )?(same|match|allowed)|must have type",
-        "types in the graph contradict each other: " + SAME_VERSION,
+        f"types in the graph contradict each other: {SAME_VERSION}",
     ),
     Remedy(
         r"but must match|must be conformable|[Ss]hape [Ee]rror|dimensions? .*(mismatch|must)",
-        "shapes in the graph contradict each other: " + SAME_VERSION,
+        f"shapes in the graph contradict each other: {SAME_VERSION}",
     ),
     Remedy(r"Could not find any implementation|no implementation|Skipping tactic", NATIVE),
     Remedy(r"supported formats|format combination|could not find any supported", SAME_VERSION),

@@ -26,7 +26,7 @@ from aapt_deploy.profiles import Profile
 from tests.support import cuda_emulator
 from tests.support.cuda_emulator import Driver
 from tests.support.opening import open_engines
-from tests.support.played_tensorrt import Machine, built, played, receipt
+from tests.support.played_tensorrt import VERSION, Machine, built, played, receipt
 from tests.support.trt_plans import toy_scales
 
 
