@@ -169,7 +169,7 @@ def coverage(
             keys = profile.cache_tokens + profile.block_tokens
             pairs = profile.block_tokens * keys
             flops = 4.0 * profile.model.depth * pairs * profile.model.dim
-            parts["attention, which is FP8 only in the plugin"] = flops
+            parts["attention, FP8 where its caches are"] = flops
         total = sum(parts.values())
         share = parts.pop(IN_FP8, 0.0) / total
         rest = {why: flops / total for why, flops in parts.items()}

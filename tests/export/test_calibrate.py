@@ -406,7 +406,7 @@ def test_coverage_is_counted_from_the_shapes(three: Checkpoint, calibrated: Scal
     eight = 2 * t * 12 * d * d / 1e9
     assert rows["generator"].fp8 * rows["generator"].gflop == pytest.approx(eight)
     attention = 4 * 3 * t * (profile.cache_tokens + t) * d / 1e9
-    assert rows["generator"].rest["attention, which is FP8 only in the plugin"] * rows[
+    assert rows["generator"].rest["attention, FP8 where its caches are"] * rows[
         "generator"
     ].gflop == pytest.approx(attention)
     assert all(row.fp8 + sum(row.rest.values()) == pytest.approx(1) for row in rows.values())

@@ -5,12 +5,12 @@ take_order   compute capabilities, forms of attention, scales; checks of memory
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aapt_deploy.backends.trial import BuildOptions, Progress, Report
 from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import receipts
-from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, Choice
+from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, OURS, Choice
 from aapt_deploy.backends.trt.flavour import LEAN, Flavour
 from aapt_deploy.backends.trt.lean import pinned
 from aapt_deploy.backends.trt.loading import api_of
@@ -72,12 +72,12 @@ def take_order(
         scales = None
         if precision == "fp8":
             scales = load_scales(bundle.checked(SCALES), bundle.profile).attention
-        cost = cost_of(bundle.profile)
+        choices = _choices(flavour, here, options, scales is not None)
+        cost = cost_of(_with_caches_of(choices[0].form, precision, bundle.profile))
         _check_target(bundle.profile, sms, report)
         if device is not None and device.sm in sms:
             _check_memory(cost, device)
         _check_host(cost, report)
-        choices = _choices(flavour, here, options, scales is not None)
     finally:
         if device is not None:
             device.close()
@@ -110,6 +110,13 @@ def _check_target(profile: Profile, sms: Sequence[int], report: Report) -> None:
     if target.sm and target.sm not in sms:
         made_for = f"was made for {target.name} (SM {target.sm})"
         report(f"profile {name} {made_for}; the plans are for SM {', '.join(map(str, sms))}")
+
+
+def _with_caches_of(form: str, precision: str, profile: Profile) -> Profile:
+    """Return `profile` with the caches of a form of attention; bf16 takes twice the memory."""
+    coded = form in (*OURS, NATIVE_FP8)
+    cached = "fp8_e4m3" if coded else "fp32" if precision == "fp32" else "bf16"
+    return profile.replace(precision=replace(profile.precision, kv_cache=cached))
 
 
 def _check_memory(needed: Cost, device: cuda.Device) -> None:

@@ -194,7 +194,7 @@ def check(receipt: Receipt, here: Gpu, graph_sha256: str, plan: str) -> None:
     if receipt.tensorrt != here.tensorrt:
         raise MachineError(
             f"{was_built} with TensorRT {receipt.tensorrt}; here is {here.tensorrt}",
-            f"{AGAIN}, or install tensorrt=={receipt.tensorrt}",
+            f"{AGAIN}, or install that release",
         )
     if receipt.kernels != here.kernels:
         ours = f"this aapt_deploy has {here.kernels[:12]}"
