@@ -41,6 +41,17 @@ def test_every_form_is_built_and_measured(
     assert capsys.readouterr().out.count("| tiny |") == len(rtx.FORMS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "preset", "depth"), [("demo", "", 0), ("8B", "rtx-5090", 1)])
+def test_the_embedded_checkpoint_and_the_8b_shape_are_built_in_every_form(
+    rtx: ModuleType, tmp_path: Path, name: str, preset: str, depth: int
+) -> None:
+    case = rtx.Case(name, preset and f"aapt-8b-736x416-{preset}", depth)
+    rows = list(rtx.rows(case, tmp_path))
+    assert len(rows) == 4 * len(rtx.FORMS)
+    assert [row for row in rows if "refused" in row or row["peak_mb"] > 4000] == []
+
+
 def test_a_refusal_and_a_crash_are_rows(rtx: ModuleType, tmp_path: Path) -> None:
     settings = Settings(0, 1 << 30, sms=(89,))
     missing = rtx.in_a_process(tmp_path / "absent.onnx", settings)

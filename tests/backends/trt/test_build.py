@@ -330,6 +330,11 @@ def test_everything_that_a_plan_is_made_of_changes_its_hash(bare: Path, here: Te
         replace(order, here=replace(found, kernels="o" * 64)),
     ]  # fmt: skip
     assert len({kept_plans.inputs_hash(one, "generator") for one in orders}) == len(orders)
+    whole = replace(order, precision="fp32")
+    heads, tokens = opened.profile.model.heads, opened.profile.block_tokens
+    scores = 4 * heads * tokens * (opened.profile.cache_tokens + tokens)  # float32, unfused
+    more = [kept_plans.workspace_bytes(o, "generator") for o in (whole, order)]
+    assert more[0] - more[1] == 2 * scores
     assert (
         len({kept_plans.inputs_hash(one, "decoder") for one in orders}) == 7
     )  # neither form nor kernels concern it

@@ -1,5 +1,7 @@
 """Our graphs in the real parser and compiler of TensorRT-RTX, which needs no GPU.
 
+The embedded checkpoint and the 8B shape are in tests/bench/test_rtx.py.
+
 Every lowered graph must be taken, for all GPUs that a plan may be for. Mistakes of the past are
 planted, and the real library must find each. Its own words are the tests of remedies.py. Plans are
 never executed here.
@@ -11,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
-from aapt_deploy import profiles
 from aapt_deploy.backends.trt.doctor import cases
 from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8, Choice
 from aapt_deploy.backends.trt.flavour import RTX
@@ -30,9 +30,6 @@ from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.scales import FILE as SCALES
 from aapt_deploy.bundle.scales import load as load_scales
 from aapt_deploy.errors import AaptError, BundleError, MachineError, UsageError
-from aapt_deploy.export import export
-from aapt_deploy.models import checkpoint, random_weights
-from aapt_deploy.models.aapt.signature import signatures
 from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile
@@ -94,30 +91,6 @@ def test_every_graph_in_fp8_is_built_for_every_gpu_that_has_it(
     api: Any, exported: Exported, tmp_path: Path, form: str
 ) -> None:
     all_built(api, exported.path, "fp8", tmp_path, FP8, form)
-
-
-@pytest.mark.slow
-def test_every_graph_of_the_embedded_checkpoint_is_built(api: Any, tmp_path: Path) -> None:
-    from aapt_deploy import assets
-
-    stored = checkpoint.stored(assets.CHECKPOINT, assets.checkpoint_sha256())
-    export.export_bundle(stored, tmp_path / "demo", False, lambda text: None)
-    for precision in ("fp32", "bf16"):
-        all_built(api, tmp_path / "demo", precision, tmp_path / precision, ALL)
-
-
-@pytest.mark.slow
-def test_the_8b_shape_is_built_at_depth_1(api: Any, tmp_path: Path) -> None:
-    """All widths, heads, tokens and pixels of the large preset."""
-    large = profiles.load("aapt-8b-736x416-h100")
-    profile = replace(large, model=replace(large.model, depth=1))
-    random_weights.random_checkpoint(profile, tmp_path / "wide.safetensors", 0)
-    stored = checkpoint.stored(tmp_path / "wide.safetensors")
-    export.export_bundle(stored, tmp_path / "wide", False, lambda text: None)
-    opened = Bundle.open(tmp_path / "wide")
-    for name in signatures(profile):
-        lowered = lower(opened, name, "bf16", NATIVE_FORM, None, tmp_path / "lowered")
-        assert built(api, lowered.path, (120,), workspace_bytes=8 * GB).network_layers
 
 
 # --- what is refused before TensorRT is asked ---
