@@ -16,6 +16,8 @@ from aapt_deploy.backends.trt import cuda
 from aapt_deploy.backends.trt.doctor import receipts
 from aapt_deploy.backends.trt.doctor.receipts import Proof
 from aapt_deploy.backends.trt.flavour import PROPER
+from aapt_deploy.backends.trt.lower_fp8_attention import ATTENTION as FP8_ATTENTION
+from aapt_deploy.backends.trt.lower_fp8_attention import TRT_DOMAIN
 from aapt_deploy.backends.trt.lower_products import fp8_products
 from aapt_deploy.backends.trt.plan_file import PlanLayer
 from aapt_deploy.backends.trt.plans import Settings
@@ -24,6 +26,7 @@ from aapt_deploy.profiles import Profile
 from tests.support import cuda_emulator
 from tests.support.cuda_emulator import Driver
 from tests.support.lowered_graphs import computed
+from tests.support.native_fp8 import computed_fp8
 
 VERSION = "11.4.0.106"
 KINDS = {
@@ -31,6 +34,10 @@ KINDS = {
     TensorProto.UINT8: "UINT8", TensorProto.BFLOAT16: "BF16",
     TensorProto.FLOAT8E4M3FN: "FP8",
 }  # fmt: skip
+
+
+def kind_of(value: onnx.ValueInfoProto) -> str:
+    return KINDS[value.type.tensor_type.elem_type]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,9 @@ class TensorRT:
     def open_plan(self, file: Path) -> cuda_emulator.Plan:
         content = file.read_bytes()
         graph, model = content[:16].decode().strip(), onnx.load_from_string(content[16:])
-        run = computed(model, self.profile.frame_tokens)
+        coded = any(node.domain == TRT_DOMAIN for node in model.graph.node)
+        coded |= graph == "prompt" and "FP8" in map(kind_of, model.graph.output)
+        run = (computed_fp8 if coded else computed)(model, self.profile.frame_tokens)
 
         def compute(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             found = dict(run(given))
@@ -72,14 +81,15 @@ class TensorRT:
             cuda_emulator.Tensor(
                 v.name,
                 side,
-                KINDS[v.type.tensor_type.elem_type],
+                kind_of(v),
                 tuple(d.dim_value for d in v.type.tensor_type.shape.dim),
             )
             for side, values in ((True, model.graph.input), (False, model.graph.output))
             for v in values
         ]
         plan = cuda_emulator.Plan(self.driver, tensors, compute)
-        kinds = {"Attention": "fmha", "MatMul": "gemm", NAME: "PluginV3"}
+        kinds = {"Attention": "fmha", FP8_ATTENTION: "fmha", "MatMul": "gemm"}
+        kinds |= {f"{NAME}{part}": "PluginV3" for part in ("", "Pack", "Attend")}
         eight = {name for names in fp8_products(model).values() for name in names}
         types = {
             node.name: ("FP8" if node.name in eight else "Float",) for node in model.graph.node

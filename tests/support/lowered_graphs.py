@@ -18,7 +18,6 @@ from onnx.reference.op_run import OpRun
 
 from aapt_deploy.backends.trt.state import from_bf16, to_bf16
 from aapt_deploy.ops.block_causal_attention import DOMAIN, NAME, emulator, hopper_fp8
-from aapt_deploy.ops.block_causal_attention.onnx_function import is_ours
 from tests.support.native_attention import for_onnxruntime
 
 BF16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
@@ -50,6 +49,46 @@ class BlockCausalAttention(OpRun):
         return out[None], *blocks
 
 
+class BlockCausalAttentionPack(OpRun):
+    """The first half of the ahead-of-time form: a block's keys and values as images of codes."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self, k: Any, v: Any, k_scale: Any, k_mean: Any, v_scale: Any, **attributes: Any
+    ) -> tuple[Any, Any]:
+        return hopper_fp8.pack(
+            k[0], v[0], hopper_fp8.Scales(np.ones_like(k_scale), k_scale, k_mean, v_scale)
+        )
+
+
+class BlockCausalAttentionAttend(OpRun):
+    """The second half: attention over the cache and the block's images."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        q: Any,
+        k_block: Any,
+        v_block: Any,
+        k_cache: Any,
+        v_cache: Any,
+        cache_len: Any,
+        q_scale: Any,
+        k_scale: Any,
+        v_scale: Any,
+        **attributes: Any,
+    ) -> tuple[Any]:
+        scales = hopper_fp8.Scales(q_scale, k_scale, np.zeros_like(v_scale), v_scale)
+        out = emulator.attend(
+            q[0], k_block, v_block, q.shape[1], k_cache, v_cache, int(cache_len[0]), scales,
+            emulator.EXACT,
+        )  # fmt: skip
+        return (out[None],)
+
+
+PLUGINS = (BlockCausalAttention, BlockCausalAttentionPack, BlockCausalAttentionAttend)
 assert BlockCausalAttention.__name__ == NAME
 
 
@@ -68,8 +107,8 @@ def computed(
     plain = in_float(for_onnxruntime(model, tokens))
     names = [value.name for value in plain.graph.output]
     run: Callable[..., Any]
-    if any(is_ours(node) for node in plain.graph.node):
-        run = ReferenceEvaluator(plain, new_ops=[BlockCausalAttention]).run
+    if any(node.domain == DOMAIN for node in plain.graph.node):
+        run = ReferenceEvaluator(plain, new_ops=list(PLUGINS)).run
     else:
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1

@@ -32,7 +32,8 @@ from tests.support.opening import open_engines
 from tests.support.tiny import FEW_BLOCKS, Exported, frames_of
 from tests.support.trt_plans import decibels, emulated_kernels
 
-PLUGIN = "aapt_deploy.backends.trt.plugin.python"
+PLUGINS = "aapt_deploy.backends.trt.plugin"
+OURS = {"python": 3, "aot": 6}  # plugin layers of the three layers of attention
 
 
 @pytest.fixture
@@ -43,9 +44,13 @@ def eight(
     path = Path(shutil.copytree(exported.path, tmp_path / "eight"))
     here.profile = Bundle.open(path).profile
     monkeypatch.setattr(kernels, "load", emulated_kernels(here.driver, here.profile))
-    plugin: Any = ModuleType(PLUGIN)
-    plugin.register = lambda launchers: SimpleNamespace(failures=())
-    monkeypatch.setitem(sys.modules, PLUGIN, plugin)
+    for name in OURS:
+        module = "ahead_of_time" if name == "aot" else name
+        plugin: Any = ModuleType(f"{PLUGINS}.{module}")
+        plugin.register = lambda launchers: SimpleNamespace(failures=())
+        plugin.define_once = lambda launch: None
+        monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+        monkeypatch.setattr(PLUGINS + f".{module}", plugin, raising=False)
     return path
 
 
@@ -62,6 +67,8 @@ def streamed(path: Path) -> list[np.ndarray]:
     ("form", "proved", "least"),
     [
         ("python", [receipts.PLUGIN_FP8, receipts.PLUGIN_CAPTURED], 26),
+        ("aot", [receipts.AOT_WORKS, receipts.AOT_OP, receipts.CAPTURED], 26),
+        ("native-fp8", [receipts.FP8_ATTENTION, receipts.CAPTURED], 26),
         ("native", [receipts.CAPTURED], 30),
     ],
 )
@@ -79,7 +86,7 @@ def test_an_fp8_export_becomes_a_stream(
     assert ran.code == 0, ran.err
     opened = Bundle.open(eight)
     opened.verify()
-    entry, ours = opened.engines["tensorrt-fp8"], form == "python"
+    entry, ours = opened.engines["tensorrt-fp8"], form in OURS
     assert (entry["plugin"], entry["cache_layout"]) == (
         form,
         "hopper_fp8" if ours else "token_major",
@@ -90,7 +97,7 @@ def test_an_fp8_export_becomes_a_stream(
         audit["attention"],
         audit["fp8"],
         entry["audit"]["prompt"]["fp8"],
-    ) == (3 * ours, 3 * (not ours), 4, 4)
+    ) == (OURS.get(form, 0), 3 * (not ours), 4, 4)
     assert (
         entry["parity"]["generator"] < opened.profile.quality.latent_error
         and ("scales" in entry) is ours
