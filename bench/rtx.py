@@ -30,6 +30,7 @@ import numpy as np
 from aapt_deploy import assets
 from aapt_deploy.backends.trial import BuildOptions
 from aapt_deploy.backends.trt import kept_plans
+from aapt_deploy.backends.trt.build import may_decompose
 from aapt_deploy.backends.trt.doctor.receipts import NATIVE, NATIVE_FP8
 from aapt_deploy.backends.trt.flavour import FP8_SM, RTX
 from aapt_deploy.backends.trt.loading import api_of
@@ -160,7 +161,10 @@ def rows(case: Case, folder: Path) -> Iterator[dict[str, Any]]:
                 bundle, graph, precision, order.choice, order.scales, folder / f"{name}-{graph}"
             )
             settings = Settings(
-                0, kept_plans.workspace_bytes(order, graph), precision == "fp32", order.sms
+                0,
+                kept_plans.workspace_bytes(order, graph),
+                may_decompose(graph, precision),
+                order.sms,
             )
             what = {"shape": case.name, "form": name, "graph": graph, "sms": list(order.sms)}
             yield what | in_a_process(lowered.path, settings)

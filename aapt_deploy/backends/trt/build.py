@@ -130,6 +130,14 @@ def _one_plan(order: Order, graph: str, folder: Path) -> Finished:
     return Finished(path, inputs, audit)
 
 
+def may_decompose(graph: str, precision: str) -> bool:
+    """Return whether attention may run unfused: in fp32, and where it is a VAE's single head.
+
+    The generator's must be fused in bf16. A plan with unfused attention would miss every deadline.
+    """
+    return precision == "fp32" or graph != "generator"
+
+
 def _write_plan(order: Order, graph: str, lowered: Lowered, path: Path) -> None:
     """Build the plan of a lowered graph into the file `path`, and keep the timings."""
     api, flavour = api_of(order.flavour), order.flavour
@@ -140,7 +148,7 @@ def _write_plan(order: Order, graph: str, lowered: Lowered, path: Path) -> None:
         timings = cache.read_bytes() if cache.is_file() else b""
     settings = api.Settings(
         lowered.plugin_layers, kept_plans.workspace_bytes(order, graph),
-        decomposable=order.precision == "fp32", sms=order.sms if flavour.sms else (),
+        decomposable=may_decompose(graph, order.precision), sms=order.sms if flavour.sms else (),
         portable=order.portable, timing_cache=timings,
     )  # fmt: skip
     order.report(f"{order.key}: building {graph}")
