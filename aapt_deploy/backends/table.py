@@ -56,11 +56,11 @@ _ROWS = (
     Backend("tensorrt", "cuda", ("fp8", "bf16", "fp32"), True,
             "aapt_deploy.backends.trt.opening", "aapt_deploy.backends.trt.build",
             ("python", "aot", "native-fp8", "native"), by_default=("fp8", "bf16"), portable=True,
-            summary="NVIDIA GPU"),
+            summary="NVIDIA GPU", cross_attention=True),
     Backend("tensorrt-rtx", "cuda", ("fp8", "bf16", "fp32"), True,
             "aapt_deploy.backends.trt.rtx", "aapt_deploy.backends.trt.rtx",
             ("native-fp8", "native"), by_default=("fp8", "bf16"), names_sms=True,
-            summary="GeForce and RTX GPUs; built on any machine"),
+            summary="GeForce and RTX GPUs; built on any machine", cross_attention=True),
 )  # fmt: skip
 BACKENDS = {row.name: row for row in _ROWS}
 

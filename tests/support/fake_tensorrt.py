@@ -70,7 +70,7 @@ class TensorRT:
         graph, model = content[:16].decode().strip(), onnx.load_from_string(content[16:])
         coded = any(node.domain == TRT_DOMAIN for node in model.graph.node)
         coded |= graph == "prompt" and "FP8" in map(kind_of, model.graph.output)
-        run = (computed_fp8 if coded else computed)(model, self.profile.frame_tokens)
+        run = (computed_fp8 if coded else computed)(model, self.profile.block_tokens)
 
         def compute(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             found = dict(run(given))

@@ -13,7 +13,7 @@ from aapt_deploy.backends.trt import cuda, engine
 from aapt_deploy.backends.trt.engine import TrtEngines
 from aapt_deploy.backends.trt.state import from_bf16, to_bf16
 from aapt_deploy.bundle.signature import GraphSignature
-from aapt_deploy.models.aapt.signature import signatures
+from aapt_deploy.models.family import family_of
 from aapt_deploy.ops.block_causal_attention import NEXT, hopper_fp8, kernels
 from aapt_deploy.profiles import Profile
 from tests.support import cuda_emulator
@@ -32,10 +32,7 @@ TYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", "uint8": "UINT8
 
 
 def tensors_of(signature: GraphSignature) -> list[Tensor]:
-    inputs = [
-        Tensor(spec.name, True, TYPES[spec.dtype], spec.shape)
-        for spec in (*signature.inputs, *signature.state)
-    ]
+    inputs = [Tensor(spec.name, True, TYPES[spec.dtype], spec.shape) for spec in signature.read]
     outputs = [
         Tensor(spec.name, False, TYPES[spec.dtype], spec.shape) for spec in signature.outputs
     ]
@@ -82,7 +79,7 @@ def plans(
 ) -> Any:
     """Emulated plans; `kinds` says (graph, tensor) -> another type than the signature's."""
     made = {}
-    for name, signature in signatures(profile).items():
+    for name, signature in family_of(profile).signatures(profile).items():
         tensors = [
             tensor._replace(dtype=kinds(name, tensor.name) or tensor.dtype)
             for tensor in tensors_of(signature)

@@ -34,6 +34,7 @@ from aapt_deploy.backends.trt.state import (
     StagingBuffer,
     TokenMajor,
     size_of,
+    stored,
 )
 from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, layer_names
 from aapt_deploy.errors import BundleError
@@ -131,9 +132,10 @@ class TrtGenerator:
         self.context, captured = _context(plan, signature.name, stream, options)
         self.inputs = StagingBuffer(device, [given[spec.name] for spec in signature.inputs])
         self.clean = StagingBuffer(device, [given["clean"]])
-        specs = (*signature.state, *signature.outputs)
+        specs = (*signature.state, *signature.conditioning, *signature.outputs)
         self.sizes = {s.name: size_of(given[s.name]) for s in specs if s.name != "clean"}
         self.held = {name: device.memory(size) for name, size in self.sizes.items()}
+        self.conditioning = {spec.name: given[spec.name].dtype for spec in signature.conditioning}
         names = (layer_names(prefix, profile) for prefix in CacheLayer._fields)
         rows = zip(*names, strict=True)
         self.layers = [CacheLayer(*(self.held[name] for name in row)) for row in rows]
@@ -166,8 +168,11 @@ class TrtGenerator:
                     self.stream.zero(address, self.sizes[name])
             keys, values = (layer_names(f"text_{kind}", self.profile) for kind in ("k", "v"))
             for layer, k, v in zip(self.layers, keys, values, strict=True):
-                if k in state:
+                if k in state and k not in self.conditioning:
                     self.cache.write_text(layer, state[k], state[v])
+            for name in self.conditioning.keys() & state.keys():
+                self.stream.upload(self.held[name], stored(state[name], self.conditioning[name]))
+                self.stream.wait()  # before what was converted goes away
 
     def run(self, **inputs: np.ndarray | int) -> dict[str, np.ndarray]:
         with self.stream.mine():
@@ -258,10 +263,12 @@ class TrtEngines(OneState):
 
     def _check_text(self) -> None:
         """Raise BundleError if a prompt's text is in other codes than the generator's caches."""
+        if self.generator.conditioning:  # the text is not in the cache
+            return
         prompt, cache = self.engines.get("prompt"), self.generator.cache
         kinds = prompt.outputs.kinds.values() if isinstance(prompt, TrtEngine) else ()
-        stored = cache.kind if isinstance(cache, TokenMajor) else "BF16"  # tiles pack the text
-        if any((kind == "FP8") != (stored == "FP8") for kind in kinds):
+        held = cache.kind if isinstance(cache, TokenMajor) else "BF16"  # tiles pack the text
+        if any((kind == "FP8") != (held == "FP8") for kind in kinds):
             text = "the plans of prompt and generator hold keys and values in different codes"
             raise BundleError(text, AGAIN)
 
@@ -304,7 +311,7 @@ def check_tensors(
     Raises BundleError naming every tensor that does not fit.
     """
     given = {tensor.name: tensor for tensor in tensors}
-    wanted = {spec.name: (spec, True) for spec in (*signature.inputs, *signature.state)}
+    wanted = {spec.name: (spec, True) for spec in signature.read}
     wanted |= {spec.name: (spec, False) for spec in signature.outputs}
     if graph != "generator":
         wanted |= {spec.name + NEXT: (spec, False) for spec in signature.state}

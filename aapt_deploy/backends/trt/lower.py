@@ -83,7 +83,7 @@ def lower(
         model = products_in_bf16(model, source.parent)
     if graph == "prompt" and precision != "fp32":
         pairs = [layer_names(f"text_{kind}", bundle.profile) for kind in ("k", "v")]
-        if choice.form == NATIVE_FP8:
+        if choice.form == NATIVE_FP8 and bundle.profile.text.attention == "joint":
             assert scales is not None, f"{choice.form} reads scales"
             model = text_in_fp8(model, list(zip(*pairs, strict=True)), scales)
         else:

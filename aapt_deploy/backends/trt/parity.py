@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aapt_deploy.bundle.bundle import Bundle
-from aapt_deploy.bundle.signature import GraphSignature, text_pairs
+from aapt_deploy.bundle.signature import GraphSignature, TensorSpec, text_pairs
 from aapt_deploy.errors import ParityError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.rollout.engine import Engines
@@ -37,9 +37,13 @@ def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
         bundle.profile.quality,
         family_of(bundle.profile).signatures(bundle.profile),
     )
-    latent = _reference(bundle, "encoder", {"image": first.image})["latent"]
-    encoded = engines["encoder"].run(image=first.image)["latent"]
-    figures: dict[str, Any] = {"encoder": _error(encoded, latent)}
+    figures: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    given = {spec.name: _drawn(spec, rng) for spec in graphs["generator"].inputs}
+    if first.image is not None:
+        latent = _reference(bundle, "encoder", {"image": first.image})["latent"]
+        figures["encoder"] = _error(engines["encoder"].run(image=first.image)["latent"], latent)
+        given |= {"previous": latent} if "previous" in given else {}
     state = _zeros(graphs["generator"])
     generator = engines["generator"]
     generator.reset()
@@ -48,21 +52,19 @@ def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
         text = np.asarray(first.text, spec.dtype).reshape(spec.shape)
         wanted = _reference(bundle, "prompt", {"text": text})
         generator.reset(**engines["prompt"].run(text=text))
-        for cache, keys_or_values in text_pairs(profile, wanted):
-            state[cache][:, : profile.text.tokens] = keys_or_values
-    rng = np.random.default_rng(0)
-    specs = [spec for spec in graphs["generator"].inputs if spec.name != "cache_len"]
-    inputs = {s.name: rng.standard_normal(s.shape).astype(s.dtype) for s in specs}
-    inputs |= {"previous": latent, "time": np.ones(1, np.float32)}
-    cache_len = {"cache_len": np.array([profile.text.tokens], np.int32)}
-    clean = _reference(bundle, "generator", inputs | state | cache_len)["clean"]
-    figures["generator"] = _error(generator.run(block=0, **inputs)["clean"], clean)
-    memory = _zeros(graphs["decoder"])
-    frames = _reference(bundle, "decoder", {"latent": clean, **memory})["frames"]
+        for owner, values in text_pairs(profile, wanted):
+            state[owner][:, : values.shape[1]] = values
+    given["time"] = np.ones(1, np.float32)
+    length = {"cache_len": np.array([profile.cached_text_tokens], np.int32)}
+    clean = _reference(bundle, "generator", given | state | length)["clean"]
+    del given["cache_len"]
+    figures["generator"] = _error(generator.run(block=0, **given)["clean"], clean)
+    memory, one = _zeros(graphs["decoder"]), clean[:1]
+    frames = _reference(bundle, "decoder", {"latent": one, **memory})["frames"]
     engines["decoder"].reset()
-    found = engines["decoder"].run(latent=clean)["frames"].astype(np.float64)
+    found = engines["decoder"].run(latent=one)["frames"].astype(np.float64)
     psnr = figures["psnr_db"] = round(psnr_db(np.square(found - frames).mean()), 2)
-    errors = [(name, figures[name]) for name in ("encoder", "generator")]
+    errors = [(name, error) for name, error in figures.items() if name != "psnr_db"]
     large = [(name, error) for name, error in errors if not error <= limits.latent_error]
     bad = [f"{name} differs by {error:.3f}" for name, error in large]
     if not psnr >= limits.psnr_db:
@@ -79,7 +81,12 @@ def compare(engines: Engines, bundle: Bundle, first: Start) -> dict[str, Any]:
 
 def _zeros(signature: GraphSignature) -> dict[str, np.ndarray]:
     """Return a graph's state at the beginning."""
-    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.state}
+    specs = (*signature.state, *signature.conditioning)
+    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+
+
+def _drawn(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal(spec.shape).astype(spec.dtype)
 
 
 def _reference(bundle: Bundle, graph: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

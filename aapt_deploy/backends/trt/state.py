@@ -104,7 +104,7 @@ class TokenMajor:
     def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
         """Copy k, v [1, L, H, D] to the front: the cache's own type, or float32 unless FP8."""
         for cache, values in ((layer.k_cache, k), (layer.v_cache, v)):
-            self.stream.upload(cache, _stored(values, self.kind))
+            self.stream.upload(cache, stored(values, self.kind))
         self.stream.wait()  # before what was converted goes away
 
 
@@ -158,7 +158,7 @@ class HopperTiles:
 
     def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
         """Quantise k, v [1, L, H, D], float32 or bf16's bits, to the front of the cache."""
-        stored = [_stored(values, "BF16") for values in (k, v)]
+        stored = [stored(values, "BF16") for values in (k, v)]
         for address, values in zip(self.values, stored, strict=True):
             self.stream.upload(address, values)
         k_scale, k_mean, v_scale = self.scales[self.layers.index(layer)]
@@ -168,7 +168,7 @@ class HopperTiles:
         self.stream.wait()  # before what was converted goes away
 
 
-def _stored(values: np.ndarray, kind: str) -> np.ndarray:
+def stored(values: np.ndarray, kind: str) -> np.ndarray:
     """Convert to the device's type; return arrays of that type as they are."""
     if values.dtype == STORED[kind]:
         return np.ascontiguousarray(values)
