@@ -158,8 +158,8 @@ class HopperTiles:
 
     def write_text(self, layer: CacheLayer, k: np.ndarray, v: np.ndarray) -> None:
         """Quantise k, v [1, L, H, D], float32 or bf16's bits, to the front of the cache."""
-        stored = [stored(values, "BF16") for values in (k, v)]
-        for address, values in zip(self.values, stored, strict=True):
+        halves = [stored(values, "BF16") for values in (k, v)]
+        for address, values in zip(self.values, halves, strict=True):
             self.stream.upload(address, values)
         k_scale, k_mean, v_scale = self.scales[self.layers.index(layer)]
         inputs, numbers = (*self.values, k_scale, k_mean, v_scale), (self.text, self.heads)
