@@ -198,6 +198,7 @@ def main() -> None:
         reference = flow if reference is None else reference
         error = float(((flow - reference).square().mean() / reference.square().mean()).sqrt())
         rows.append({"what": name, "best_s": min(times), "times_s": times, "error": error})
+        assert error < (1e-4 if "fp32" in name else 2e-2), f"{name} differs by {error:.1e}"
         print(f"{name:26s} {min(times):8.2f} s a pass, {error:.1e} from the first", flush=True)
     record = {
         "what": (__doc__ or "").splitlines()[0], "version": __version__, "depth": o.depth,
