@@ -218,6 +218,7 @@ def test_what_is_not_toml_is_refused(text: str) -> None:
             "sampler.first_block = [0.5] must start at 1.0",
         ),
         ({"sampler__timesteps": 'timesteps = [1.0]\nkind = "x"'}, "sampler.kind = 'x'"),
+        ({"text__tokens": "tokens = 4\nreplay = true"}, "text.replay is set, and sampler.write"),
         ({"text__tokens": 'tokens = 4\nattention = "x"'}, "text.attention = 'x'"),
         ({"window__frames": "frames = 0"}, "window.frames = 0 is below 1"),
         ({"sampler__timesteps": "timesteps = []"}, "sampler.timesteps = []"),
