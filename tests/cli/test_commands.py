@@ -55,7 +55,7 @@ def test_the_whole_path(aapt: Aapt, tmp_path: Path, image: Path, one_core: None)
     assert exported["bundle"] == str(bundle)
     assert len(exported["parity"]) == 7
     assert all(row["ok"] for row in exported["parity"])
-    assert ran.err.count(" ok") == 6
+    assert ran.err.count(" ok") == 7
     assert f"bundle: {bundle}" in ran.err
 
     ran = aapt("build-engine", bundle, "--json")
