@@ -60,13 +60,14 @@ def ran(arguments: list[str], peak: Path) -> dict[str, Any]:
     command = [sys.executable, "-c", RUN, *arguments]
     environment = os.environ | {"AAPT_BENCH_PEAK": str(peak)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    said = json.loads(done.stdout or "{}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "command": arguments[0], "exit_code": done.returncode,
         "seconds": round(time.monotonic() - start, 1), "cpu_s": round(cpu_s, 1),
         "peak_gb": round(1024 * int(peak.read_text()) / 1e9, 2),
-        "json": json.loads(done.stdout or "null"),
+        "json": {k: v for k, v in said.items() if k not in ("bundle", "checkpoint")},  # paths
     }  # fmt: skip
 
 
