@@ -30,9 +30,9 @@ from aapt_deploy.sections import Window as Window
 
 # Keys whose default is not written: files without them are older.
 LATER = {
-    "family": "aapt", "model.ffn": 0, "text.attention": "joint", "video.block_frames": 1,
-    "window.sink_follows": False,
-    "window.trained_frames": 0, "sampler.kind": "bent", "sampler.first_block": (),
+    "family": "aapt", "model.ffn": 0, "text.attention": "joint", "text.replay": False,
+    "video.block_frames": 1, "window.sink_follows": False, "window.trained_frames": 0,
+    "sampler.kind": "bent", "sampler.first_block": (),
     "sampler.write": False, "vae.kind": "aapt",
 }  # fmt: skip
 CHOICES = {
@@ -104,6 +104,8 @@ class Profile:
                 yield f"sampler.{key} = {steps} must start at 1.0 and fall, staying above 0"
         if not 0 <= self.sampler.temperature <= 1:
             yield f"sampler.temperature = {self.sampler.temperature} is not between 0 and 1"
+        if self.text.replay and not self.sampler.write:
+            yield "text.replay is set, and sampler.write is not: it repeats that pass"
         scales = int(math.log2(v.spatial_stride))
         if not scales or 2**scales != v.spatial_stride or v.temporal_stride != 4:
             strides = f"video strides {v.spatial_stride} / {v.temporal_stride}"

@@ -31,6 +31,7 @@ class Text:
     tokens: int  # of a prompt; 0 for a generator without text
     dim: int  # width of one text token before it enters the generator
     attention: str = "joint"  # with the cache, whose front is the text; or "cross", beside it
+    replay: bool = False  # a new prompt is read by the window's blocks too: one pass for each
 
 
 @dataclass(frozen=True)

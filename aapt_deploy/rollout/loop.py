@@ -10,6 +10,7 @@ import numpy as np
 from aapt_deploy.errors import MachineError
 from aapt_deploy.models.family import family_of
 from aapt_deploy.models.sampler import WRITE_TIME, sample
+from aapt_deploy.ops.block_causal_attention import Ring
 from aapt_deploy.profiles import Profile
 from aapt_deploy.rollout.engine import Engines, Turning
 
@@ -44,6 +45,8 @@ class Rollout:
         """Encode `image`, uint8 [H, W, 3]. Equal arguments and steering produce equal frames."""
         self.engines, self.profile, self.family = engines, profile, family_of(profile)
         self.block = self.decoded = 0  # the next block; latent frames that were decoded
+        self.place = 0  # the next block's index in the cache: `block`, but after a replay
+        self.past = list[np.ndarray]()  # latents of the blocks in the cache, if they are replayed
         self.text: np.ndarray | None = None  # in the cache
         engines.generator.reset()
         engines["decoder"].reset()
@@ -69,12 +72,12 @@ class Rollout:
     def latent(self, steering: Steering) -> np.ndarray:
         """Generate the next block: float32 [n, C, h, w], n latent frames."""
         generator, block, sampler = self.engines.generator, self.block, self.profile.sampler
-        self._read(steering.text)
-        fixed = self.feed.inputs(block, steering.controls)
+        self._read(steering)
+        fixed, place = self.feed.inputs(block, steering.controls), self.place
         self._turn_sink(block)
 
         def clean(noisy: np.ndarray, t: float) -> np.ndarray:
-            return generator.run(noisy=noisy, block=block, **self.family.times(t), **fixed)["clean"]
+            return generator.run(noisy=noisy, block=place, **self.family.times(t), **fixed)["clean"]
 
         given = self.first if self.family.start_is_block else None
         if given is not None and not block:
@@ -85,9 +88,10 @@ class Rollout:
         if sampler.write:  # fill the cache by a pass over the clean latent
             made = made.copy()
             clean(made, WRITE_TIME)
-        generator.commit(block)
+        generator.commit(place)
         self.feed.keep(made)
-        self.block += 1
+        self.block, self.place = block + 1, place + 1
+        self._remember(made)
         return made
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -114,11 +118,32 @@ class Rollout:
             raise MachineError(wrong, "set it to false in the profile, or use onnxruntime")
         generator.turn(self.family.temporal_turn(self.profile, moved))
 
-    def _read(self, text: np.ndarray | None) -> None:
-        """Replace the text in the cache if it has changed, and keep the past blocks."""
-        if text is not None and (self.text is None or not np.array_equal(text, self.text)):
-            self.text = text
-            self.engines.generator.reset(**self.engines["prompt"].run(text=text))
+    def _read(self, steering: Steering) -> None:
+        """Replace the text in the cache if it has changed, and keep the past blocks.
+
+        With text.replay, the blocks in sight pass through the generator once more, in their order.
+        """
+        text, generator = steering.text, self.engines.generator
+        if text is None or (self.text is not None and np.array_equal(text, self.text)):
+            return
+        self.text = text
+        if self.past:
+            generator.reset()
+        generator.reset(**self.engines["prompt"].run(text=text))
+        if self.past:
+            seen = Ring.of(self.profile).visible(self.block)[:-1]
+            for place, (block, latent) in enumerate(zip(seen, self.past, strict=True)):
+                inputs = self.feed.inputs(block, steering.controls) | self.family.times(WRITE_TIME)
+                generator.run(noisy=latent, block=place, **inputs)
+                generator.commit(place)
+            self.place = len(seen)
+
+    def _remember(self, latent: np.ndarray) -> None:
+        """Keep the latents of the blocks that the next block sees."""
+        if self.profile.text.replay:
+            sink, ring = Ring.of(self.profile).sink_blocks, Ring.of(self.profile).window_blocks
+            past = [*self.past, latent.copy()]
+            self.past = past if len(past) <= sink + ring else past[:sink] + past[sink + 1 :]
 
     def state(self) -> dict[str, Any]:
         """Return all state that a fork needs to continue bit for bit, the engines' included.
@@ -129,12 +154,14 @@ class Rollout:
         feed = {name: array.copy() for name, array in self.feed.state().items()}
         state: dict[str, Any] = {"block": self.block, "decoded": self.decoded, "text": text}
         state |= {"noise": self.noise.state(), "first": self.first}
+        state |= {"place": self.place, "past": list(self.past)}
         return state | {"feed": feed, "engines": self.engines.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Resume from `state`. The engines must have its bundle, precision and threads."""
         self.block, self.decoded = state["block"], state["decoded"]
         self.text, self.first = state["text"], state["first"]
+        self.place, self.past = state["place"], list(state["past"])
         self.noise.restore(state["noise"])
         self.feed.restore(state["feed"])
         self.engines.restore(state["engines"])

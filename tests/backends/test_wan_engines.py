@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,10 @@ import torch
 
 from aapt_deploy import profiles
 from aapt_deploy.backends import table
-from aapt_deploy.backends.build import build_engine
 from aapt_deploy.backends.ort.engine import OrtEngine, Threads, open_session
 from aapt_deploy.backends.table import open_engines
 from aapt_deploy.backends.torch_eager import EagerEngines
-from aapt_deploy.backends.trial import BuildOptions, left_and_right, mean_psnr_db
+from aapt_deploy.backends.trial import left_and_right, mean_psnr_db
 from aapt_deploy.bundle.bundle import Bundle
 from aapt_deploy.bundle.graph_file import save_model
 from aapt_deploy.errors import MachineError
@@ -22,6 +22,7 @@ from aapt_deploy.export.calibrate import calibrate
 from aapt_deploy.measure.quality import Twins
 from aapt_deploy.models import checkpoint, fp8
 from aapt_deploy.models.family import family_of
+from aapt_deploy.rollout import loop
 from aapt_deploy.rollout.engine import Engines, Tapped
 from aapt_deploy.rollout.loop import Rollout, Steering, rollout
 from aapt_deploy.rollout.starts import all_starts, coarse_start
@@ -145,3 +146,44 @@ def test_fp8_products_are_exported_and_near_fp32(tmp_path: Path) -> None:
     for _ in itertools.islice(left_and_right(engines, stored.profile, begin), 7):
         pass
     assert 1e-4 < np.mean(twins.errors) < 0.03
+
+
+def replaying(wan_bundle: Path, backend: str) -> tuple[Rollout, list[np.ndarray]]:
+    """A stream whose prompt changes are replayed, and two prompts."""
+    bundle = Bundle.open(wan_bundle)
+    profile = bundle.profile
+    text = dataclasses.replace(profile.text, replay=True)
+    family, rng = family_of(profile), np.random.default_rng(4)
+    texts = [family.random_text(profile, rng) for _ in range(2)]
+    engines = open_engines(bundle, backend, "fp32", print)
+    return Rollout(engines, profile.replace(text=text), None, 5), texts
+
+
+def test_a_replayed_prompt_is_as_if_it_had_been_there_from_the_start(
+    wan_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing has left the window. The second stream is given the first one's latents."""
+    (one, texts), (other, _) = (replaying(wan_bundle, "onnxruntime") for _ in range(2))
+    controls = one.family.cruise
+    made = [one.latent(Steering(controls, texts[block // 3])).copy() for block in range(4)]
+    plain = loop.sample
+
+    def given(*arguments: Any) -> Any:
+        found = plain(*arguments)  # which draws what the first stream drew
+        return made[other.block] if other.block < 3 else found
+
+    monkeypatch.setattr(loop, "sample", given)
+    for _ in range(3):
+        other.latent(Steering(controls, texts[1]))
+    again = other.latent(Steering(controls, texts[1]))
+    assert np.abs(again - made[3]).max() < 1e-5
+
+
+def test_engines_agree_on_a_replay_after_the_ring_has_wrapped(wan_bundle: Path) -> None:
+    streams = [replaying(wan_bundle, backend) for backend in ("onnxruntime", "torch")]
+    latents = []
+    for stream, texts in streams:
+        steps = [Steering(stream.family.cruise, texts[block // 7 % 2]) for block in range(16)]
+        latents.append([stream.latent(step).copy() for step in steps])
+        assert stream.block == 16 and len(stream.past) == 5
+    assert max(np.abs(a - b).max() for a, b in zip(*latents, strict=True)) < 1e-4

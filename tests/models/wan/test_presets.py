@@ -1,15 +1,20 @@
 """Presets of published checkpoints: every tensor of their files, and what they cost."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from aapt_deploy import profiles
+from aapt_deploy.backends.torch_eager import EagerEngines
 from aapt_deploy.errors import UsageError
-from aapt_deploy.models import cost, published
+from aapt_deploy.models import checkpoint, cost, published, random_weights
 from aapt_deploy.models.family import family_of
-from aapt_deploy.models.wan import keys, networks
+from aapt_deploy.models.wan import keys
+from aapt_deploy.models.wan import networks as wan_networks
+from aapt_deploy.rollout.loop import Rollout, Steering
 from tests.support import ROOT
 
 PRESETS = sorted(path.stem for path in (ROOT / "profiles").glob("*-832x480-*.toml"))
@@ -25,7 +30,7 @@ def test_every_published_file_has_its_presets() -> None:
 def test_a_preset_has_every_tensor_of_the_published_file(name: str) -> None:
     profile = profiles.load(name)
     with torch.device("meta"):
-        generator, vae = networks.build(profile)
+        generator, vae = wan_networks.build(profile)
     assert sum(p.numel() for p in generator.parameters()) == PARAMETERS
     sources = keys.generator_sources(profile)
     assert sources.keys() == generator.state_dict().keys()
@@ -77,6 +82,20 @@ def test_a_plan_for_another_gpu() -> None:
     assert (slow.limit_gb, fast.limit_gb) == (24, 32)
     with pytest.raises(UsageError, match="GPU 'RTX 1' is not one"):
         cost.on_gpu(profile, "RTX 1")
+
+
+def test_random_weights_of_the_tiny_preset_run(tmp_path: Path) -> None:
+    profile = profiles.load("wan-tiny-cpu")
+    count = random_weights.random_checkpoint(profile, tmp_path / "r.safetensors", 0)
+    loaded = checkpoint.load(tmp_path / "r.safetensors")
+    networks = (loaded.generator, loaded.vae)
+    assert count == sum(p.numel() for network in networks for p in network.parameters())
+    engines = EagerEngines(loaded, 1, "fp32")
+    stream = Rollout(engines, profile, None, 0)
+    family = family_of(profile)
+    steering = Steering(family.cruise, family.random_text(profile, np.random.default_rng(0)))
+    latents = np.stack([stream.latent(steering) for _ in range(7)])
+    assert 0.1 < latents.std() < 10
 
 
 def test_streams_beyond_the_training_are_known() -> None:
