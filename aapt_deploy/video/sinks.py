@@ -12,9 +12,10 @@ import os
 import select
 import shlex
 import sys
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -99,6 +100,42 @@ class _Descriptor:
         return self._seekable
 
 
+_Answer = SimpleQueue[BaseException | None]  # what a piece of work raised
+
+
+class _Worker:
+    """A thread that does what it is given, in order.
+
+    Its queues are written in C. The locks of concurrent.futures are not: a signal handler that
+    raises as one is taken leaves it taken, and both threads wait for it for ever.
+    """
+
+    def __init__(self) -> None:
+        self._work = SimpleQueue[tuple[Callable[[], object], _Answer] | None]()
+        threading.Thread(target=self._run, name="sink", daemon=True).start()
+
+    def do(self, work: Callable[[], object]) -> None:
+        """Wait until `work` is done. Raises what it raised."""
+        answer = _Answer()
+        self._work.put((work, answer))
+        if (error := answer.get()) is not None:
+            raise error
+
+    def stop(self) -> None:
+        """End the thread behind its work. Nothing is done afterwards."""
+        self._work.put(None)
+
+    def _run(self) -> None:
+        while (given := self._work.get()) is not None:
+            work, answer = given
+            try:
+                work()
+            except BaseException as error:
+                answer.put(error)
+            else:
+                answer.put(None)
+
+
 class FileSink(Sink):
     """A file, a pipe or a device, encoded by FFmpeg; `open_sink` makes it.
 
@@ -114,9 +151,7 @@ class FileSink(Sink):
         self._target, self._size, self._part, self._final = target, size, part, final
         self._closed = False
         self._encoder = Encoder(target, chosen, size, fps, live=final is None)
-        self._thread = ThreadPoolExecutor(1, "sink") if final else None
-        if self._thread is not None:  # a first `submit` that is interrupted would start a second
-            self._thread.submit(int).result()
+        self._thread = _Worker() if final else None
 
     def write(self, frames: np.ndarray) -> None:
         """Append `frames`, uint8 [T, H, W, 3]; a pipe's reader has them when this returns.
@@ -156,13 +191,13 @@ class FileSink(Sink):
             work()
             return
         try:
-            self._thread.submit(work).result()
+            self._thread.do(work)
         except BaseException:
-            self._thread.submit(int).result()  # does nothing, behind the work: that is done then
+            self._thread.do(int)  # does nothing, behind the work: that is done then
             raise
         finally:
             if self._closed:
-                self._thread.shutdown(wait=False)
+                self._thread.stop()
 
     def _append(self, pixels: np.ndarray) -> None:
         self._encoder.write(pixels)

@@ -2,9 +2,8 @@
 
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import TypeVar
-
-POLL_S = 0.2  # how often Ctrl-C is looked for
 
 T = TypeVar("T")
 
@@ -17,26 +16,29 @@ def interruptible(work: Callable[[], T], cancelled: threading.Event) -> T:
     thread, and raises what it raised.
     """
     answers: list[T] = []
-    errors: list[BaseException] = []
-    # Not Thread.join: interrupted, it takes a running thread for a stopped one (Python 3.11).
-    finished = threading.Event()
+    # Not an Event: a signal handler that raises inside leaves its lock taken. Not Thread.join:
+    # interrupted, it takes a running thread for a stopped one (Python 3.11).
+    finished = SimpleQueue[BaseException | None]()
 
     def run() -> None:
+        error: BaseException | None = None
         try:
             answers.append(work())
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            finished.set()
+        except BaseException as raised:
+            error = raised
+        for _ in range(2):  # a signal may come as the first is taken, and it is lost then
+            finished.put(error)
 
+    started = False
     try:
         threading.Thread(target=run, name="TensorRT build").start()
-        while not finished.wait(POLL_S):
-            pass
+        started = True
+        error = finished.get()
     except BaseException:
         cancelled.set()
-        finished.wait()
+        if started:
+            finished.get()
         raise
-    if errors:
-        raise errors[0]
+    if error is not None:
+        raise error
     return answers[0]
