@@ -280,7 +280,7 @@ def test_rates_are_those_of_the_cards_units(
 
     FP8 has twice as many. FP32 runs on 128 cores, two operations each. Bandwidth is bus times pin.
     """
-    flops, bandwidth = cost.GPUS[name]
+    flops, bandwidth, _, _ = cost.GPUS[name]
     clocks = sms * gigahertz * 1e9
     assert flops[BF16] == pytest.approx(clocks * per_clock, rel=2e-3)
     assert flops[FP8] == pytest.approx(2 * clocks * per_clock, rel=2e-3)

@@ -442,7 +442,7 @@ PLANTED_TILES = {
     "text behind the block": ("state", "self.images, self.front", "self.images, self.slot_address"),
     "scales of another layer": ("state", "self.scales[self.layers.index(layer)]", "self.scales[0]"),
     "keys for values": ("state", KEYS, VALUES),
-    "text packed before it is there": ("state", "zip(self.values, stored", "zip([], []"),
+    "text packed before it is there": ("state", "zip(self.values, halves", "zip([], []"),
     "a missing commit": ("state", "        self.committing()", "        pass"),
 }
 

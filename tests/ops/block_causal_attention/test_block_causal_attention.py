@@ -387,7 +387,7 @@ def test_a_stream_may_run_for_years() -> None:
 def test_ring_of_a_profile(name: str) -> None:
     profile = load(name)
     assert Ring.of(profile).tokens == profile.cache_tokens
-    assert Ring.of(profile, in_place=True).tokens == profile.cache_tokens + profile.frame_tokens
+    assert Ring.of(profile, in_place=True).tokens == profile.cache_tokens + profile.block_tokens
 
 
 def test_a_block_before_the_stream_is_refused() -> None:
