@@ -52,6 +52,8 @@ QUANTISED = {
 def test_rules_name_layers_by_path_and_by_place(three: Checkpoint) -> None:
     found = {layer.path: layer.kept_by for layer in fp8.layers(three.generator, KEPT)}
     assert {path for path, rule in found.items() if not rule} == QUANTISED
+    for layer in fp8.layers(three.generator, KEPT):
+        assert layer.linear is three.generator.get_submodule(layer.path)
     assert (
         found["time_in.0"] == "time_*"
         and found["visual.0.qkv"] == "*.first.*"
