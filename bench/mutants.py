@@ -312,6 +312,13 @@ def score(record: dict[str, Any]) -> str:
     return f"{found} of {counted} found, {share}; {equal} equivalent"
 
 
+def revision() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
 def difference(mutant: Mutant) -> list[str]:
     before = (ROOT / mutant.module).read_text(encoding="utf-8").splitlines()
     lines = difflib.unified_diff(before, planted(mutant).splitlines(), n=0, lineterm="")
@@ -360,6 +367,7 @@ def main() -> None:
     else:
         left = [mutant for mutant in wanted(options) if mutant.key not in record["mutants"]]
     left = left[: options.first]
+    record |= {"sample": options.sample, "seed": options.seed, "revision": revision()}
 
     trees = queue.SimpleQueue[Tree]()
 

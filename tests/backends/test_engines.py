@@ -624,6 +624,7 @@ def test_a_rollout_continues_to_the_bit_from_its_state(bundle: Path, backend: st
     for block in range(4):
         stream.step(flight(opened, block))
     state = stream.state()
+    assert np.array_equal(state["text"], flight(opened, 3).text) and state["block"] == 4
     wanted = [stream.step(flight(opened, block)) for block in range(4, 12)]  # the ring turns over
     other = Rollout(engines.fork(), opened.profile, np.zeros_like(image), 99)
     other.restore(state)

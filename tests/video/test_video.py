@@ -306,8 +306,9 @@ def test_a_build_without_the_encoder_is_named(
 
 
 def test_odd_sizes_are_refused_where_colours_are_halved(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="63x32"):
+    with pytest.raises(UsageError, match="63x32") as caught:
         open_sink(str(tmp_path / "a.mp4"), None, 63, 32, FPS)
+    assert caught.value.hint == "take nut or rawvideo, or a profile of even size"
     frames = clip(2, 63, 31)
     assert written(tmp_path / "a.rgb", "rawvideo", frames) == frames.tobytes()
 
