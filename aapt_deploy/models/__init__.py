@@ -3,6 +3,7 @@
 checkpoint.py       read and write checkpoints
 family.py           the interface of a family of checkpoints, and the table of families
 sampler.py          from noise to a clean latent, pass by pass
+prompt_graph.py     the prompt graph of every family
 rotary.py           rotate queries and keys by RoPE's angles
 vectors.py          prompts that a text encoder has turned into vectors
 signature.py        parts of a graph's signature that families share

@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 
 from aapt_deploy.ops.block_causal_attention import (
     DOMAIN,
@@ -35,7 +43,7 @@ from aapt_deploy.ops.block_causal_attention.onnx_function import (
 
 # bool [1, 1, 1, S + T]: TensorRT broadcasts it to every query; ONNX Runtime needs T rows.
 MASK = f"{DOMAIN}.mask"
-_POSITIONS, _OWN, _PAST = (f"{DOMAIN}.{name}" for name in ("positions", "own", "past"))
+_POSITIONS = f"{DOMAIN}.positions"
 
 
 def lower_native(model: ModelProto, ring: Ring, dtype: int) -> ModelProto:
@@ -50,32 +58,45 @@ def lower_native(model: ModelProto, ring: Ring, dtype: int) -> ModelProto:
     graph = lowered.graph
     ours = [node for node in graph.node if is_ours(node)]
     heads, head_dim = check_interface(lowered, ours, ring)
-    caches = {name for node in ours for name in node.input[3:5]}
-    blocks = {name for node in ours for name in node.output[1:3]}
-    tokens, total = ring.block_tokens, ring.tokens + ring.block_tokens
-
     for node in ours:
         scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
         constant = numpy_helper.from_array(np.array(scale, np.float32), f"{node.output[0]}.scale")
         graph.initializer.append(constant)
-    own = np.arange(total) >= ring.tokens  # the block itself is always attended to
-    shape = (1, 1, 1, total)
-    positions = np.arange(total, dtype=np.int32).reshape(shape)
-    graph.initializer.append(numpy_helper.from_array(positions, _POSITIONS))
-    graph.initializer.append(numpy_helper.from_array(own.reshape(shape), _OWN))
-    less = helper.make_node("Less", [_POSITIONS, ours[0].input[5]], [_PAST], _PAST)
-    mask = [less, helper.make_node("Or", [_PAST, _OWN], [MASK], MASK)]
-    replace(graph.node, [*mask, *_each(graph.node, lambda node: _native_nodes(node, dtype))])
+    mask = add_mask(graph, ring, ours[0].input[5])
+    replace(graph.node, [mask, *_each(graph.node, lambda node: _native_nodes(node, dtype))])
+    describe_caches(graph, ours, ring, dtype, [heads, head_dim])
+    return lowered
+
+
+def add_mask(graph: GraphProto, ring: Ring, cache_len: str) -> NodeProto:
+    """Add the positions of all tokens to `graph`; return the node that makes MASK of them.
+
+    The block's own tokens lie before any length, so they are always attended to.
+    """
+    positions = np.append(np.arange(ring.tokens), np.full(ring.block_tokens, -1))
+    shaped = positions.astype(np.int32)[None, None, None]
+    graph.initializer.append(numpy_helper.from_array(shaped, _POSITIONS))
+    return helper.make_node("Less", [_POSITIONS, cache_len], [MASK], MASK)
+
+
+def describe_caches(
+    graph: GraphProto, ours: Iterable[NodeProto], ring: Ring, kind: int, heads: list[int]
+) -> None:
+    """Give the caches [1, S, H, D] and blocks [1, T, H, D] of `ours` the type `kind`.
+
+    `heads` is [H, D].
+    """
+    caches = {name for node in ours for name in node.input[3:5]}
+    blocks = {name for node in ours for name in node.output[1:3]}
     for field, names, length in (
         (graph.input, caches, ring.tokens),
-        (graph.output, blocks, tokens),
+        (graph.output, blocks, ring.block_tokens),
     ):
-        tensor, size = helper.make_tensor_value_info, [1, length, heads, head_dim]
-        described = {name: tensor(name, dtype, size) for name in names}
+        tensor, size = helper.make_tensor_value_info, [1, length, *heads]
+        described = {name: tensor(name, kind, size) for name in names}
         replace(field, [described.get(value.name, value) for value in field])
     kept = [value for value in graph.value_info if value.name not in caches | blocks]
     replace(graph.value_info, kept)
-    return lowered
 
 
 def _each(

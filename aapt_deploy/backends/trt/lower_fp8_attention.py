@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from aapt_deploy.backends.trt.lower_attention import MASK
+from aapt_deploy.backends.trt.lower_attention import MASK, add_mask, describe_caches
+from aapt_deploy.backends.trt.lower_products import free_outputs
 from aapt_deploy.ops.block_causal_attention import DOMAIN, Ring
 from aapt_deploy.ops.block_causal_attention.hopper_fp8 import E4M3_MAX, Scales
 from aapt_deploy.ops.block_causal_attention.onnx_function import (
@@ -42,8 +43,8 @@ P_SCALE = 1 / E4M3_MAX  # of softmax's results, which are at most 1
 HEAD_DIMS = range(16, 257, 16)
 FP8, BF16, FLOAT = TensorProto.FLOAT8E4M3FN, TensorProto.BFLOAT16, TensorProto.FLOAT
 
-_ONE, _ONE_BF16, ZERO, _P_SCALE, _POSITIONS = (
-    f"{DOMAIN}.{name}" for name in ("one", "one.bf16", "zero.fp8", "p_scale", "positions")
+_ONE, _ONE_BF16, ZERO, _P_SCALE = (
+    f"{DOMAIN}.{name}" for name in ("one", "one.bf16", "zero.fp8", "p_scale")
 )
 
 
@@ -70,11 +71,8 @@ def lower_native_fp8(model: ModelProto, ring: Ring, scales: Sequence[Scales]) ->
     if len(scales) != len(ours):
         _refuse(model, f"has {len(ours)} attention layers and there are scales for {len(scales)}")
 
-    # The block's own tokens lie before any length, so they are always attended to.
-    positions = np.append(np.arange(ring.tokens), np.full(ring.block_tokens, -1))
     graph.initializer.extend(_shared())
-    graph.initializer.append(_constant(_POSITIONS, positions.astype(np.int32)[None, None, None]))
-    nodes = [helper.make_node("Less", [_POSITIONS, ours[0].input[5]], [MASK], MASK)]
+    nodes = [add_mask(graph, ring, ours[0].input[5])]
     for node in graph.node:
         if is_ours(node):
             layer = ours.index(node)
@@ -86,12 +84,7 @@ def lower_native_fp8(model: ModelProto, ring: Ring, scales: Sequence[Scales]) ->
     replace(graph.node, nodes)
     lowered.opset_import.append(helper.make_opsetid(TRT_DOMAIN, 1))
 
-    caches = {name for node in ours for name in node.input[3:5]}
-    blocks = {name for node in ours for name in node.output[1:3]}
-    _describe(graph.input, caches, [1, ring.tokens, heads, head_dim])
-    _describe(graph.output, blocks, [1, ring.block_tokens, heads, head_dim])
-    kept = [value for value in graph.value_info if value.name not in caches | blocks]
-    replace(graph.value_info, kept)
+    describe_caches(graph, ours, ring, FP8, [heads, head_dim])
     return lowered
 
 
@@ -105,13 +98,7 @@ def text_in_fp8(
     lowered = ModelProto()
     lowered.CopyFrom(model)
     graph = lowered.graph
-    renamed = {name: f"{name}.float" for pair in names for name in pair}
-    for node in graph.node:
-        for field in (node.input, node.output):
-            for index, name in enumerate(field):
-                field[index] = renamed.get(name, name)
-    kept = [value for value in graph.value_info if value.name not in renamed]
-    replace(graph.value_info, kept)
+    renamed = free_outputs(graph, [name for pair in names for name in pair])
     graph.initializer.extend(_shared()[:2])
     for layer, ((k, v), of_layer) in enumerate(zip(names, scales, strict=True)):
         constants, fields = _of_layer(layer, of_layer)
@@ -223,9 +210,3 @@ def _bf16(name: str, value: float) -> TensorProto:
     bits = np.float32(value).view(np.uint32)
     assert not bits & 0xFFFF, f"{value} is not a bf16 value"
     return helper.make_tensor(name, BF16, [], np.uint16(bits >> 16).tobytes(), raw=True)
-
-
-def _describe(field: Any, names: set[str], shape: list[int]) -> None:
-    """Give the tensors `names` of a graph the type e4m3 and `shape`."""
-    described = {name: helper.make_tensor_value_info(name, FP8, shape) for name in names}
-    replace(field, [described.get(value.name, value) for value in field])

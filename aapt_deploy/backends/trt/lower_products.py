@@ -14,7 +14,15 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 
 from aapt_deploy.errors import BundleError
 from aapt_deploy.ops.block_causal_attention.onnx_function import replace
@@ -177,11 +185,11 @@ def fp8_products(model: ModelProto) -> dict[str, list[str]]:
     return found
 
 
-def outputs_in_bf16(model: ModelProto, names: Sequence[str]) -> ModelProto:
-    """Return `model` with the outputs `names` in bf16."""
-    lowered = ModelProto()
-    lowered.CopyFrom(model)
-    graph = lowered.graph
+def free_outputs(graph: GraphProto, names: Iterable[str]) -> dict[str, str]:
+    """Rename what computes the outputs `names`, for another node to write them.
+
+    Return the new names by the old ones.
+    """
     renamed = {name: f"{name}.float" for name in names}
     for node in graph.node:
         for field in (node.input, node.output):
@@ -189,6 +197,15 @@ def outputs_in_bf16(model: ModelProto, names: Sequence[str]) -> ModelProto:
                 field[index] = renamed.get(name, name)
     for value in graph.value_info:
         value.name = renamed.get(value.name, value.name)
+    return renamed
+
+
+def outputs_in_bf16(model: ModelProto, names: Sequence[str]) -> ModelProto:
+    """Return `model` with the outputs `names` in bf16."""
+    lowered = ModelProto()
+    lowered.CopyFrom(model)
+    graph = lowered.graph
+    renamed = free_outputs(graph, names)
     kept: list[ValueInfoProto] = []
     for value in graph.output:
         shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]

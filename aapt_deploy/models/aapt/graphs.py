@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from aapt_deploy.models.aapt.generator import Generator
 from aapt_deploy.models.aapt.vae import Vae, from_pixels, to_pixels
+from aapt_deploy.models.prompt_graph import PromptGraph
 from aapt_deploy.profiles import Profile
 
 
@@ -18,17 +19,6 @@ class EncoderGraph(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Encode uint8 [H, W, 3] to latent 0 [1, C, h, w]."""
         return self.vae.encode(from_pixels(image)[None, None])[:, 0]
-
-
-class PromptGraph(nn.Module):
-    def __init__(self, generator: Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
-        """Return every layer's text keys, then every layer's values, each [1, L, H, D]."""
-        keys, values = self.generator.prompt(text)
-        return (*keys, *values)
 
 
 class GeneratorGraph(nn.Module):

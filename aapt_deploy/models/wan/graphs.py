@@ -5,6 +5,7 @@ Export traces these modules and the torch engine runs them, so both have the sam
 
 from torch import Tensor, nn
 
+from aapt_deploy.models.prompt_graph import PromptGraph
 from aapt_deploy.models.wan.generator import Generator
 from aapt_deploy.models.wan.taehv import Taehv
 from aapt_deploy.models.wan.vae import WanVae
@@ -21,17 +22,6 @@ class EncoderGraph(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Encode uint8 [H, W, 3] to latent 0 [1, C, h, w]."""
         return self.vae.encode((image.float() / 255).permute(2, 0, 1)[None])
-
-
-class PromptGraph(nn.Module):
-    def __init__(self, generator: Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
-        """Return every layer's text keys, then every layer's values, each [1, L, H, D]."""
-        keys, values = self.generator.prompt(text)
-        return (*keys, *values)
 
 
 class GeneratorGraph(nn.Module):
